@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine: `make run` and `make test`.
+.DELETE_ON_ERROR:
+.PHONY: help setup run test slow lint clean
+
+VENV := .venv
+# The first Python that is new enough.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do \
+	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+help:
+	@echo 'make run     set up, then: python launch.py nano3 sft local  (two pods on this machine)'
+	@echo 'make test    set up, then the tests (a few minutes)'
+	@echo 'make slow    the slow proofs too: scale, chaos, real clusters'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make setup   only the virtual environment in $(VENV)'
+	@echo 'make clean   remove what make and the local profile wrote here'
+
+setup: $(VENV)/launcher $(VENV)/recipes
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo 'airlift: needs Python 3.11 or later with venv; name one: make PYTHON=/path/to/python3.12' >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/launcher: requirements.txt | $(VENV)/bin/python
+	$(PIP) --require-hashes -r requirements.txt
+	@touch $@
+
+$(VENV)/recipes: requirements-recipes.txt requirements-torch.txt | $(VENV)/bin/python
+	$(PIP) --require-hashes -r requirements-recipes.txt
+	$(PIP) -r requirements-torch.txt
+	@touch $@
+
+$(VENV)/dev: requirements-dev.txt | $(VENV)/bin/python
+	$(PIP) --require-hashes -r requirements-dev.txt
+	@touch $@
+
+run: setup
+	$(VENV)/bin/python launch.py nano3 sft local
+
+test: setup $(VENV)/dev
+	$(VENV)/bin/python -m pytest -m 'not slow'
+
+slow: setup $(VENV)/dev
+	$(VENV)/bin/python -m pytest -m slow
+
+lint: setup $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,252 @@
+"""What every executor shares: Job, the table of executors, and the file that remembers a run.
+
+A backend is a module with five functions over a Job, its Plan and the run's record (a JSON-able dict):
+
+    submit(job, plan, attached) -> dict    start the job; what it returns is kept in the run's file
+    follow(run) -> int                     pass logs on until the job ends; the job's own exit code
+    logs(run)                              print the logs there are
+    status(run) -> Status                  ask the platform
+    cancel(run) -> str                     end the job; one sentence that says what was done
+
+and a set CAN of what it supports ("detach", "ray"). Backends import nothing of each other. A new executor is one file
+here and one line in BACKENDS and transport.LIMITS.
+"""
+
+import importlib
+import json
+import os
+import posixpath
+import re
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from profiles import CLOUDS, KEYS, Profile
+from recipes import Recipe
+from transport import Refusal
+
+BACKENDS = {"local": "backends.local"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch, complete: what the backend asks the platform for, and what pod.py is told (`description`)."""
+
+    run: str  # our own short id
+    name: str  # "nano3/sft"
+    executor: str
+    nodes: int
+    gpus_per_node: int | str
+    nproc: int | str
+    image: str | None
+    settings: dict[str, Any]  # the profile's keys after all that overrides them
+    description: dict[str, Any]  # JSON-able; pod.py reads it
+    secrets: dict[str, str]  # NAME -> "env", "lepton:…" or "runai:…"; never a value
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Status:
+    """`state` is one of waiting, running, done, failed, cancelled; `detail` is the platform's own word."""
+
+    state: str
+    detail: str = ""
+    exit_code: int | None = None
+
+
+def backend(executor: str) -> Any:
+    """The module of an executor, imported now. Raises Refusal where there is none yet."""
+    if executor not in BACKENDS:
+        raise Refusal("executor %s can plan (--dry-run) but not launch in this version" % executor,
+                      "use one of " + ", ".join(BACKENDS))
+    return importlib.import_module(BACKENDS[executor])
+
+
+def require(job: Job, attached: bool) -> None:
+    """The one check of what a backend can do. Raises Refusal."""
+    can = backend(job.executor).CAN
+    wants = {"detach": not attached, "ray": job.description["launch"] == "ray" and job.nodes > 1}
+    for feature, wanted in wants.items():
+        if wanted and feature not in can:
+            words = {"detach": "--detach", "ray": "a Ray recipe on %d nodes" % job.nodes}
+            raise Refusal("%s is not supported by executor %s" % (words[feature], job.executor),
+                          {"detach": "launch without it", "ray": "use --nodes 1, or another executor"}[feature])
+
+
+# ---------------------------------------------------------------- who wins
+
+YAML_WINS = ("container_image", "nodes", "gpus_per_node", "ntasks_per_node", "nproc_per_node")
+COUNTS = ("nodes", "gpus_per_node", "nproc_per_node")
+
+
+def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, Any], forced: dict[str, Any],
+           notes: list[str]) -> dict[str, Any]:
+    """The settings of a job. Lowest first: header, the rest of the YAML's run.env, profile, the five keys that the YAML
+    owns, [stages.…], KEY=VALUE (`forced`), --nodes. env_vars merge; mounts of YAML and profile add up."""
+    unknown = sorted(key for key in yaml if key not in KEYS)
+    if unknown:
+        notes.append("run.env holds %s, which Airlift does not use" % ", ".join(unknown))
+    usable = {key: value for key, value in yaml.items()
+              if key in KEYS and (not KEYS[key].executors or profile.executor in KEYS[key].executors)}
+    header = {"nodes": recipe.nodes, "gpus_per_node": recipe.gpus_per_node, "container_image": recipe.image,
+              "workdir": recipe.workdir, "rendezvous_timeout": 1800}
+    owned = {key: value for key, value in usable.items() if key in YAML_WINS}
+    layers = [header, {key: value for key, value in usable.items() if key not in owned}, profile.keys, owned, profile.stage,
+              {key: value for key, value in forced.items() if key in KEYS}, {"nodes": nodes} if nodes else {}]
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if value is not None:
+                settings[KEYS[key].alias or key] = value
+    settings["env_vars"] = {"%s" % name: _text(value) for layer in ({"env_vars": recipe.env}, *layers)
+                            for name, value in (layer.get("env_vars") or {}).items()}
+    if "mounts" not in profile.stage and "mounts" not in forced:
+        settings["mounts"] = list(usable.get("mounts") or []) + list(profile.keys.get("mounts") or [])
+    for key in COUNTS:
+        if key in settings:
+            settings[key] = _count(key, settings[key])
+    gpus = settings["gpus_per_node"]
+    settings["nproc"] = settings.get("nproc_per_node", gpus) or 1
+    return settings
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _count(key: str, value: Any) -> int | str:
+    """A count from YAML, where "8" means 8. Raises Refusal for anything else."""
+    if value == "gpu" and key != "nodes":
+        return "gpu"
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < (1 if key == "nodes" else 0):
+        raise Refusal("%s is %r" % (key, value), "it must be a whole number" + (", 1 or more" if key == "nodes" else ""))
+    return value
+
+
+def workspace(settings: dict[str, Any]) -> str | None:
+    """Where outputs are kept, as the pod sees it: the first that is set of the keys below, else the first mount."""
+    for key in ("workspace", "nemo_run_dir", "pvc_nemo_run_dir", "remote_job_dir"):
+        if settings.get(key):
+            return str(settings[key])
+    for mount in settings.get("mounts") or []:
+        if isinstance(mount, dict) and mount.get("mount_path"):
+            return str(mount["mount_path"])
+        if isinstance(mount, str) and ":" in mount and not mount.startswith("${"):
+            return mount.split(":")[1]
+    return next((str(volume["path"]) for volume in settings.get("pvcs") or [] if volume.get("path")), None)
+
+
+def run_root(settings: dict[str, Any], family: str) -> str | None:
+    """<workspace>/<family>, or run_dir: the same for every launch of the family. None: outputs stay in the pod."""
+    base = workspace(settings)
+    if settings.get("run_dir"):
+        return posixpath.join(base or "/", settings["run_dir"])
+    return posixpath.join(base, family) if base else None
+
+
+def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str) -> dict[str, str]:
+    """The recipe's environment that follows from workspace and run.wandb; the user's env_vars come last."""
+    env: dict[str, str] = {}
+    base = workspace(settings)
+    if base and executor != "local":
+        env["HF_HOME"] = posixpath.join(base, "hf")
+    wandb = run.get("wandb")
+    if isinstance(wandb, dict):
+        names = {"entity": "WANDB_ENTITY", "project": "WANDB_PROJECT", "name": "WANDB_NAME", "run_name": "WANDB_NAME",
+                 "group": "WANDB_GROUP", "job_type": "WANDB_JOB_TYPE"}
+        env |= {names[key]: str(value) for key, value in wandb.items() if key in names and value}
+        if wandb.get("tags"):
+            env["WANDB_TAGS"] = ",".join(map(str, wandb["tags"]))
+        if wandb.get("project"):
+            env = {"WANDB_ENABLED": "true", "WANDB_JOB_TYPE": name, "WANDB_NAME": name.replace("/", "-")} | env
+    return env | settings["env_vars"]
+
+
+TOKENS = ("HF_TOKEN", "WANDB_API_KEY", "NGC_API_KEY")
+
+
+def check_secrets(wanted: dict[str, Any], executor: str) -> tuple[dict[str, str], list[str]]:
+    """[secrets] of a profile and what to say about it. Raises Refusal for a reference that this executor lacks."""
+    kinds = {"lepton": ("env", "lepton:"), "dgxcloud": ("env", "runai:")}.get(executor, ("env",))
+    notes = []
+    for name, source in wanted.items():
+        if not isinstance(source, str) or not (source == "env" or source.startswith(kinds[1:])):
+            raise Refusal("secrets.%s is not a reference that %s has" % (name, executor),
+                          "write " + " or ".join('"%s…"' % kind if kind.endswith(":") else '"%s"' % kind for kind in kinds))
+        if source == "env":
+            notes.append("%s is sent by value, in the job's environment" % name)
+    notes += ["%s is set here but not sent; name it under [secrets] to send it" % name
+              for name in TOKENS if os.environ.get(name) and name not in wanted]
+    return dict(wanted), notes
+
+
+def secret_values(job: Job, dry: bool) -> dict[str, str]:
+    """The values of secrets sent by value. Raises Refusal for one that is not set, unless it is only for show."""
+    names = [name for name, source in job.secrets.items() if source == "env"]
+    unset = [name for name in names if name not in os.environ]
+    if unset and not dry:
+        raise Refusal("secret %s is not set here" % ", ".join(unset), "export it, or take it out of [secrets]")
+    return {name: os.environ.get(name, "<unset %s>" % name) for name in names}
+
+
+def is_cloud(executor: str) -> bool:
+    return executor in CLOUDS
+
+
+# ---------------------------------------------------------------- runs
+
+
+@dataclass
+class Run:
+    """The file of one run: what status, logs and cancel need. No secret and no chunk is ever in it."""
+
+    run: str
+    recipe: str
+    profile: str
+    executor: str
+    nodes: int
+    sha256: str
+    started: float = field(default_factory=time.time)
+    job_exit_code: int | None = None
+    record: dict[str, Any] = field(default_factory=dict)  # the backend's own
+
+    def save(self) -> None:
+        folder = home() / "runs"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, private = tempfile.mkstemp(dir=folder)  # 0600
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(self.__dict__, file, indent=1)
+        os.rename(private, folder / (self.run + ".json"))
+
+
+def load_run(run: str) -> Run:
+    """Raises Refusal for a run that was not launched from this account."""
+    path = home() / "runs" / (run + ".json")
+    if not re.fullmatch(r"[a-z0-9]+", run) or not path.is_file():
+        raise Refusal("there is no run %r" % run, "python launch.py status lists them")
+    return Run(**json.loads(path.read_text()))
+
+
+def all_runs() -> list[Run]:
+    """Newest first."""
+    found = [load_run(path.stem) for path in (home() / "runs").glob("*.json")]
+    return sorted(found, key=lambda run: -run.started)
+
+
+def home() -> Path:
+    """Airlift's own state: AIRLIFT_HOME, else <XDG_STATE_HOME or ~/.local/state>/airlift."""
+    if os.environ.get("AIRLIFT_HOME"):
+        return Path(os.environ["AIRLIFT_HOME"])
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "airlift"
+
+
+def new_run_id() -> str:
+    """Six letters and digits, a letter first, so that names of jobs can begin or end with it."""
+    return secrets.choice("abcdefghjkmnpqrstuvwxyz") + "".join(
+        secrets.choice("abcdefghjkmnpqrstuvwxyz23456789") for _ in range(5))

@@ -1,0 +1,207 @@
+"""Pods as processes of this machine, started the way a platform would start them.
+
+A supervisor process (forked, so that a detached job outlives the launcher) starts one process per pod with the plan's
+argv and environment, NODE_RANK, an address and a port for rank 0, and a scratch folder of its own. It prefixes each
+pod's output with its rank, ends the others when one fails, and writes the first failure's code. Attached, the
+supervisor gets SIGTERM when the launcher dies; each pod gets it when the supervisor dies.
+"""
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import backends
+from backends import Job, Run, Status
+from transport import Plan, Refusal
+
+CAN = {"detach"}
+GRACE = 10.0  # seconds between TERM and KILL
+
+
+# ---------------------------------------------------------------- the five functions
+
+
+def submit(job: Job, plan: Plan, attached: bool) -> dict[str, Any]:
+    """Start the supervisor. Its folder under Airlift's home holds `log` and, at the end, `exit`."""
+    folder = backends.home() / "local" / job.run
+    folder.mkdir(mode=0o700, parents=True)
+    envs = [pod_env(job, plan, rank, port) for port in [_free_port()] for rank in range(job.nodes)]
+    launcher = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _detach(folder, launcher, attached)
+            os._exit(supervise(folder, plan.argv, envs))
+        finally:
+            os._exit(70)
+    return {"folder": str(folder), "pid": pid, "born": _born(pid)}
+
+
+def follow(run: Run) -> int:
+    """Pass the log on until the supervisor has written the exit code."""
+    folder = Path(run.record["folder"])
+    with open(_await(folder / "log"), "rb") as log:
+        while True:
+            over = not _alive(run)
+            data = log.read()
+            if data:
+                sys.stdout.buffer.write(data)
+                sys.stdout.flush()
+            elif over:
+                break
+            else:
+                time.sleep(0.05)
+    code = status(run).exit_code
+    return 137 if code is None else code  # the supervisor was killed and its pods with it
+
+
+def logs(run: Run) -> None:
+    sys.stdout.buffer.write((Path(run.record["folder"]) / "log").read_bytes())
+    sys.stdout.flush()
+
+
+def status(run: Run) -> Status:
+    try:
+        code = int((Path(run.record["folder"]) / "exit").read_text())
+    except FileNotFoundError:
+        return Status("running") if _alive(run) else Status("failed", "its supervisor was killed")
+    return Status("done" if code == 0 else "failed", "exit code %d" % code, code)
+
+
+def cancel(run: Run) -> str:
+    """TERM to the supervisor, which ends its pods; returns when they are gone."""
+    if not _alive(run):
+        return "it had already ended"
+    os.kill(run.record["pid"], signal.SIGTERM)
+    while _alive(run):
+        time.sleep(0.05)
+    return "all pods have ended"
+
+
+# ---------------------------------------------------------------- supervisor
+
+
+def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
+    """Run one process per environment to the end of all; the first failure ends the others and gives the code."""
+    scratch = Path(tempfile.mkdtemp(prefix="airlift-"))
+    pods: list[subprocess.Popen[bytes]] = []
+    stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(128 + number))
+    code = 70
+    try:
+        with open(folder / "log", "ab", buffering=0) as log:
+            for rank, env in enumerate(envs):
+                place = scratch / ("rank-%d" % rank)
+                place.mkdir()
+                pods.append(subprocess.Popen(argv, env=env | {"TMPDIR": str(place)}, cwd=place, stdin=subprocess.DEVNULL,
+                                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=die_with_parent))
+            pumps = [threading.Thread(target=_prefix, args=(pod.stdout, log, b"[%d] " % rank if len(envs) > 1 else b""))
+                     for rank, pod in enumerate(pods)]
+            for pump in pumps:
+                pump.start()
+            code = _watch(pods, stop)
+            for pump in pumps:
+                pump.join(5)
+    finally:
+        for pod in pods:
+            if pod.poll() is None:
+                pod.kill()
+        shutil.rmtree(scratch, ignore_errors=True)
+        (folder / "exit.new").write_text("%d\n" % code)
+        (folder / "exit.new").rename(folder / "exit")
+    return 0
+
+
+def _watch(pods: list[subprocess.Popen[bytes]], stop: list[int]) -> int:
+    code, deadline = 0, 0.0
+    while any(pod.poll() is None for pod in pods):
+        failed = [pod.returncode for pod in pods if pod.returncode]
+        if (failed or stop) and not deadline:
+            code = stop[0] if stop else failed[0]
+            deadline = time.monotonic() + GRACE
+            for pod in pods:
+                pod.terminate()
+        if deadline and time.monotonic() > deadline:
+            for pod in pods:
+                pod.kill()
+        time.sleep(0.02)
+    code = code or next((pod.returncode for pod in pods if pod.returncode), 0)
+    return code if code >= 0 else 128 - code
+
+
+def _prefix(pipe: IO[bytes], log: Any, prefix: bytes) -> None:
+    """Copy line by line; a line that is not finished is passed on when its pod ends."""
+    for line in pipe:
+        log.write(prefix + line if line.endswith(b"\n") else prefix + line + b"\n")
+
+
+def pod_env(job: Job, plan: Plan, rank: int, port: int) -> dict[str, str]:
+    """A pod's whole environment: a small base, the platform's words, the plan. Nothing else of ours reaches it."""
+    here = str(Path(sys.executable).parent)
+    base = {"PATH": here + os.pathsep + os.environ.get("PATH", os.defpath), "HOME": str(Path.home()),
+            "LANG": os.environ.get("LANG", "C.UTF-8"), "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",
+            "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    gpus = job.gpus_per_node
+    if isinstance(gpus, int):  # each pod its own GPUs; "gpu" leaves all of them to every pod
+        base["CUDA_VISIBLE_DEVICES"] = ",".join(str(rank * gpus + index) for index in range(gpus))
+    return base | plan.env
+
+
+def die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def _detach(folder: Path, launcher: int, attached: bool) -> None:
+    """A session of its own, so that Ctrl-C reaches only the launcher, which then says what to end. What the supervisor
+    itself has to say goes to the log."""
+    os.setsid()
+    if attached:
+        die_with_parent()
+        if os.getppid() != launcher:
+            os._exit(70)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _await(path: Path, seconds: float = 10.0) -> Path:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise Refusal("the pods did not start: %s is missing" % path, "look whether the disk is full", 5)
+        time.sleep(0.02)
+    return path
+
+
+def _born(pid: int) -> str:
+    """When a process was started, in the kernel's ticks; "" if it is gone. It tells a pid that was used again."""
+    try:
+        return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _alive(run: Run) -> bool:
+    """Whether the supervisor still runs. As its parent, take its end first, or it would stay as a zombie."""
+    pid = run.record["pid"]
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        pass
+    return _born(pid) == run.record["born"] != ""

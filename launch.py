@@ -1,0 +1,405 @@
+#!/usr/bin/env python3
+"""Airlift: python launch.py FAMILY STAGE [PROFILE] [-c CONFIG] [KEY=VALUE ...] [options] [-- ARGS...]
+
+Packs the local source tree and starts one of its recipes on the profile's executor; `python launch.py --help` tells all.
+This file is the command line: words -> profile, recipe, config -> Job -> Plan -> backend. It is kept readable by any
+Python, old ones included (no annotations, no f-strings), so that an old Python gets a plain word and no SyntaxError.
+"""
+from __future__ import print_function
+
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+OWN_PYTHON = os.path.join(HERE, ".venv", "bin", "python")
+
+# `make setup` puts a virtual environment beside this file; outside any other one, that is the Python that runs us.
+if __name__ == "__main__" and sys.prefix == getattr(sys, "base_prefix", sys.prefix) and os.path.exists(OWN_PYTHON):
+    os.execv(OWN_PYTHON, [OWN_PYTHON] + sys.argv)
+if sys.version_info < (3, 11):
+    sys.stderr.write("airlift: needs Python 3.11 or later, and this is %d.%d\n" % sys.version_info[:2])
+    sys.stderr.write("start it with a newer one, like: python3.11 launch.py ..., or run `make setup`\n")
+    sys.exit(2)
+
+import argparse  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import re  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import backends  # noqa: E402
+import pod  # noqa: E402
+import profiles  # noqa: E402
+import recipes  # noqa: E402
+import transport  # noqa: E402
+from transport import Refusal  # noqa: E402
+
+USAGE = """\
+python launch.py FAMILY STAGE [PROFILE] [-c CONFIG] [KEY=VALUE ...] [--nodes N] [--repo-root DIR]
+                 [--dry-run] [--json] [--detach] [-- ARGS...]     launch a recipe (PROFILE: local)
+python launch.py list [FAMILY]                                    the recipes of the source tree
+python launch.py profiles                                         where they can run
+python launch.py files FAMILY STAGE [PROFILE]                     what would ship, and what would not
+python launch.py status [RUN] | logs RUN | cancel RUN             runs that were launched from here
+
+STAGE is the rest of the recipe's name, like sft or data/prep/rl. KEY=VALUE overrides the recipe's config;
+what follows -- goes to its script. Exit codes: 0 done, 1 the job failed, 2 bad usage, profile, recipe or
+config, 3 the payload does not fit, 4 the platform refused, 5 the platform could not be reached.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Refusal(message, "see python launch.py --help")
+
+    def format_help(self):
+        return USAGE
+
+
+def parse(argv):
+    """The command's name and its options. Raises Refusal for words that do not fit."""
+    script_args = argv[argv.index("--") + 1:] if "--" in argv else []
+    words = argv[: argv.index("--")] if "--" in argv else argv
+    parser = Parser(prog="launch.py", allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--nodes", type=int)
+    parser.add_argument("--repo-root", type=Path)
+    for flag in ("--dry-run", "--json", "--detach", "--debug"):
+        parser.add_argument(flag, action="store_true")
+    options = parser.parse_intermixed_args(words)
+    if not options.words:
+        raise Refusal("no recipe was named", "python launch.py list shows them; --help shows the rest")
+    name = options.words[0] if options.words[0] in COMMANDS else "launch"
+    options.words = options.words[0 if name == "launch" else 1:]
+    options.args = script_args
+    if options.nodes is not None and options.nodes < 1:
+        raise Refusal("--nodes is %d" % options.nodes, "a job has one node or more")
+    return name, options
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        name, options = parse(argv)
+        return COMMANDS[name](options)
+    except Refusal as refusal:
+        if "--debug" in argv:
+            raise
+        print("airlift: %s\n%s" % (one_line(refusal.what), one_line(refusal.fix)), file=sys.stderr)
+        return refusal.code
+    except BrokenPipeError:  # `launch.py list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+def one_line(text):
+    return " ".join(text.split())
+
+
+# ---------------------------------------------------------------- launch
+
+
+class Launch(object):
+    """One launch, resolved: profile, recipe, config, job, tree and plan. Nothing has been asked of a platform."""
+
+    def __init__(self, options, dry):
+        family, stage, name, overrides = split_words(options.words)
+        self.profile = profiles.load(name, stage)
+        if not dry:
+            self.profile.require_set()
+        root = options.repo_root or self.profile.keys.get("repo_root") or HERE
+        self.root = Path(root).resolve()
+        self.recipe = recipes.find(self.root, family + "/" + stage)
+        notes = []
+        self.config = recipes.compile_config(
+            self.recipe, options.config, overrides,
+            lambda yaml, forced: backends.settle(self.recipe, self.profile, options.nodes, yaml, forced, notes))
+        self.job = self.make_job(options.args, notes)
+        settings = self.job.settings
+        self.tree = transport.collect(self.root, self.job.description["script"], tuple(settings.get("exclude", ())))
+        self.plan = transport.plan_for(
+            self.profile.executor, self.tree, self.job.description, compression=settings.get("compression", ""),
+            chunk_bytes=settings.get("chunk_bytes", 0), env=backends.secret_values(self.job, dry))
+
+    def make_job(self, args, notes):
+        recipe, profile = self.recipe, self.profile
+        settings = self.config.run["env"]
+        root = backends.run_root(settings, recipe.family)
+        if root is None:
+            notes.append("no workspace is set: what the job writes stays in the pod and goes with it")
+        command, tool, said = recipes.command(recipe, settings, args, backends.is_cloud(profile.executor))
+        secrets, about = backends.check_secrets(settings.get("secrets", {}), profile.executor)
+        run = backends.new_run_id()
+        description = {
+            "run": run, "recipe": recipe.name, "script": recipe.script, "launch": recipe.launch,
+            "nodes": settings["nodes"], "run_root": root, "config": self.config.text,
+            "env": backends.environment(settings, self.config.run, recipe.name, profile.executor),
+            "setup": settings.get("startup_commands", []), "command": command, "tool": tool,
+            "workdir": settings.get("workdir"),
+        }
+        return backends.Job(
+            run, recipe.name, profile.executor, settings["nodes"], settings["gpus_per_node"], settings["nproc"],
+            settings.get("container_image"), settings, description, secrets,
+            tuple(notes + said + about + list(self.config.notes)))
+
+    def notes(self):
+        return list(self.job.notes) + left_out_notes(self.tree)
+
+
+def split_words(words):
+    """FAMILY STAGE [PROFILE] and the KEY=VALUE overrides among the words."""
+    overrides = [word for word in words if "=" in word]
+    names = [word for word in words if "=" not in word]
+    if len(names) < 2:
+        raise Refusal("a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local")
+    if len(names) > 3:
+        raise Refusal("%r is one word too many" % names[3], "overrides are KEY=VALUE; what follows -- goes to the script")
+    return names[0], names[1].strip("/"), names[2] if len(names) > 2 else "local", overrides
+
+
+def left_out_notes(tree):
+    """One line for each kind of thing that stays here; credentials are named."""
+    kinds = {}
+    for path, reason in tree.left_out:
+        kinds.setdefault(reason, []).append(path)
+    notes = []
+    for reason, paths in sorted(kinds.items()):
+        if reason == "credential":
+            notes.append("left out, as they look like credentials: " + ", ".join(paths))
+        elif reason != "documentation":
+            notes.append("left out, %s: %d, like %s" % (reason, len(paths), paths[0]))
+    return notes
+
+
+def launch(options):
+    dry = options.dry_run or options.json
+    plan = Launch(options, dry)
+    if options.json:
+        print(json.dumps(as_json(plan), indent=1))
+        return 0 if plan.plan.fits else 3
+    if options.dry_run:
+        show(plan)
+        plan.plan.require_fit()
+        return 0
+    plan.plan.require_fit()
+    backends.require(plan.job, not options.detach)
+    return submit(plan, options.detach)
+
+
+def submit(plan, detach):
+    job, backend = plan.job, backends.backend(plan.job.executor)
+    print("%s on %s: %s, %d files, %s, sha256 %s, run %s" % (
+        job.name, plan.profile.name, shape(job), plan.plan.files, transport.human(len(plan.plan.tar)),
+        plan.plan.digest[:12], job.run))
+    for note in plan.notes():
+        print("note: " + note)
+    sys.stdout.flush()
+    run = backends.Run(job.run, job.name, plan.profile.name, job.executor, job.nodes, plan.plan.digest)
+    run.record = backend.submit(job, plan.plan, not detach)
+    run.save()
+    if detach:
+        print("started; come back with: python launch.py logs %s" % job.run)
+        return 0
+    try:
+        code = backend.follow(run)
+    except KeyboardInterrupt:
+        return interrupted(run, backend)
+    return ended(run, code, plan)
+
+
+def interrupted(run, backend):
+    """Ctrl-C: local pods end; a job elsewhere goes on."""
+    if run.executor == "local":
+        print("\nending the pods: %s" % backend.cancel(run))
+        return 1
+    print("\nthe job goes on; come back with: python launch.py logs %s" % run.run)
+    return 0
+
+
+def ended(run, code, plan):
+    run.job_exit_code = code
+    run.save()
+    took = "%.0f s" % (time.time() - run.started)
+    root = plan.job.description["run_root"]
+    if code == 0:
+        print("done in %s%s" % (took, "; outputs in " + root if root else ""))
+        return 0
+    print("airlift: the job failed with exit code %d after %s\n%s" % ((code, took) + explain(code, run)), file=sys.stderr)
+    return 1
+
+
+def explain(code, run):
+    if code in pod.FAILURES:
+        return ("%s; %s" % pod.FAILURES[code],)
+    return ("its output is above, and: python launch.py logs %s" % run.run,)
+
+
+def shape(job):
+    nodes = "1 node" if job.nodes == 1 else "%d nodes" % job.nodes
+    return nodes + (" x %s GPUs" % job.gpus_per_node if job.gpus_per_node else ", CPU only")
+
+
+# ---------------------------------------------------------------- show
+
+
+def as_json(plan):
+    job, payload = plan.job, plan.plan
+    env_bytes, env_limit = payload.budget("environment")
+    object_bytes, object_limit = payload.budget("API object")
+    text = plan.config.text.encode()
+    return {
+        "recipe": {"name": job.name, "script": job.description["script"], "launch": job.description["launch"],
+                   "nodes": job.nodes, "gpus_per_node": job.gpus_per_node, "nproc_per_node": job.nproc, "image": job.image},
+        "profile": {"name": plan.profile.name, "executor": plan.profile.executor, "files": list(plan.profile.files)},
+        "config": {"path": str(plan.config.path), "sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text),
+                   "text": plan.config.text},
+        "payload": {"files": payload.files, "tar_bytes": len(payload.tar), "encoded_chars": -(-len(payload.tar) // 3) * 4,
+                    "sha256": payload.digest, "compression": payload.compression, "chunks": payload.chunks,
+                    "chunk_limit": payload.chunk_limit or None, "env_bytes": env_bytes, "env_limit": env_limit,
+                    "object_bytes": object_bytes or None, "object_limit": object_limit or None, "fits": payload.fits},
+        "env": shown_env(plan), "argv": payload.argv, "command": job.description["command"], "notes": plan.notes(),
+    }
+
+
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+
+
+def shown_env(plan):
+    """What the pods' environment holds, ours and the recipe's: secrets as ***, chunks by their length."""
+    env = dict(plan.plan.env, **plan.job.description["env"])
+    env.update({name: "***" for name in plan.job.secrets})
+    for name, value in env.items():
+        if re.match(r"AIRLIFT_[A-Z]+_\d+$", name):
+            env[name] = "<%d characters>" % len(value)
+        elif SECRET_NAME.search(name) and not value.startswith("<unset "):
+            env[name] = "***"
+    return env
+
+
+def show(plan):
+    """The dry run, for a person."""
+    job, payload = plan.job, plan.plan
+    print("%s on %s (%s): %s, %s" % (job.name, plan.profile.name, job.executor, shape(job), job.description["launch"]))
+    rows = [
+        ("script", job.description["script"]), ("config", str(plan.config.path)), ("image", job.image),
+        ("command", job.description["command"]), ("outputs", job.description["run_root"]),
+        ("ships", "%d files, %s as %s, %d chunks, sha256 %s" % (
+            payload.files, transport.human(len(payload.tar)), payload.compression, payload.chunks, payload.digest[:16])),
+    ]
+    for label, value in rows:
+        if value:
+            print("  %-9s%s" % (label, value))
+    for number, (name, used, limit) in enumerate(payload.budgets):
+        filled = min(20, -(-used * 20 // limit))
+        print("  %-9s%-12s|%s%s| %3d %% of %s" % (
+            "" if number else "budgets", name, "#" * filled, "." * (20 - filled), -(-used * 100 // limit), human_limit(limit)))
+    for name, value in sorted(shown_env(plan).items()):
+        if not name.startswith("AIRLIFT_"):
+            print("  %-9s%s=%s" % ("env", name, value))
+    for note in plan.notes():
+        print("  %-9s%s" % ("note", note))
+    print("nothing was submitted")
+
+
+def human_limit(limit):
+    return transport.human(limit) if limit >= 65536 else "%d" % limit
+
+
+# ---------------------------------------------------------------- the other commands
+
+
+def list_recipes(options):
+    if len(options.words) > 1:
+        raise Refusal("%r is one word too many" % options.words[1], "list takes a family at most")
+    root = Path(options.repo_root or HERE).resolve()
+    found, problems = recipes.scan(root)
+    wanted = [r for r in found.values() if not options.words or r.family == options.words[0]]
+    if not wanted and not problems:
+        families = sorted({recipe.family for recipe in found.values()})
+        raise Refusal("%s has no recipe%s" % (root, " of family " + options.words[0] if options.words else ""),
+                      "did you mean %s?" % recipes.nearest(options.words[0], families) if options.words and families
+                      else "name the source tree with --repo-root")
+    if options.json:
+        print(json.dumps([{"name": r.name, "script": r.script, "launch": r.launch, "nodes": r.nodes,
+                           "gpus_per_node": r.gpus_per_node, "image": r.image} for r in wanted], indent=1))
+    else:
+        list_rows(wanted)
+    for problem in problems:
+        print("airlift: %s\n%s" % (problem.what, problem.fix), file=sys.stderr)
+    return 2 if problems else 0
+
+
+def list_rows(wanted):
+    family = None
+    for recipe in wanted:
+        if recipe.family != family:
+            family = recipe.family
+            print(family)
+        print("  %-28s %-9s %4s x %-4s %s%s" % (
+            recipe.stage, recipe.launch, recipe.nodes, recipe.gpus_per_node, recipe.script,
+            "  [%s]" % recipe.image if recipe.image else ""))
+
+
+def list_profiles(options):
+    rows = list(profiles.overview())
+    if options.json:
+        print(json.dumps([dict(zip(("name", "executor", "about"), row)) for row in rows], indent=1))
+    else:
+        for row in rows:
+            print("%-16s%-10s%s" % row)
+    return 0
+
+
+def files(options):
+    plan = Launch(options, True)
+    if options.json:
+        print(json.dumps({"files": [{"path": entry.path, "bytes": len(entry.data)} for entry in plan.tree.entries],
+                          "left_out": [{"path": path, "reason": reason} for path, reason in plan.tree.left_out]}, indent=1))
+        return 0
+    for entry in plan.tree.entries:
+        print("%9d  %s" % (len(entry.data), entry.path))
+    for path, reason in plan.tree.left_out:
+        print("%9s  %s (%s)" % ("-", path, reason))
+    return 0
+
+
+def find_run(options):
+    if len(options.words) != 1:
+        raise Refusal("name one run", "python launch.py status lists them")
+    return backends.load_run(options.words[0])
+
+
+def status(options):
+    runs = [find_run(options)] if options.words else backends.all_runs()
+    rows = []
+    for run in runs:
+        state = backends.backend(run.executor).status(run)
+        rows.append(dict(run=run.run, recipe=run.recipe, profile=run.profile, nodes=run.nodes, state=state.state,
+                         detail=state.detail, age_s=int(time.time() - run.started), job_exit_code=state.exit_code))
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        for row in rows:
+            print("{run}  {state:<9} {age_s:>6} s  {recipe} on {profile}, {nodes} nodes  {detail}".format(**row))
+    return 0
+
+
+def logs(options):
+    run = find_run(options)
+    backends.backend(run.executor).logs(run)
+    return 0
+
+
+def cancel(options):
+    run = find_run(options)
+    print("%s: %s" % (run.run, backends.backend(run.executor).cancel(run)))
+    return 0
+
+
+COMMANDS = {"launch": launch, "list": list_recipes, "profiles": list_profiles, "files": files, "status": status,
+            "logs": logs, "cancel": cancel}
+
+if __name__ == "__main__":
+    sys.exit(main())

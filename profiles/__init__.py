@@ -1,0 +1,237 @@
+"""Profiles: where and how jobs run. One TOML file each in this folder; `load` gives one, checked and resolved.
+
+`extends = "parent"` merges tables deeply and replaces lists. `[stages.rl]` and `[stages."data/prep"]` override for the
+stages with that prefix, longest last. `${env:NAME}` reads the environment of the launcher. Every key has a type and the
+executors that it is for; an unknown key, a wrong type, or a key of another executor is an error.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transport import LIMITS, Refusal
+
+FOLDER = Path(__file__).parent
+CLOUDS = ("lepton", "dgxcloud")
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a profile: what its value must be, the executors it is for (none: all), and the key it is an alias of."""
+
+    kind: str  # "str", "int", "bool", "str list", "table", "table list", "mounts", "count" (int or "gpu")
+    executors: tuple[str, ...] = ()
+    alias: str = ""
+
+
+_REMOTE = ("docker", "slurm", *CLOUDS)
+KEYS: dict[str, Key] = {
+    # every executor
+    "executor": Key("str"), "extends": Key("str"), "stages": Key("table"),
+    "nodes": Key("int"), "gpus_per_node": Key("count"), "nproc_per_node": Key("count"),
+    "nprocs_per_node": Key("count", alias="nproc_per_node"), "ntasks_per_node": Key("count", alias="nproc_per_node"),
+    "env_vars": Key("table"), "secrets": Key("table"), "startup_commands": Key("str list"), "run_command": Key("str"),
+    "workspace": Key("str"), "run_dir": Key("str"), "workdir": Key("str"), "repo_root": Key("str"),
+    "exclude": Key("str list"), "compression": Key("str"), "unpack": Key("str"), "scope": Key("str"),
+    "rendezvous_timeout": Key("int"), "chunk_bytes": Key("int", ("local", "docker", *CLOUDS)),
+    # every executor but this machine
+    "container_image": Key("str", _REMOTE), "container": Key("str", _REMOTE, alias="container_image"),
+    "mounts": Key("mounts", ("docker", "slurm", "lepton")), "custom_spec": Key("table", CLOUDS),
+    "ca_bundle": Key("str", CLOUDS),
+    # Docker
+    "runtime": Key("str", ("docker",)), "ipc_mode": Key("str", ("docker",)), "shm_size": Key("str", ("docker",)),
+    # Slurm
+    "account": Key("str", ("slurm",)), "partition": Key("str", ("slurm",)), "run_partition": Key("str", ("slurm",)),
+    "batch_partition": Key("str", ("slurm",)), "tunnel": Key("str", ("slurm",)), "host": Key("str", ("slurm",)),
+    "user": Key("str", ("slurm",)), "port": Key("int", ("slurm",)), "identity": Key("str", ("slurm",)),
+    "remote_job_dir": Key("str", ("slurm",)), "time": Key("str", ("slurm",)), "mem": Key("str", ("slurm",)),
+    "exclusive": Key("bool", ("slurm",)), "setup_lines": Key("str", ("slurm",)), "cpus_per_task": Key("int", ("slurm",)),
+    "lustre_mount": Key("str", ("slurm",)),
+    # DGX Cloud Lepton
+    "node_group": Key("str", ("lepton",)), "resource_shape": Key("str", ("lepton",)),
+    "node_reservation": Key("str", ("lepton",)), "shared_memory_size": Key("int", ("lepton",)),
+    "image_pull_secrets": Key("str list", ("lepton",)), "nemo_run_dir": Key("str", ("lepton",)),
+    "pre_launch_commands": Key("str list", ("lepton",)), "queue_priority": Key("str", ("lepton",)),
+    "can_be_preempted": Key("bool", ("lepton",)), "can_preempt": Key("bool", ("lepton",)),
+    # DGX Cloud run:AI
+    "base_url": Key("str", ("dgxcloud",)), "kube_apiserver_url": Key("str", ("dgxcloud",)),
+    "client_id": Key("str", ("dgxcloud",)), "app_id": Key("str", ("dgxcloud",), alias="client_id"),
+    "client_secret": Key("str", ("dgxcloud",)), "app_secret": Key("str", ("dgxcloud",), alias="client_secret"),
+    "project_name": Key("str", ("dgxcloud",)), "pvc_nemo_run_dir": Key("str", ("dgxcloud",)),
+    "pvcs": Key("table list", ("dgxcloud",)), "distributed_framework": Key("str", ("dgxcloud",)),
+    "dgxcloud_max_args_chars": Key("int", ("dgxcloud",)),
+}
+REQUIRED = {
+    "local": (), "docker": (), "slurm": ("account", "partition", "remote_job_dir"),
+    "lepton": ("node_group", "resource_shape"),
+    "dgxcloud": ("base_url", "client_id", "client_secret", "project_name"),
+}
+CHOICES = {"compression": ("xz", "gz"), "unpack": ("local",), "scope": ("family",), "tunnel": ("local", "ssh")}
+SECRET_KEYS = ("client_secret",)  # never shown
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A resolved profile. `files` are the TOML files it came from; `stage` holds the keys of matching [stages.…]."""
+
+    name: str
+    executor: str
+    files: tuple[str, ...]
+    keys: dict[str, Any]
+    stage: dict[str, Any]
+    unset: tuple[str, ...]  # variables that ${env:NAME} asked for and that are not set
+
+    def require_set(self) -> None:
+        """Raises Refusal if the profile reads a variable that is not set: fine for a dry run, not for a launch."""
+        if self.unset:
+            raise Refusal("profile %s reads %s, which %s not set" % (
+                self.name, ", ".join(self.unset), "is" if len(self.unset) == 1 else "are"),
+                "export it, or write the value into %s" % self.files[0])
+
+
+def names() -> list[str]:
+    """The profiles of this folder."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load(name: str, stage: str = "") -> Profile:
+    """The profile of that name for a stage. Raises Refusal that names file, key and the nearest known word."""
+    keys, files = _extended(name, ())
+    unset: list[str] = []
+    keys = _resolve(keys, unset)
+    executor = keys.get("executor")
+    if executor is None:
+        raise Refusal("profile %s names no executor" % name, "add executor = one of " + ", ".join(LIMITS))
+    if executor not in LIMITS:
+        raise Refusal("profile %s: executor %r is not known" % (name, executor), "did you mean %s?" % _nearest(executor, LIMITS))
+    stages = keys.pop("stages", {})
+    keys = _checked(keys, executor, "profile " + name)
+    overrides: dict[str, Any] = {}
+    for prefix in sorted(stages, key=len):
+        if not isinstance(stages[prefix], dict):
+            raise Refusal("profile %s: stages.%s is %r" % (name, prefix, stages[prefix]), "write a table [stages.%s]" % prefix)
+        checked = _checked(stages[prefix], executor, "profile %s, stages.%s" % (name, prefix))
+        if stage == prefix or stage.startswith(prefix + "/"):
+            overrides = _merge(overrides, checked)
+    missing = [key for key in REQUIRED[executor] if key not in keys and key not in overrides]
+    if missing:
+        raise Refusal("profile %s lacks %s" % (name, ", ".join(missing)), "executor %s needs it; see profiles/%s.toml"
+                      % (executor, executor))
+    for table in (keys, overrides):
+        _anchor(table, executor)
+    return Profile(name, executor, files, keys, overrides, tuple(dict.fromkeys(unset)))
+
+
+def _anchor(table: dict[str, Any], executor: str) -> None:
+    """Relative paths of this machine begin at launch.py's folder."""
+    for key in ("repo_root", "workspace") if executor == "local" else ("repo_root",):
+        if key in table:
+            table[key] = os.path.normpath(FOLDER.parent / os.path.expanduser(table[key]))
+
+
+def _extended(name: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    if name in seen:
+        raise Refusal("profiles extend each other in a circle: " + " -> ".join((*seen, name)), "take one extends out")
+    path = FOLDER / (name + ".toml")
+    if name not in names():
+        asked = "profile %s extends %r, which" % (seen[-1], name) if seen else "profile %r" % name
+        raise Refusal("%s is not there" % asked, "did you mean %s?" % _nearest(name, names()))
+    try:
+        keys = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Refusal("%s is not TOML: %s" % (path, error), "mend the file") from None
+    parent = keys.pop("extends", None)
+    if parent is None:
+        return keys, (str(path),)
+    if not isinstance(parent, str):
+        raise Refusal("%s: extends is %r" % (path, parent), 'write extends = "name"')
+    above, files = _extended(parent, (*seen, name))
+    return _merge(above, keys), (str(path), *files)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Tables deeply, everything else (lists too) replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _merge(below[key], value) if both else value
+    return merged
+
+
+def _resolve(value: Any, unset: list[str]) -> Any:
+    """`${env:NAME}` and `${oc.env:NAME[,default]}` replaced; a variable that is not set shows as <unset NAME>."""
+    if isinstance(value, dict):
+        return {key: _resolve(item, unset) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolve(item, unset) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def read(match: re.Match[str]) -> str:
+        name, default = match.group(1), match.group(2)
+        if name in os.environ or default is not None:
+            return os.environ.get(name, default or "")
+        unset.append(name)
+        return "<unset %s>" % name
+
+    return re.sub(r"\$\{(?:oc\.)?env:([A-Za-z_][A-Za-z0-9_]*)(?:,([^}]*))?\}", read, value)
+
+
+def _checked(table: dict[str, Any], executor: str, where: str) -> dict[str, Any]:
+    """The table with aliases under their own names. Raises Refusal for an unknown key, a wrong type or executor."""
+    result: dict[str, Any] = {}
+    for key, value in table.items():
+        known = KEYS.get(key)
+        if known is None:
+            raise Refusal("%s: there is no key %r" % (where, key), "did you mean %s?" % _nearest(key, KEYS))
+        if known.executors and executor not in known.executors:
+            raise Refusal("%s: %s is not for executor %s" % (where, key, executor),
+                          "it is for %s; take it out" % ", ".join(known.executors))
+        problem = _wrong(known.kind, value)
+        if problem:
+            raise Refusal("%s: %s is %r" % (where, key, "***" if key in SECRET_KEYS else value), "it must be " + problem)
+        if key in CHOICES and value not in CHOICES[key]:
+            raise Refusal("%s: %s is %r" % (where, key, value), "it must be " + " or ".join(CHOICES[key]))
+        name = known.alias or key
+        if name in result:
+            raise Refusal("%s: %s is set twice, once as an alias" % (where, name), "keep one of them")
+        result[name] = value
+    return result
+
+
+def _wrong(kind: str, value: Any) -> str:
+    """What the value should have been, or "" where it is right."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    good = {
+        "str": ("a string", isinstance(value, str)),
+        "int": ("a whole number, 1 or more", whole and value >= 1),
+        "count": ('a whole number, 0 or more, or "gpu"', whole and value >= 0 or value == "gpu"),
+        "bool": ("true or false", isinstance(value, bool)),
+        "str list": ("a list of strings", isinstance(value, list) and all(isinstance(item, str) for item in value)),
+        "table": ("a table", isinstance(value, dict)),
+        "table list": ("a list of tables", isinstance(value, list) and all(isinstance(item, dict) for item in value)),
+        "mounts": ("a list of strings or tables",
+                   isinstance(value, list) and all(isinstance(item, (str, dict)) for item in value)),
+    }
+    expected, right = good[kind]
+    return "" if right else expected
+
+
+def _nearest(word: str, known: Any) -> str:
+    return " or ".join(difflib.get_close_matches(word, list(known), 3, 0.5) or sorted(known))
+
+
+def overview() -> Iterator[tuple[str, str, str]]:
+    """(name, executor, what its file says of it in its first comment) of every profile; "?" where it does not load."""
+    for name in names():
+        first = (FOLDER / (name + ".toml")).read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
+        try:
+            executor = load(name).executor
+        except Refusal:
+            executor = "?"
+        yield name, executor, first.lstrip("# ") if first.startswith("#") else ""

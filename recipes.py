@@ -1,0 +1,367 @@
+"""Find a recipe by the name in its runspec header, and compile its config.
+
+A recipe is a script under <repo_root>/src/*/recipes or src/*/steps with a PEP 723 block that holds [tool.runspec]: its
+name ("nano3/sft"), image, launch mode, configs and resources. Its config is YAML, read with OmegaConf as NVIDIA's
+launcher does: `defaults:` merges parents, KEY=VALUE overrides, `${run.…}` is replaced as text, and the script gets what
+is left without `run`. Interpolations other than those are for the pod.
+"""
+
+import difflib
+import posixpath
+import re
+import shlex
+import string
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transport import COLLECTIONS, Refusal
+
+LAUNCH_MODES = ("torchrun", "ray", "direct", "python")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One header. `script` is relative to `root`, posix; `config_dir` is absolute."""
+
+    name: str
+    root: Path
+    script: str
+    image: str | None
+    launch: str
+    cmd: str | None
+    workdir: str | None
+    config_dir: Path
+    config_default: str
+    nodes: int
+    gpus_per_node: int | str  # "gpu": as many as the pod has
+    env: dict[str, str]
+
+    @property
+    def family(self) -> str:
+        return self.name.split("/")[0]
+
+    @property
+    def stage(self) -> str:
+        return self.name.split("/", 1)[1]
+
+
+# ---------------------------------------------------------------- find
+
+HEADER = re.compile(rb"^# /// script[ \t]*\r?\n((?:#[^\n]*\n)*?)# ///[ \t]*\r?$", re.MULTILINE)
+FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
+    "": {"schema": (str,), "docs": (str,), "name": (str,), "image": (str,), "setup": (str,), "run": (dict,),
+         "config": (dict,), "resources": (dict,), "env": (dict,)},
+    "run": {"launch": (str,), "cmd": (str,), "workdir": (str,)},
+    "config": {"dir": (str,), "default": (str,), "format": (str,)},
+    "resources": {"nodes": (int,), "gpus_per_node": (int, str)},
+}
+
+
+def scan(root: Path) -> tuple[dict[str, Recipe], list[Refusal]]:
+    """All recipes under root by name, and what is wrong with headers that cannot be used."""
+    found: dict[str, Recipe] = {}
+    problems: list[Refusal] = []
+    for collection in COLLECTIONS:
+        for path in sorted(root.glob("src/*/%s/**/*.py" % collection)):
+            try:
+                recipe = read_header(root, path)
+                if recipe:
+                    other = found.get(recipe.name)
+                    found[recipe.name] = recipe if other is None else _choose(recipe, other)
+            except Refusal as problem:
+                problems.append(problem)
+    return dict(sorted(found.items())), problems
+
+
+def find(root: Path, name: str) -> Recipe:
+    """The recipe of that name. Raises Refusal that names the nearest ones, or a header that may have hidden it."""
+    found, problems = scan(root)
+    if name in found:
+        return found[name]
+    if problems:
+        raise problems[0]
+    if not found:
+        raise Refusal("there is no recipe under %s/src/*/recipes or steps" % root, "name the source tree with --repo-root")
+    family = name.split("/")[0]
+    families = sorted({recipe.family for recipe in found.values()})
+    if family not in families:
+        raise Refusal("there is no family %r" % family, "did you mean %s?" % nearest(family, families))
+    stages = [recipe.stage for recipe in found.values() if recipe.family == family]
+    raise Refusal("%s has no stage %r" % (family, name[len(family) + 1:]),
+                  "did you mean %s?" % nearest(name[len(family) + 1:], stages))
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The known words most like `word`, or all of them where none is alike."""
+    return " or ".join(difflib.get_close_matches(word, known, 3, 0.5) or sorted(known))
+
+
+def _choose(one: Recipe, other: Recipe) -> Recipe:
+    """Where two scripts carry one name, src/starter yields; otherwise it is an error that names both."""
+    for mine, theirs in ((one, other), (other, one)):
+        if mine.script.startswith("src/starter/") and not theirs.script.startswith("src/starter/"):
+            return theirs
+    raise Refusal("two scripts are named %s: %s and %s" % (one.name, other.script, one.script), "rename one of them")
+
+
+def read_header(root: Path, path: Path) -> Recipe | None:
+    """The Recipe of one script; None if it has no runspec header. Raises Refusal that names file and line."""
+    data = path.read_bytes()
+    if b"[tool.runspec" not in data:
+        return None
+    match = HEADER.search(data)
+    if match is None:
+        return None
+    script = path.relative_to(root).as_posix()
+    first = data[: match.start(1)].count(b"\n")  # lines before the block's own
+    text = "".join(line[2:] if line.startswith("# ") else line.lstrip("#")
+                   for line in match.group(1).decode("utf-8", "replace").splitlines(True))
+    try:
+        spec = tomllib.loads(text).get("tool", {}).get("runspec")
+    except tomllib.TOMLDecodeError as error:
+        at = re.search(r"line (\d+)", str(error))
+        raise Refusal("%s:%d: the runspec header is not TOML: %s" % (script, first + int(at.group(1)) if at else first, error),
+                      "mend the block between `# /// script` and `# ///`") from None
+    if not isinstance(spec, dict):
+        return None
+    _check_fields(spec, script, lambda key: _line_of(text, key) + first)
+    run, config, resources = spec.get("run", {}), spec.get("config", {}), spec.get("resources", {})
+    return Recipe(spec["name"], root, script, spec.get("image"), run.get("launch", "torchrun"), run.get("cmd"),
+                  run.get("workdir"), path.parent / config.get("dir", "./config"), config.get("default", "default"),
+                  resources.get("nodes", 1), resources.get("gpus_per_node", 8),
+                  {name: str(value) for name, value in spec.get("env", {}).items()})
+
+
+def _line_of(text: str, key: str) -> int:
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(r"\s*\[?[\w.]*\b%s\b" % re.escape(key), line):
+            return number
+    return 1
+
+
+def _check_fields(spec: dict[str, Any], script: str, line: Any) -> None:
+    for table, fields in FIELDS.items():
+        for key, value in (spec if not table else spec.get(table, {})).items():
+            if key not in fields:
+                raise Refusal("%s:%d: the header has an unknown field %r" % (script, line(key), key),
+                              "did you mean %s?" % nearest(key, list(fields)))
+            if not isinstance(value, fields[key]) or isinstance(value, bool):
+                raise Refusal("%s:%d: the header's %s is %r" % (script, line(key), key, value),
+                              "it must be " + " or ".join(kind.__name__ for kind in fields[key]))
+    _check_values(spec, script, line)
+
+
+def _check_values(spec: dict[str, Any], script: str, line: Any) -> None:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", spec.get("name", "")):
+        raise Refusal("%s:%d: the header's name is %r" % (script, line("name"), spec.get("name", "")),
+                      'it must be like "family/stage"')
+    launch = spec.get("run", {}).get("launch", "torchrun")
+    if launch not in LAUNCH_MODES:
+        raise Refusal("%s:%d: launch mode %r is not known" % (script, line("launch"), launch),
+                      "use one of " + ", ".join(LAUNCH_MODES))
+    gpus = spec.get("resources", {}).get("gpus_per_node", 8)
+    if gpus != "gpu" and not (isinstance(gpus, int) and gpus >= 0) or spec.get("resources", {}).get("nodes", 1) < 1:
+        raise Refusal("%s:%d: resources are %r" % (script, line("resources"), spec["resources"]),
+                      'nodes must be 1 or more, gpus_per_node 0 or more or "gpu"')
+
+
+# ---------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class Config:
+    """A compiled config: the YAML's path, the text that the script reads, its run section, and things to say."""
+
+    path: Path
+    text: str
+    run: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def config_file(recipe: Recipe, name: str | None) -> Path:
+    """The YAML for `-c name`: a path if it holds `/` or ends in .yaml or .yml, else a file of the config folder."""
+    name = name or recipe.config_default
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise Refusal("there is no config file %s" % name, "name a file, or a config of %s" % recipe.config_dir)
+        return Path(name)
+    for suffix in (".yaml", ".yml"):
+        if (recipe.config_dir / (name + suffix)).is_file():
+            return recipe.config_dir / (name + suffix)
+    known = [path.stem for path in recipe.config_dir.glob("*.y*ml")]
+    raise Refusal("%s has no config %r in %s" % (recipe.name, name, recipe.config_dir),
+                  "did you mean %s?" % nearest(name, known) if known else "write one there")
+
+
+def compile_config(recipe: Recipe, name: str | None, overrides: list[str], settings: Any) -> Config:
+    """Read, merge and override the YAML. `settings(env, forced)` merges the profile over its run.env and gives the result;
+    `forced` is what KEY=VALUE says of run.env.
+
+    Raises Refusal for a file that is not YAML, a cycle in `defaults:`, or an override that does not parse.
+    """
+    omegaconf = _omegaconf()
+    path = config_file(recipe, name)
+    config = _override(omegaconf, _load(omegaconf, path, ()), overrides)
+    plain = omegaconf.OmegaConf.to_container(config, resolve=False)
+    if not isinstance(plain, dict):
+        raise Refusal("%s is not a table of settings" % path, "a config is YAML with names at its top")
+    run = plain.pop("run", None) or {}
+    if not isinstance(run, dict):
+        raise Refusal("%s: run is %r, not a table" % (path, run), "mend the config's run section")
+    forced = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(overrides)).get("run") or {}
+    env = settings(run.get("env") or {}, forced.get("env") or {})
+    run = run | {"env": env, "recipe": {"name": recipe.name, "script": recipe.script}}
+    plain = _replace_run(_places(plain, recipe.root), run)
+    kept = {key: value for key, value in run.items() if is_artifact(value)}
+    text = dump(plain | {"run": kept} if kept else plain)
+    missing = sorted(set(re.findall(r"\$\{(run\.[^}:]+)\}", text)))
+    notes = ["the config still holds ${%s}, which nothing sets here" % reference for reference in missing]
+    return Config(path, text, run, tuple(notes))
+
+
+def _omegaconf() -> Any:
+    try:
+        import omegaconf
+    except ImportError:
+        raise Refusal("configs are read with omegaconf, which this Python does not have",
+                      "run `make setup`, or pip install -r requirements.txt") from None
+    return omegaconf
+
+
+def _load(omegaconf: Any, path: Path, seen: tuple[Path, ...]) -> Any:
+    if path.resolve() in seen:
+        raise Refusal("defaults: leads in a circle: " + " -> ".join(p.name for p in (*seen, path.resolve())),
+                      "take one of them out of its defaults:")
+    try:
+        config = omegaconf.OmegaConf.load(path)
+    except FileNotFoundError:
+        raise Refusal("%s is named in defaults: of %s, but is not there" % (path, seen[-1]), "mend the defaults:") from None
+    except Exception as error:  # YAML's and OmegaConf's errors share no base class
+        raise Refusal("%s is not a config: %s" % (path, " ".join(str(error).split())), "mend the YAML") from None
+    parents = config.get("defaults") if omegaconf.OmegaConf.is_dict(config) else None
+    names = [parents] if isinstance(parents, str) else list(parents) if omegaconf.OmegaConf.is_list(parents) else []
+    if not names or not all(isinstance(item, str) for item in names):
+        return config  # a list of tables is the script's own, as in Hydra
+    merged = omegaconf.OmegaConf.create()
+    for item in names:
+        if item != "_self_":
+            parent = path.parent / (item if Path(item).suffix else item + ".yaml")
+            merged = omegaconf.OmegaConf.merge(merged, _load(omegaconf, parent, (*seen, path.resolve())))
+    del config["defaults"]
+    return omegaconf.OmegaConf.merge(merged, config)
+
+
+def _override(omegaconf: Any, config: Any, overrides: list[str]) -> Any:
+    try:
+        return omegaconf.OmegaConf.merge(config, omegaconf.OmegaConf.from_dotlist(overrides))
+    except Exception as error:
+        raise Refusal("an override does not fit the config: " + " ".join(str(error).split()),
+                      "overrides are KEY=VALUE with dots between names") from None
+
+
+def is_artifact(value: Any) -> bool:
+    """Whether a run entry is a reference like nano3-sft-data:latest, which the script resolves in the pod."""
+    if not isinstance(value, str) or "/" in value or "nvcr" in value.lower() or "docker" in value.lower():
+        return False
+    name, colon, version = value.rpartition(":")
+    return "Artifact" in value or bool(colon and "." not in name and re.match(r"v|latest$|\d+$", version))
+
+
+def _map_strings(value: Any, change: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_strings(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _replace_run(value: Any, run: dict[str, Any]) -> Any:
+    """`${run.a.b}` replaced by what stands there: as text inside a string, as it is where it is the whole string."""
+
+    def lookup(reference: str, default: str) -> Any:
+        here: Any = run
+        for part in reference.split("."):
+            if not isinstance(here, dict) or part not in here:
+                return default
+            here = here[part]
+        return here
+
+    def text(match: re.Match[str]) -> str:
+        found = lookup(match.group(1), match.group(0))
+        return "" if found is None else str(found)
+
+    def change(item: str) -> Any:
+        whole = re.fullmatch(r"\$\{run\.([^}$]+)\}", item)
+        return lookup(whole.group(1), item) if whole else re.sub(r"\$\{run\.([^}]+)\}", text, item)
+
+    return _map_strings(value, change)
+
+
+def _places(value: Any, root: Path) -> Any:
+    """Paths of this machine and of NVIDIA's layout as /nemo_run/code/… and /nemo_run/…, which pod.py fills in."""
+
+    def change(item: str) -> str:
+        item = item.replace("${oc.env:PWD}", "/nemo_run/code")
+        item = re.sub(r"^\$\{oc\.env:NEMO_RUN_DIR[^}]*\}", "/nemo_run", item)
+        if item == str(root) or item.startswith(str(root) + "/"):
+            item = "/nemo_run/code" + item[len(str(root)):]
+        return re.sub(r"(?<![\w./}-])/nemo_run(?:/[^\s:,'\"]*)?/\.\.(?:/[^\s:,'\"]*)?",
+                      lambda match: posixpath.normpath(match.group(0)), item)
+
+    return _map_strings(value, change)
+
+
+def dump(value: Any) -> str:
+    """YAML that OmegaConf and PyYAML read alike: what one of them would take for a number is quoted, and so is each
+    string with a place in it, so that pod.py can put any path there."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+        numeric = re.fullmatch(r"[-+]?[0-9.][0-9_.]*([eE][-+]?[0-9]+)?", text)
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "/nemo_run" in text or numeric else None)
+
+    Dumper.add_representer(str, represent)
+    Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**9)
+
+
+# ---------------------------------------------------------------- command
+
+SCRIPT_AT, CONFIG_AT = '"$AIRLIFT_CODE"/', '"$AIRLIFT_CONFIG"'
+
+
+def command(recipe: Recipe, settings: dict[str, Any], args: list[str], cloud: bool) -> tuple[str, str, list[str]]:
+    """(what bash runs in the pod, the tool it starts with, things to say): run_command, else cmd, else by launch mode."""
+    script = SCRIPT_AT + shlex.quote(settings.get("train_script") or recipe.script)
+    notes: list[str] = []
+    template = settings.get("run_command") or recipe.cmd
+    if template:
+        text = _fill(template, script, CONFIG_AT)
+        workdir = settings.get("workdir") or recipe.workdir
+        if cloud and not settings.get("run_command") and not workdir and template.split()[:2] == ["uv", "run"]:
+            notes.append("`%s` needs a project and the network; the pod runs plain python" % template)
+            text = "python %s --config %s" % (script, CONFIG_AT)
+    elif recipe.launch == "torchrun":
+        text = ("torchrun --nnodes %s --node-rank \"$NODE_RANK\" --nproc-per-node %s --rdzv-backend static"
+                " --rdzv-endpoint \"$MASTER_ADDR:$MASTER_PORT\" --rdzv-conf timeout=%d %s --config %s"
+                % (settings["nodes"], settings["nproc"], settings["rendezvous_timeout"], script, CONFIG_AT))
+    else:
+        text = "python %s --config %s" % (script, CONFIG_AT)
+    tool = re.match(r"[\w./-]+(?=\s|$)", text)
+    return " ".join([text, *map(shlex.quote, args)]), tool.group(0) if tool else "", notes
+
+
+def _fill(template: str, script: str, config: str) -> str:
+    try:
+        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        if names - {"script", "config"}:
+            raise ValueError("it names {%s}" % sorted(names - {"script", "config"})[0])
+        return template.format(script=script, config=config)
+    except ValueError as error:
+        raise Refusal("the command %r cannot be filled in: %s" % (template, error),
+                      "only {script} and {config} are filled in; double other braces") from None

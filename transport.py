@@ -1,0 +1,446 @@
+"""Carry a source tree in a job's environment: tree -> tar -> xz -> base64 -> chunks within limits -> Plan.
+
+Standard library only, and nothing of ours is imported: this file and pod.py are the two ends of one protocol.
+
+The protocol. Three streams travel, each cut into chunks that are environment variables:
+
+    AIRLIFT_POD_000 ...    pod.py's own source, without comments, zlib
+    AIRLIFT_JOB_000 ...    the job's description (JSON: config, commands, the user's environment), zlib
+    AIRLIFT_TREE_0000 ...  the tree's tar, xz or gz
+
+A stream is base64 text; its chunks, joined in the order of their numbers, are that text again. Beside each stream stand
+AIRLIFT_<STREAM>_CHUNKS (their number) and AIRLIFT_<STREAM>_SHA256 (of the text), so that the pod can tell a dropped,
+cut, swapped, flipped or doubled chunk before it uses any. A platform sees base64, numbers and digests, never a user's
+text: Kubernetes rewrites $(NAME) and $$ in what it passes on.
+
+The tree itself is named by the SHA-256 of its uncompressed tar, which is the same on any machine; compressed bytes are
+not (zlib and zlib-ng differ).
+
+Edge cases, all of them tested against the real kernel:
+  - the kernel counts NAME=VALUE with its NUL, and 8 bytes of pointer for each string of argv and environment;
+  - an API object can hold the environment more than once (a RayCluster does), and etcd limits the object;
+  - a file that changes while it is read is an error: the tar would hold a tree that never was.
+"""
+
+import ast
+import base64
+import fnmatch
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import stat
+import tarfile
+import tokenize
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+# Where the figures come from: facts/limits.md of the design; "measured" there means run on Linux 6.18.
+MAX_STRING = 131_072  # bytes of one NAME=VALUE or argv string with its NUL: the kernel's MAX_ARG_STRLEN, measured
+MAX_EXEC = 2_097_152  # bytes of argv and environment of one execve at an 8 MiB stack, measured
+EXEC_RESERVE = 131_072  # bytes left free for what platform, image and shell add to a pod's environment (our choice)
+POINTER = 8  # bytes the kernel counts for each string, besides the string
+OBJECT_RESERVE = 32_768  # bytes of an API object left for all that is not environment: image, mounts, custom_spec
+
+
+class Refusal(Exception):
+    """Something Airlift will not do. `what` is wrong, `fix` is what to do about it; `code` is the exit code."""
+
+    def __init__(self, what: str, fix: str, code: int = 2) -> None:
+        super().__init__(what + "\n" + fix)
+        self.what, self.fix, self.code = what, fix, code
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an executor can carry. Sizes in characters of base64 (= bytes) or bytes; 0 means that there is no limit."""
+
+    chunk: int  # characters of one chunk; 0: the tree does not travel in chunks
+    value: int = 0  # characters of one environment value, enforced by the platform's server
+    args: int = 0  # characters of argv joined by blanks, likewise
+    object: int = 0  # bytes of the API object in etcd
+    copies: int = 1  # how often the environment stands in that object
+
+
+LIMITS = {
+    "local": Limits(chunk=98_304),
+    "docker": Limits(chunk=98_304),
+    "lepton": Limits(chunk=98_304, object=1_572_864),
+    "dgxcloud": Limits(chunk=9_216, value=10_000, args=9_500, object=1_572_864),
+    "slurm": Limits(chunk=0),
+}
+
+
+# ---------------------------------------------------------------- collect
+
+CACHES = {"__pycache__", ".git", ".hg", ".svn", ".venv", "venv", "node_modules", ".tox", ".nox", ".ipynb_checkpoints",
+          ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".cache", ".eggs", ".DS_Store", ".airliftignore"}
+CACHE_SUFFIXES = (".pyc", ".pyo", ".pyd", ".egg-info", ".swp", "~")
+DATA_SUFFIXES = (".parquet", ".arrow", ".bin", ".idx", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".ckpt", ".onnx",
+                 ".h5", ".hdf5", ".nemo", ".gguf", ".tfrecord", ".mmap", ".sqlite", ".db", ".tar", ".tgz", ".gz",
+                 ".xz", ".zst", ".bz2", ".zip", ".whl", ".sqsh", ".sif", ".mp4", ".wav")
+DOCUMENTS = ("README*", "CHANGELOG*", "CONTRIBUTING*", "AGENTS.md", "CLAUDE.md", "SKILL.md")  # read by people only
+CREDENTIAL_FILES = (".env", ".env.*", ".netrc", "_netrc", ".pypirc", ".npmrc", ".pgpass", "id_rsa*", "id_dsa*",
+                    "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.keystore", "*.kubeconfig",
+                    "kubeconfig", "credentials", "credentials.json", "service-account*.json", "env.toml")
+CREDENTIAL_FOLDERS = (".ssh", ".aws", ".docker", ".kube", ".gnupg")
+HARMLESS_FILES = (".env.example", ".env.sample", ".env.template")
+# By shape: Hugging Face, GitHub, NVIDIA, AWS, OpenAI-like and Slack tokens, and private keys.
+CREDENTIAL_SHAPE = re.compile(
+    rb"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{40,}|\bnvapi-[A-Za-z0-9_-]{40,}"
+    rb"|\bAKIA[0-9A-Z]{16}\b|\bsk-[A-Za-z0-9_-]{32,}|\bxox[abp]-[A-Za-z0-9-]{20,}"
+    rb"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----\s+[A-Za-z0-9+/]{40}"
+)
+CREDENTIAL_HINTS = (b"hf_", b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_", b"nvapi-", b"AKIA", b"sk-",
+                    b"xox", b"PRIVATE KEY")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file or link of a tree: its path in the tar, its bytes (a link's target for a link), whether it may run."""
+
+    path: str
+    data: bytes
+    executable: bool = False
+    link: bool = False
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What ships. `left_out` pairs a path with the reason it stays here ("credential", "data or model file", a pattern)."""
+
+    entries: tuple[Entry, ...]
+    left_out: tuple[tuple[str, str], ...] = ()
+
+
+COLLECTIONS = ("recipes", "steps")
+
+
+def family_of(script: str) -> str | None:
+    """The folder under recipes/ or steps/ that a script (a path like src/pkg/recipes/nano3/...) lies in, or None."""
+    parts = PurePosixPath(script).parts
+    return parts[3] if len(parts) > 4 and parts[0] == "src" and parts[2] in COLLECTIONS else None
+
+
+def collect(root: Path, script: str, exclude: tuple[str, ...] = ()) -> Tree:
+    """The files under root/src that the script (relative to root, posix) may need: every package, but of recipes/ and
+    steps/ only the script's family, the plain files, and the folders whose names begin with `_`.
+
+    Raises Refusal for a link that leaves what ships, a name that is not UTF-8, a device or socket, or a file that
+    changes meanwhile.
+    """
+    if not (root / "src").is_dir():
+        raise Refusal("%s has no src folder, so there is nothing to ship" % root, "name the source tree with --repo-root")
+    walk = _Walk(root, family_of(script), exclude + _ignore_file(root))
+    walk.folder("src")
+    entries = tuple(sorted(walk.entries, key=lambda entry: entry.path))
+    _check_links(root, entries)
+    left = dict(walk.left_out)
+    if script in left:
+        raise Refusal("%s is the recipe, but it would not ship: %s" % (script, left[script]),
+                      "take the secret out of it, or the pattern out of exclude")
+    return Tree(entries, tuple(sorted(walk.left_out)))
+
+
+def _ignore_file(root: Path) -> tuple[str, ...]:
+    path = root / ".airliftignore"
+    if not path.is_file():
+        return ()
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+class _Walk:
+    """One walk over src. Kept as an object because four lists grow together."""
+
+    def __init__(self, root: Path, family: str | None, exclude: tuple[str, ...]) -> None:
+        self.root, self.family, self.exclude = root, family, exclude
+        self.entries: list[Entry] = []
+        self.left_out: list[tuple[str, str]] = []
+
+    def folder(self, path: str) -> None:
+        for item in os.scandir(self.root / path):
+            child = path + "/" + _utf8(item.name, path)
+            reason = self._reason(child, item)
+            if reason is None:
+                if item.is_dir(follow_symlinks=False):
+                    self.folder(child)
+                else:
+                    self._file(child)
+            elif reason:
+                self.left_out.append((child, reason))
+
+    def _reason(self, path: str, item: "os.DirEntry[str]") -> str | None:
+        """Why a path does not ship; "" for what nobody would ask about; None if it ships."""
+        name, folder = item.name, item.is_dir()
+        if name in CACHES or name.endswith(CACHE_SUFFIXES) or (folder and os.path.exists(item.path + "/pyvenv.cfg")):
+            return ""
+        if name in CREDENTIAL_FOLDERS if folder else _named_secret(name):
+            return "credential"
+        if name.endswith(DATA_SUFFIXES) and not folder:
+            return "data or model file"
+        if not folder and any(fnmatch.fnmatchcase(name, pattern) for pattern in DOCUMENTS):
+            return "documentation"
+        for pattern in self.exclude:
+            if fnmatch.fnmatchcase(path if "/" in pattern.strip("/") else name, pattern.strip("/")):
+                return "excluded by " + pattern
+        return "" if self._other_family(path, item) else None
+
+    def _other_family(self, path: str, item: "os.DirEntry[str]") -> bool:
+        parts = path.split("/")
+        return (self.family is not None and len(parts) == 4 and parts[2] in COLLECTIONS
+                and item.is_dir() and parts[3] != self.family and not parts[3].startswith("_"))
+
+    def _file(self, path: str) -> None:
+        full = self.root / path
+        info = os.lstat(full)
+        if stat.S_ISLNK(info.st_mode):
+            self.entries.append(Entry(path, _inner_target(self.root, path).encode(), link=True))
+        elif stat.S_ISREG(info.st_mode):
+            data = _read_whole(full)
+            if _looks_secret(data):
+                self.left_out.append((path, "credential"))
+            else:
+                self.entries.append(Entry(path, data, executable=bool(info.st_mode & 0o100)))
+        else:
+            raise Refusal("%s is neither a file, a folder nor a link" % path, "remove it, or name it in exclude")
+
+
+def _utf8(name: str, folder: str) -> str:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Refusal("a name in %s is not UTF-8: %s" % (folder, ascii(name)), "rename it, or exclude its folder") from None
+    return name
+
+
+def _read_whole(path: Path) -> bytes:
+    """The file's bytes. Raises Refusal if it changed while it was read, or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            before = os.fstat(file.fileno())
+            data = file.read()
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise Refusal("%s cannot be read: %s" % (path, error.strerror), "make it readable, or name it in exclude") from None
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != after.st_size:
+        raise Refusal("%s changed while it was packed" % path, "wait until it is written, then launch again")
+    return data
+
+
+def _named_secret(name: str) -> bool:
+    return name not in HARMLESS_FILES and any(fnmatch.fnmatchcase(name, pattern) for pattern in CREDENTIAL_FILES)
+
+
+def _looks_secret(data: bytes) -> bool:
+    return any(hint in data for hint in CREDENTIAL_HINTS) and bool(CREDENTIAL_SHAPE.search(data))
+
+
+def _inner_target(root: Path, path: str) -> str:
+    """A link's target, relative to the link's folder. Raises Refusal where it leaves src."""
+    target = os.readlink(root / path)
+    full = os.path.normpath(os.path.join(os.path.dirname(root / path), target))
+    src = str(root / "src")
+    if os.path.commonpath([full, src]) != src:
+        raise Refusal("%s is a link that leaves the tree: it points to %s" % (path, target),
+                      "put a copy in its place, or name it in exclude")
+    return os.path.relpath(full, os.path.dirname(root / path))
+
+
+def _check_links(root: Path, entries: tuple[Entry, ...]) -> None:
+    """Each link's target must ship too, as a file or as a folder that something lies in."""
+    shipped = {entry.path for entry in entries}
+    for path in list(shipped):
+        shipped.update(str(parent) for parent in PurePosixPath(path).parents)
+    for entry in entries:
+        if entry.link:
+            target = os.path.normpath(os.path.join(os.path.dirname(entry.path), entry.data.decode()))
+            if target not in shipped:
+                raise Refusal("%s is a link to %s, which does not ship" % (entry.path, target),
+                              "put a copy in its place, or name it in exclude")
+
+
+# ---------------------------------------------------------------- pack and chunk
+
+
+def pack(tree: Tree) -> bytes:
+    """The tree's tar, uncompressed: sorted names, zero times and owners, modes 644 and 755."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for entry in tree.entries:
+            info = tarfile.TarInfo(entry.path)
+            info.mode = 0o755 if entry.executable else 0o644
+            if entry.link:
+                info.type, info.linkname = tarfile.SYMTYPE, entry.data.decode()
+            else:
+                info.size = len(entry.data)
+            tar.addfile(info, None if entry.link else io.BytesIO(entry.data))
+    return buffer.getvalue()
+
+
+# For text: four literal context bits and longer matches; against preset 9e 0.3 % smaller and a third faster (measured on
+# a Nemotron checkout). Beyond preset 6 only the dictionary grows, past any payload.
+XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 4, "lp": 0, "pb": 0, "nice_len": 128}]
+
+
+def compress(data: bytes, method: str) -> bytes:
+    """`data` as xz or gz, without a time in it."""
+    if method == "xz":
+        return lzma.compress(data, check=lzma.CHECK_CRC32, filters=XZ_FILTERS)
+    if method == "gz":
+        return gzip.compress(data, 9, mtime=0)
+    raise Refusal("compression %r is not known" % method, 'set compression to "xz" or "gz"')
+
+
+def pod_program() -> bytes:
+    """pod.py's source without comments and docstrings; its lines keep their numbers, so that a traceback fits the file."""
+    return _bare(Path(__file__).with_name("pod.py").read_text(encoding="utf-8")).encode()
+
+
+def _bare(source: str) -> str:
+    docstrings = {node.body[0].lineno for node in ast.walk(ast.parse(source))
+                  if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node)}
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        (row, column), (last, end) = token.start, token.end
+        if token.type == tokenize.COMMENT:
+            lines[row - 1] = lines[row - 1][:column].rstrip()
+        elif token.type == tokenize.STRING and row in docstrings and not lines[row - 1][:column].strip():
+            lines[row - 1] = lines[row - 1][:column] + '""' + (lines[row - 1][end:] if row == last else "")
+            for between in range(row, last):
+                lines[between] = ""
+    return "\n".join(lines) + "\n"
+
+
+def chunk(text: str, size: int) -> list[str]:
+    """`text` in pieces of at most `size` characters; at least one piece, so that an empty text is still said."""
+    return [text[i : i + size] for i in range(0, len(text), size)] or [""]
+
+
+def stream(name: str, data: bytes, size: int) -> dict[str, str]:
+    """The environment of one stream: its chunks, their number and the digest of their text."""
+    text = base64.b64encode(data).decode("ascii")
+    env = {"AIRLIFT_%s_%04d" % (name, i): piece for i, piece in enumerate(chunk(text, size))}
+    return env | {"AIRLIFT_%s_CHUNKS" % name: str(len(env)),
+                  "AIRLIFT_%s_SHA256" % name: hashlib.sha256(text.encode()).hexdigest()}
+
+
+# What starts pod.py: one argument without blanks, quotes or `$`, so that neither a split by blanks nor shell rules
+# change it. `*dict(name=0)` spells a string without quotes; exit code 80 is pod.py's "did not arrive whole".
+BOOTSTRAP = (
+    "[exec(compile(__import__(*dict(zlib=0)).decompress(__import__(*dict(base64=0)).b64decode(t)),*dict(pod_py=0),"
+    "*dict(exec=0)),dict(__name__=str().join(dict(__main__=0))))"
+    "if(__import__(*dict(hashlib=0)).sha256(t.encode()).hexdigest()==e.get(*dict(AIRLIFT_POD_SHA256=0)))"
+    "else(print(*dict(airlift_pod_program_did_not_arrive_whole=0)),__import__(*dict(sys=0)).exit(80))"
+    "for(e)in[__import__(*dict(os=0)).environ]"
+    "for(t)in[str().join([(e[k])for(k)in(sorted(e))if(k.startswith(*dict(AIRLIFT_POD_0=0)))])]]"
+)
+ARGV = ("python3", "-c", BOOTSTRAP)
+
+
+# ---------------------------------------------------------------- plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every pod of a job gets, and its measured sizes.
+
+    env: NAME -> value for every pod, chunks included. argv: the same for every pod. budgets: (name, used, limit).
+    """
+
+    executor: str
+    env: dict[str, str]
+    argv: list[str]
+    digest: str  # SHA-256 of the uncompressed tar
+    compression: str
+    files: int
+    tar: bytes  # the compressed tar, for an executor that packs natively
+    chunks: int  # chunks of the tree alone
+    chunk_limit: int
+    budgets: tuple[tuple[str, int, int], ...]
+    biggest: tuple[tuple[int, str], ...] = field(default=(), repr=False)  # (bytes, path), the ten biggest files
+
+    @property
+    def fits(self) -> bool:
+        return all(used <= limit for _, used, limit in self.budgets)
+
+    def budget(self, name: str) -> tuple[int, int]:
+        """(used, limit) of one budget; (0, 0) where this executor has no such limit."""
+        return next(((used, limit) for n, used, limit in self.budgets if n == name), (0, 0))
+
+    def require_fit(self) -> None:
+        """Raises Refusal (exit code 3) that names the sum, the limit, the biggest files and what to do."""
+        for name, used, limit in self.budgets:
+            if used > limit:
+                files = ", ".join("%s (%s)" % (path, human(size)) for size, path in self.biggest)
+                raise Refusal(
+                    "the payload does not fit: %s needs %s of %s; nothing was submitted" % (name, f"{used:,}", f"{limit:,}"),
+                    "leave files out with exclude or .airliftignore; the biggest are " + files, 3)
+
+
+def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str = "", chunk_bytes: int = 0,
+             env: dict[str, str] | None = None, limits: Limits | None = None) -> Plan:
+    """The Plan that carries `tree` and the description `job` (JSON-able; see pod.py for its keys) on `executor`.
+
+    `env` is what must be visible to the platform besides (numbers, a rank, secrets sent by value). `compression` and
+    `chunk_bytes` (characters of base64) replace the executor's own. A plan that does not fit is returned all the same:
+    ask `fits`, or call `require_fit()`. Raises Refusal for an unknown executor or compression.
+    """
+    if executor not in LIMITS:
+        raise Refusal("executor %r is not known" % executor, "use one of " + ", ".join(sorted(LIMITS)))
+    limits = limits or LIMITS[executor]
+    method = compression or ("xz" if limits.chunk else "gz")
+    size = chunk_bytes or limits.chunk
+    tar = pack(tree)
+    digest = hashlib.sha256(tar).hexdigest()
+    packed = compress(tar, method)
+    job = job | {"tree": {"sha256": digest, "files": len(tree.entries), "compression": method}}
+    whole = dict(env or {}) | {"AIRLIFT_NODES": str(job["nodes"])}
+    chunks: dict[str, str] = {}
+    if limits.chunk:
+        chunks = stream("TREE", packed, size)
+        whole |= chunks | stream("POD", zlib.compress(pod_program(), 9), size)
+        whole |= stream("JOB", zlib.compress(json.dumps(job, sort_keys=True).encode(), 9), size)
+    argv = list(ARGV) if limits.chunk else ["python3", "pod.py"]
+    biggest = sorted(((len(entry.data), entry.path) for entry in tree.entries), reverse=True)[:10]
+    return Plan(executor, whole, argv, digest, method, len(tree.entries), packed, max(0, len(chunks) - 2), size,
+                tuple(_budgets(whole, argv, limits)), tuple(biggest))
+
+
+def exec_bytes(env: dict[str, str], argv: list[str]) -> int:
+    """Bytes that the kernel counts for argv and environment of one execve."""
+    strings = [name + "=" + value for name, value in env.items()] + argv
+    return sum(len(os.fsencode(string)) + 1 + POINTER for string in strings)
+
+
+def _budgets(env: dict[str, str], argv: list[str], limits: Limits) -> list[tuple[str, int, int]]:
+    longest = max([len(os.fsencode(n + "=" + v)) + 1 for n, v in env.items()] + [len(a) + 1 for a in argv])
+    budgets = [("one string", longest, MAX_STRING), ("environment", exec_bytes(env, argv), MAX_EXEC - EXEC_RESERVE)]
+    if limits.value:
+        budgets.append(("one value", max(map(len, env.values())), limits.value))
+    if limits.args:
+        budgets.append(("arguments", len(" ".join(argv)), limits.args))
+    if limits.object:
+        budgets.append(("API object", object_bytes(env, argv, limits.copies), limits.object))
+    return budgets
+
+
+def object_bytes(env: dict[str, str], argv: list[str], copies: int) -> int:
+    """Bytes of an API object that holds the environment `copies` times, as JSON, with OBJECT_RESERVE for the rest."""
+    listed = [{"name": name, "value": value} for name, value in env.items()]
+    return copies * (len(json.dumps(listed)) + len(json.dumps(argv))) + OBJECT_RESERVE
+
+
+def human(size: int) -> str:
+    """1234567 -> "1.2 MiB"."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024 or unit == "MiB":
+            break
+        value /= 1024
+    return "%d %s" % (value, unit) if unit == "B" else "%.1f %s" % (value, unit)
