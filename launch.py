@@ -37,7 +37,7 @@ from transport import Refusal  # noqa: E402
 
 USAGE = """\
 python launch.py FAMILY STAGE [PROFILE] [-c CONFIG] [KEY=VALUE ...] [--nodes N] [--repo-root DIR]
-                 [--dry-run] [--json] [--detach] [-- ARGS...]     launch a recipe (PROFILE: local)
+                 [--dry-run] [--json] [--detach] [--all-ranks] [-- ARGS...]     launch a recipe (PROFILE: local)
 python launch.py list [FAMILY]                                    the recipes of the source tree
 python launch.py profiles                                         where they can run
 python launch.py files FAMILY STAGE [PROFILE]                     what would ship, and what would not
@@ -66,7 +66,7 @@ def parse(argv):
     parser.add_argument("-c", "--config")
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--repo-root", type=Path)
-    for flag in ("--dry-run", "--json", "--detach", "--debug"):
+    for flag in ("--dry-run", "--json", "--detach", "--all-ranks", "--debug"):
         parser.add_argument(flag, action="store_true")
     options = parser.parse_intermixed_args(words)
     if not options.words:
@@ -185,10 +185,10 @@ def launch(options):
         return 0
     plan.plan.require_fit()
     backends.require(plan.job, not options.detach)
-    return submit(plan, options.detach)
+    return submit(plan, options)
 
 
-def submit(plan, detach):
+def submit(plan, options):
     job, backend = plan.job, backends.backend(plan.job.executor)
     print("%s on %s: %s, %d files, %s, sha256 %s, run %s" % (
         job.name, plan.profile.name, shape(job), plan.plan.files, transport.human(len(plan.plan.tar)),
@@ -197,16 +197,21 @@ def submit(plan, detach):
         print("note: " + note)
     sys.stdout.flush()
     run = backends.Run(job.run, job.name, plan.profile.name, job.executor, job.nodes, plan.plan.digest)
-    run.record = backend.submit(job, plan.plan, not detach)
-    run.save()
-    if detach:
+    run.record["all_ranks"] = options.all_ranks
+    try:
+        backend.submit(run, job, plan.plan, not options.detach)
+    except Refusal as refusal:
+        if refusal.code != 5:  # after a broken connection the job may be there all the same
+            run.forget()
+        raise
+    if options.detach:
         print("started; come back with: python launch.py logs %s" % job.run)
         return 0
     try:
-        code = backend.follow(run)
+        status = backend.follow(run)
     except KeyboardInterrupt:
         return interrupted(run, backend)
-    return ended(run, code, plan)
+    return ended(run, status, plan)
 
 
 def interrupted(run, backend):
@@ -218,22 +223,20 @@ def interrupted(run, backend):
     return 0
 
 
-def ended(run, code, plan):
-    run.job_exit_code = code
+def ended(run, status, plan):
+    run.job_exit_code = status.exit_code
     run.save()
     took = "%.0f s" % (time.time() - run.started)
     root = plan.job.description["run_root"]
-    if code == 0:
+    if status.state == "done":
         print("done in %s%s" % (took, "; outputs in " + root if root else ""))
         return 0
-    print("airlift: the job failed with exit code %d after %s\n%s" % ((code, took) + explain(code, run)), file=sys.stderr)
+    code = status.exit_code
+    what = "the job was cancelled" if status.state == "cancelled" else "the job failed" + (
+        " with exit code %d" % code if code is not None else ", and no exit code was told (%s)" % status.detail)
+    why = "%s; %s" % pod.FAILURES[code] if code in pod.FAILURES else "see python launch.py logs " + run.run
+    print("airlift: %s after %s\n%s" % (what, took, why), file=sys.stderr)
     return 1
-
-
-def explain(code, run):
-    if code in pod.FAILURES:
-        return ("%s; %s" % pod.FAILURES[code],)
-    return ("its output is above, and: python launch.py logs %s" % run.run,)
 
 
 def shape(job):
@@ -388,6 +391,7 @@ def status(options):
 
 def logs(options):
     run = find_run(options)
+    run.record["all_ranks"] = options.all_ranks
     backends.backend(run.executor).logs(run)
     return 0
 

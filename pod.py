@@ -5,7 +5,7 @@ the rank; join and check the chunks; unpack; write the config; take its own vari
 setup and recipe in one bash, and stay above it as a small init that forwards TERM and INT, reaps, passes the output
 through and returns the recipe's exit code.
 
-Places. The code root, <scratch>/airlift/<run>/code, holds the tree; the run root holds what the recipe writes. In the
+Places. The code root, <scratch>/airlift-<run>/code, holds the tree; the run root holds what the recipe writes. In the
 config `/nemo_run/code` stands for the first and any other `/nemo_run/...` for the second, by whole path components.
 
 The tree is unpacked into a private folder, compared with its digest on the way, and renamed into place, so that its name
@@ -19,15 +19,18 @@ from __future__ import annotations
 
 import base64
 import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tarfile
@@ -60,7 +63,11 @@ class Failure(Exception):
 
 
 def say(text: str) -> None:
-    print("airlift: " + text, flush=True)
+    """One line on standard output, past Python's buffers and the locale. Where nobody can read it, nothing happens."""
+    try:
+        os.write(1, ("airlift: " + text + "\n").encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass
 
 
 # ---------------------------------------------------------------- rank
@@ -69,12 +76,13 @@ def say(text: str) -> None:
 def find_rank(env: dict[str, str], hostname: str, nodes: int) -> int:
     """This pod's rank, 0 to nodes-1, counted over all replica types.
 
-    NODE_RANK, LEPTON_JOB_WORKER_INDEX, PET_NODE_RANK, RANK and SLURM_NODEID must agree where they are set; the hostname's
-    suffix counts unless NODE_RANK is set. Raises Failure(RANK) where two disagree, or none speaks with several nodes.
+    NODE_RANK, LEPTON_JOB_WORKER_INDEX, PET_NODE_RANK, RANK and SLURM_NODEID must agree where they are set. With several
+    nodes the hostname's suffix must agree too, unless NODE_RANK or Slurm speaks: machines can be named gpu-worker-3.
+    Raises Failure(RANK) where two disagree, or none speaks with several nodes.
     """
     names = ("NODE_RANK", "LEPTON_JOB_WORKER_INDEX", "PET_NODE_RANK", "RANK", "SLURM_NODEID")
     found = {name: env[name].strip() for name in names if env.get(name, "").strip()}
-    if "NODE_RANK" not in found:
+    if nodes > 1 and "NODE_RANK" not in found and "SLURM_NODEID" not in found:
         suffix = _host_rank(hostname, env)
         if suffix is not None:
             found["hostname " + hostname] = suffix
@@ -83,7 +91,7 @@ def find_rank(env: dict[str, str], hostname: str, nodes: int) -> int:
             return 0
         raise Failure(RANK, "no variable of this platform and no hostname tells which of %d pods this is" % nodes)
     for name, value in found.items():
-        if not re.match(r"[0-9]{1,9}$", value):
+        if not re.fullmatch(r"[0-9]{1,9}", value):
             raise Failure(RANK, "%s is %r, not a number" % (name, value))
     if len({int(value) for value in found.values()}) > 1:
         raise Failure(RANK, "sources disagree: " + ", ".join("%s says %s" % pair for pair in sorted(found.items())))
@@ -115,17 +123,18 @@ def find_master(env: dict[str, str], nodes: int) -> tuple[str, str]:
         return "%s-0.%s" % (env["LEPTON_JOB_WORKER_PREFIX"], env["LEPTON_SUBDOMAIN"]), port
     if env.get("SLURM_JOB_NODELIST"):
         # Two jobs may share a node, so the port comes from the job's id.
-        job_port = str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 10000)
+        job = env.get("SLURM_JOB_ID", "")
+        job_port = str(20000 + int(job) % 10000) if re.fullmatch(r"[0-9]{1,18}", job) else port
         return first_host(env["SLURM_JOB_NODELIST"]), env.get("MASTER_PORT") or job_port
     raise Failure(RANK, "nothing tells where rank 0 is: set MASTER_ADDR")
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: "dgx[007-9,12],login" -> "dgx007"."""
-    match = re.match(r"([^,\[]+)(?:\[([0-9]+))?", nodelist)
-    if not match:
+    """The first host of a Slurm node list: "dgx[007-009,012],login" -> "dgx007", "r[1-2]n[3,5]" -> "r1n3"."""
+    first = re.sub(r"\[([0-9]+)[-,0-9]*\]", r"\1", nodelist).split(",")[0].strip()
+    if not re.fullmatch(r"[\w.-]+", first):
         raise Failure(RANK, "SLURM_JOB_NODELIST is %r" % nodelist)
-    return match.group(1) + (match.group(2) or "")
+    return first
 
 
 def _free_port() -> int:
@@ -138,21 +147,33 @@ def _free_port() -> int:
 
 
 def join(env: dict[str, str], stream: str) -> bytes:
-    """The bytes of one stream. Raises Failure(PAYLOAD) unless exactly the chunks that were sent are there."""
+    """The bytes of one stream. Raises Failure(PAYLOAD), for pod.py's own POD, unless exactly the chunks that were sent
+    are there."""
+    lost = POD if stream == "POD" else PAYLOAD
     prefix = "AIRLIFT_" + stream + "_"
     count = env.get(prefix + "CHUNKS", "")
-    if not re.match(r"[1-9][0-9]{0,5}$", count):
-        raise Failure(PAYLOAD, "%sCHUNKS is %r" % (prefix, count[:40]))
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", count):
+        raise Failure(lost, "%sCHUNKS is %r" % (prefix, count[:40]))
     expected = {"%s%04d" % (prefix, i) for i in range(int(count))}
     present = {name for name in env if re.match(re.escape(prefix) + "[0-9]+$", name)}
     if present != expected:
         odd = sorted(present ^ expected)
-        raise Failure(PAYLOAD, "of %s chunks of %s, %s is %s"
+        raise Failure(lost, "of %s chunks of %s, %s is %s"
                       % (count, stream, odd[0], "missing" if odd[0] in expected else "one too many"))
     text = "".join(env[name] for name in sorted(expected))
     if hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest() != env.get(prefix + "SHA256"):
-        raise Failure(PAYLOAD, "the chunks of %s do not have the digest that was sent" % stream)
-    return base64.b64decode(text, validate=True)
+        raise Failure(lost, "the chunks of %s do not have the digest that was sent" % stream)
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise Failure(lost, "the chunks of %s are not base64: %s" % (stream, error)) from None
+
+
+def read_job(env: dict[str, str]) -> dict:
+    try:
+        return json.loads(zlib.decompress(join(env, "JOB")))
+    except (ValueError, zlib.error) as error:
+        raise Failure(PAYLOAD, "the job's description cannot be read: %s" % error) from None
 
 
 def decompress(data: bytes, method: str) -> bytes:
@@ -167,6 +188,8 @@ def decompress(data: bytes, method: str) -> bytes:
         return gzip.decompress(data)
     except ImportError as error:
         raise Failure(PYTHON, "this Python has no %s: %s" % (method, error)) from None
+    except Exception as error:  # the digest was right, so it is this Python's; lzma, gzip and zlib have errors of their own
+        raise Failure(PYTHON, "this Python cannot unpack %s: %s" % (method, error)) from None
 
 
 def unpack(tar: bytes, target: str) -> None:
@@ -179,10 +202,13 @@ def unpack(tar: bytes, target: str) -> None:
     try:
         extract(tar, private)
         os.chmod(private, 0o755)
-        os.rename(private, target)
-    except BaseException:
+        try:
+            os.rename(private, target)
+        except OSError:
+            if not holds(target, tar):  # another pod with the same scratch space was faster
+                raise
+    finally:
         shutil.rmtree(private, ignore_errors=True)
-        raise
 
 
 def members(tar: bytes) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
@@ -198,10 +224,10 @@ def members(tar: bytes) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
 
 def extract(tar: bytes, folder: str) -> None:
     for info, data in members(tar):
-        path = os.path.join(folder, info.name)
+        path = os.path.join(folder, os.fsdecode(info.name.encode()))  # UTF-8, whatever the image's locale
         os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
         if info.issym():
-            os.symlink(data.decode(), path)
+            os.symlink(os.fsdecode(data), path)
             continue
         with open(path, "wb") as file:
             file.write(data)
@@ -211,10 +237,12 @@ def extract(tar: bytes, folder: str) -> None:
 def holds(folder: str, tar: bytes) -> bool:
     """Whether every file and link of the tar stands in the folder, byte for byte."""
     for info, data in members(tar):
-        path = os.path.join(folder, info.name)
+        path = os.path.join(folder, os.fsdecode(info.name.encode()))
         try:
             if info.issym():
-                same = os.readlink(path).encode() == data
+                same = os.fsencode(os.readlink(path)) == data
+            elif not stat.S_ISREG(os.lstat(path).st_mode):  # a FIFO would hold us for ever
+                same = False
             else:
                 with open(path, "rb") as file:
                     same = file.read(len(data) + 1) == data
@@ -232,7 +260,7 @@ class Places:
     """Where things are in this pod. All are absolute paths."""
 
     def __init__(self, job: dict, env: dict[str, str]) -> None:
-        self.base = os.path.join(os.path.abspath(env.get("TMPDIR") or "/tmp"), "airlift", job["run"])
+        self.base = os.path.join(os.path.abspath(env.get("TMPDIR") or "/tmp"), "airlift-" + job["run"])
         self.code = os.path.join(self.base, "code")
         self.config = os.path.join(self.base, "config.yaml")
         self.run_root = job.get("run_root") or os.path.join(self.base, "output")
@@ -241,25 +269,31 @@ class Places:
 
     def make(self, folders: list[str]) -> None:
         """Make the folders; `base` only for this user, since the config lies in it."""
-        os.makedirs(os.path.dirname(self.base), mode=0o777, exist_ok=True)
         os.makedirs(self.base, mode=0o700, exist_ok=True)
-        for folder in [self.run_root] + ([self.logs] if self.keeps else []) + folders:
-            os.makedirs(self.fill(folder), exist_ok=True)
+        for folder in [self.run_root] + ([self.logs] if self.keeps else []) + [self.fill(folder) for folder in folders]:
+            os.makedirs(folder, exist_ok=True)
 
     def fill(self, text: str, quote: bool = False) -> str:
         """`text` with /nemo_run/code and /nemo_run replaced, by whole path components; `quote` escapes for "..."."""
 
         def place(match: re.Match) -> str:
             path = self.code if match.group(1) else self.run_root
-            return json.dumps(path, ensure_ascii=False)[1:-1] if quote else path
+            return quoted(path) if quote else path
 
-        return re.sub(r"(?<![\w./}-])/nemo_run(/code)?(?![\w.-])", place, text)
+        return re.sub(r"(?<![\w./})\]~-])/nemo_run(/code)?(?![\w.-])", place, text)
 
     def write_config(self, text: str) -> None:
         descriptor, private = tempfile.mkstemp(dir=self.base)  # 0600
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(self.fill(text, quote=True))
         os.rename(private, self.config)
+
+
+def quoted(text: str) -> str:
+    """`text` as it stands between the double quotes of YAML: as in JSON, but YAML reads no surrogate pairs, and takes some
+    characters only in escapes."""
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda match: "\\u%04x" % ord(match.group()),
+                  json.dumps(text, ensure_ascii=False)[1:-1])
 
 
 # ---------------------------------------------------------------- run
@@ -282,12 +316,13 @@ def recipe_env(env: dict[str, str], job: dict, places: Places, rank: int) -> dic
     return result
 
 
-def script_for(job: dict, workdir: str, ready: str) -> str:
-    """The one bash script: startup commands, then the recipe. `ready` is written between them, to tell whose code it is.
+def script_for(job: dict, workdir: str, ready: int) -> str:
+    """The one bash script: startup commands, then the recipe. Between them a byte goes to the descriptor `ready`, which
+    tells whose exit code it is.
 
     The trap makes bash wait for the recipe to end by itself when TERM arrives, so that its own code comes back.
     """
-    lines = ["trap : TERM INT", "cd -- " + shlex.quote(workdir) + " || exit"]
+    lines = ["trap : TERM INT", "cd -- %s || exit %d" % (shlex.quote(workdir), TOOL)]
     for number, command in enumerate(job["setup"], 1):
         lines.append("eval %s || { echo 'airlift: startup command %d failed with exit code '$? >&2; exit %d; }"
                      % (shlex.quote(command), number, SETUP))
@@ -295,47 +330,62 @@ def script_for(job: dict, workdir: str, ready: str) -> str:
         tool = shlex.quote(job["tool"])
         lines.append("command -v %s >/dev/null || { echo 'airlift: there is no '%s' in this image' >&2; exit %d; }"
                      % (tool, tool, TOOL))
-    return "\n".join(lines + [": > " + shlex.quote(ready), job["command"]]) + "\n"
+    return "\n".join(lines + ["echo >&%d; exec %d>&-" % (ready, ready), job["command"]]) + "\n"
 
 
 class Child:
     """The bash that runs the recipe, in a process group of its own, and the signals for it."""
 
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self.signal = 0  # the last one that came
+        for number in self.SIGNALS:
             signal.signal(number, self.forward)
 
     def forward(self, number: int, _frame: object) -> None:
+        self.signal = number
         if self.process is None:
+            say("ended by signal %d before the recipe was started" % number)
             raise SystemExit(128 + number)
         try:
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
+        except OSError:  # it has ended, or now belongs to another user
             pass
 
-    def run(self, script: str, env: dict[str, str], log: str | None) -> int:
+    def run(self, script: str, env: dict[str, str], log: str | None, ready: int) -> int:
         """Run bash to its end; its output also goes to the file `log`. Returns its code, 128+N if signal N ended it."""
         become_subreaper()
-        output = subprocess.PIPE if log else None
+        # A signal that came while bash is being started would find nobody to go to: it waits until there is.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         try:
-            self.process = subprocess.Popen(["bash", "-c", script], env=env, stdin=subprocess.DEVNULL, stdout=output,
-                                            stderr=subprocess.STDOUT if log else None, start_new_session=True)
+            self.process = subprocess.Popen(
+                ["bash", "-c", script], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if log else None,
+                stderr=subprocess.STDOUT if log else None, start_new_session=True, pass_fds=(ready,),
+                preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS))
         except FileNotFoundError:
             raise Failure(TOOL, "there is no bash in this image") from None
+        except OSError as error:
+            raise Failure(TOOL, "bash cannot be started: %s" % error.strerror) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
+            os.close(ready)
         pump = None
-        if log and self.process.stdout:
-            pump = threading.Thread(target=copy_output, args=(self.process.stdout, log), daemon=True)
-            pump.start()
-        code = reap(self.process.pid)
-        end_the_rest()
-        if pump:
-            pump.join(5)  # a daemon that escaped may hold the pipe open for ever
-        return code
+        try:
+            if log and self.process.stdout:
+                pump = threading.Thread(target=copy_output, args=(self.process.stdout, log), daemon=True)
+                pump.start()
+            return reap(self.process.pid)
+        finally:
+            end_the_rest()
+            if pump:
+                pump.join(5)  # a daemon that escaped may hold the pipe open for ever
 
 
 def copy_output(pipe: IO[bytes], log: str) -> None:
-    """Pass bytes on as they come. A log that cannot be written (full disk) is said once; the recipe goes on."""
+    """Pass bytes on as they come. A log that cannot be written (full disk) is said once; the recipe goes on. It also goes
+    on when nobody reads our output any more: the pipe must be emptied, or the recipe would stand still."""
     try:
         file = open(log, "ab", buffering=0)
     except OSError as error:
@@ -345,14 +395,17 @@ def copy_output(pipe: IO[bytes], log: str) -> None:
         data = os.read(pipe.fileno(), 65536)
         if not data:
             return
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
         try:
             if file:
                 file.write(data)
         except OSError as error:
             say("the log %s ends here: %s" % (log, error.strerror))
             file = None
+        try:
+            while data:
+                data = data[os.write(1, data):]
+        except OSError:
+            pass
 
 
 def become_subreaper() -> None:
@@ -374,17 +427,18 @@ def reap(pid: int) -> int:
 
 
 def end_the_rest(grace: float = 5.0) -> None:
-    """End what the recipe left running: TERM, then KILL after `grace` seconds, until no child is left."""
+    """End what the recipe left running: TERM, then KILL after `grace` seconds, until no child is left. What even KILL
+    does not end (a file system that hangs) is left after twice the time."""
     deadline = time.monotonic() + grace
     told: set[int] = set()
-    while True:
+    while time.monotonic() < deadline + grace:
         late = time.monotonic() > deadline
         for pid in _children():
             if late or pid not in told:
                 told.add(pid)
                 try:
                     os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
-                except ProcessLookupError:
+                except OSError:  # it has ended, or belongs to another user
                     pass
         try:
             if os.waitpid(-1, os.WNOHANG) == (0, 0):
@@ -394,11 +448,16 @@ def end_the_rest(grace: float = 5.0) -> None:
 
 
 def _children() -> list[int]:
-    try:
-        with open("/proc/self/task/%d/children" % os.getpid()) as file:
-            return [int(pid) for pid in file.read().split()]
-    except OSError:
-        return []
+    """Our children, orphans included, by each process's own word: not every kernel has /proc/<pid>/task/*/children."""
+    found = []
+    for name in os.listdir("/proc") if os.path.isdir("/proc") else []:
+        try:
+            with open("/proc/%d/stat" % int(name), "rb") as file:
+                if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
+                    found.append(int(name))
+        except (ValueError, OSError):  # not a process, or no longer
+            continue
+    return found
 
 
 # ---------------------------------------------------------------- main
@@ -411,11 +470,12 @@ def main() -> int:
     try:
         if sys.version_info < (3, 8):
             raise Failure(PYTHON, "python3 is %d.%d; 3.8 is the oldest that works" % sys.version_info[:2])
-        if not re.match(r"[1-9][0-9]{0,5}$", env.get("AIRLIFT_NODES", "")):
+        join(env, "POD")  # what runs here is whole; its number of chunks and their names are to be right as well
+        if not re.fullmatch(r"[1-9][0-9]{0,5}", env.get("AIRLIFT_NODES", "")):
             raise Failure(PAYLOAD, "AIRLIFT_NODES is %r" % env.get("AIRLIFT_NODES", "")[:40])
         rank = find_rank(env, socket.gethostname(), int(env["AIRLIFT_NODES"]))
         rank_text = str(rank)
-        job = json.loads(zlib.decompress(join(env, "JOB")))
+        job = read_job(env)
         tar = decompress(join(env, "TREE"), job["tree"]["compression"])
         digest = hashlib.sha256(tar).hexdigest()
         if digest != job["tree"]["sha256"]:
@@ -423,12 +483,14 @@ def main() -> int:
         places = Places(job, env)
         put(tar, job, places)
         say("rank %d of %d, sha256 %s, %d files in %s" % (rank, job["nodes"], digest, job["tree"]["files"], places.code))
-        return start(child, env, job, places, rank)
+        code = start(child, env, job, places, rank)
     except Failure as failure:
         what, fix = FAILURES[failure.code]
-        say("rank %s: exit %d: %s: %s" % (rank_text, failure.code, what, failure.seen))
+        say("rank %s: %s: %s" % (rank_text, what, failure.seen))
         say("what to do: " + fix)
-        return failure.code
+        code = failure.code
+    say("rank %s ended with exit code %d" % (rank_text, code))  # the launcher looks for this line in the logs
+    return code
 
 
 def put(tar: bytes, job: dict, places: Places) -> None:
@@ -440,26 +502,45 @@ def put(tar: bytes, job: dict, places: Places) -> None:
     except OSError as error:
         full = " (the disk is full)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise Failure(PLACE, "%s: %s%s" % (error.filename or places.base, error.strerror, full)) from None
+    except UnicodeEncodeError:
+        raise Failure(PLACE, "%s is not UTF-8, so no config can name it" % places.base) from None
 
 
 def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: int) -> int:
     """Run the recipe to its end and return its code; with a workspace, keep log and code under the run's folder."""
-    workdir = places.fill(job.get("workdir") or places.code)
+    workdir = os.path.join(places.code, places.fill(job["workdir"])) if job.get("workdir") else places.code
     if not os.path.isdir(workdir):
         raise Failure(TOOL, "there is no folder %s, where the recipe is to be started" % workdir)
     for name in [name for name in os.environ if name.startswith("AIRLIFT_")]:
         del os.environ[name]
     log = os.path.join(places.logs, "rank-%d.log" % rank) if places.keeps else None
-    ready = os.path.join(places.base, "ready")
-    if os.path.exists(ready):  # the container was restarted
-        os.unlink(ready)
-    code = child.run(script_for(job, workdir, ready), recipe_env(env, job, places, rank), log)
-    if places.keeps:
-        with open(os.path.join(places.logs, "rank-%d.exit" % rank), "w") as file:
-            file.write("%d\n" % code)
-    if not os.path.exists(ready) and code < 128:
-        raise Failure(code if code in (SETUP, TOOL) else SETUP, "see the lines above")
+    keep_code(log, None)
+    begun, low = os.pipe()
+    ready = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100)  # startup commands may use the low numbers for their own
+    os.close(low)
+    code = child.run(script_for(job, workdir, ready), recipe_env(env, job, places, rank), log, ready)
+    ran = bool(select.select([begun], [], [], 0)[0] and os.read(begun, 1))
+    if not ran:
+        code = 128 + child.signal if child.signal else TOOL if code == TOOL else SETUP
+    keep_code(log, code)
+    if not ran and not child.signal:
+        raise Failure(code, "see the lines above")
     return code
+
+
+def keep_code(log: str | None, code: int | None) -> None:
+    """Write the exit code beside the log, if there is one; None: remove that of an earlier start of this pod."""
+    if not log:
+        return
+    path = log[:-len("log")] + "exit"
+    try:
+        if code is not None:
+            with open(path, "w") as file:
+                file.write("%d\n" % code)
+        elif os.path.exists(path):
+            os.unlink(path)
+    except OSError as error:
+        say("the exit code cannot be kept in %s: %s" % (path, error.strerror))
 
 
 if __name__ == "__main__":
@@ -471,5 +552,4 @@ if __name__ == "__main__":
         traceback.print_exc()
         say("exit %d: %s" % (INTERNAL, FAILURES[INTERNAL][0]))
         ended = INTERNAL
-    sys.stdout.flush()
     os._exit(ended)  # not sys.exit: a thread that still waits for output must not hold the pod

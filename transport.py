@@ -36,7 +36,7 @@ import stat
 import tarfile
 import tokenize
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -393,7 +393,7 @@ def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str
     """
     if executor not in LIMITS:
         raise Refusal("executor %r is not known" % executor, "use one of " + ", ".join(sorted(LIMITS)))
-    limits = limits or LIMITS[executor]
+    limits = limits or limits_for(executor, job)
     method = compression or ("xz" if limits.chunk else "gz")
     size = chunk_bytes or limits.chunk
     tar = pack(tree)
@@ -410,6 +410,16 @@ def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str
     biggest = sorted(((len(entry.data), entry.path) for entry in tree.entries), reverse=True)[:10]
     return Plan(executor, whole, argv, digest, method, len(tree.entries), packed, max(0, len(chunks) - 2), size,
                 tuple(_budgets(whole, argv, limits)), tuple(biggest))
+
+
+def limits_for(executor: str, job: dict[str, Any]) -> Limits:
+    """The executor's limits for a job of this shape: two kinds of API objects hold the environment twice.
+
+    A RayCluster has it in head and worker spec, a distributed run:AI workload in the operator's master and worker spec.
+    """
+    several = job["nodes"] > 1
+    twice = several and (executor == "dgxcloud" or executor == "lepton" and job.get("launch") == "ray")
+    return replace(LIMITS[executor], copies=2 if twice else 1)
 
 
 def exec_bytes(env: dict[str, str], argv: list[str]) -> int:

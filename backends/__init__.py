@@ -1,12 +1,12 @@
 """What every executor shares: Job, the table of executors, and the file that remembers a run.
 
-A backend is a module with five functions over a Job, its Plan and the run's record (a JSON-able dict):
+A backend is a module with five functions:
 
-    submit(job, plan, attached) -> dict    start the job; what it returns is kept in the run's file
-    follow(run) -> int                     pass logs on until the job ends; the job's own exit code
-    logs(run)                              print the logs there are
-    status(run) -> Status                  ask the platform
-    cancel(run) -> str                     end the job; one sentence that says what was done
+    submit(run, job, plan, attached)    start the job; what the others need goes into run.record, saved before it is sent
+    follow(run) -> Status               pass logs on until the job ends
+    logs(run)                           print the logs there are
+    status(run) -> Status               ask the platform
+    cancel(run) -> str                  end the job; one sentence that says what was done
 
 and a set CAN of what it supports ("detach", "ray"). Backends import nothing of each other. A new executor is one file
 here and one line in BACKENDS and transport.LIMITS.
@@ -28,7 +28,7 @@ from profiles import CLOUDS, KEYS, Profile
 from recipes import Recipe
 from transport import Refusal
 
-BACKENDS = {"local": "backends.local"}
+BACKENDS = {"local": "backends.local", "lepton": "backends.lepton", "dgxcloud": "backends.dgxcloud"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Status:
-    """`state` is one of waiting, running, done, failed, cancelled; `detail` is the platform's own word."""
+    """`state` is one of waiting, running, done, failed, cancelled; `detail` is the platform's own word; `exit_code` is
+    the recipe's, None where it is not known."""
 
     state: str
     detail: str = ""
@@ -222,6 +223,9 @@ class Run:
         with os.fdopen(descriptor, "w") as file:
             json.dump(self.__dict__, file, indent=1)
         os.rename(private, folder / (self.run + ".json"))
+
+    def forget(self) -> None:
+        (home() / "runs" / (self.run + ".json")).unlink(missing_ok=True)
 
 
 def load_run(run: str) -> Run:

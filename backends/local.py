@@ -30,7 +30,7 @@ GRACE = 10.0  # seconds between TERM and KILL
 # ---------------------------------------------------------------- the five functions
 
 
-def submit(job: Job, plan: Plan, attached: bool) -> dict[str, Any]:
+def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Start the supervisor. Its folder under Airlift's home holds `log` and, at the end, `exit`."""
     folder = backends.home() / "local" / job.run
     folder.mkdir(mode=0o700, parents=True)
@@ -43,10 +43,11 @@ def submit(job: Job, plan: Plan, attached: bool) -> dict[str, Any]:
             os._exit(supervise(folder, plan.argv, envs))
         finally:
             os._exit(70)
-    return {"folder": str(folder), "pid": pid, "born": _born(pid)}
+    run.record |= {"folder": str(folder), "pid": pid, "born": _born(pid)}
+    run.save()
 
 
-def follow(run: Run) -> int:
+def follow(run: Run) -> Status:
     """Pass the log on until the supervisor has written the exit code."""
     folder = Path(run.record["folder"])
     with open(_await(folder / "log"), "rb") as log:
@@ -60,8 +61,7 @@ def follow(run: Run) -> int:
                 break
             else:
                 time.sleep(0.05)
-    code = status(run).exit_code
-    return 137 if code is None else code  # the supervisor was killed and its pods with it
+    return status(run)
 
 
 def logs(run: Run) -> None:

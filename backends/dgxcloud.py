@@ -1,0 +1,320 @@
+"""DGX Cloud on run:AI: one POST creates a workload that carries its own source.
+
+One node is a training; several are a distributed PyTorch training with a master that is made like the workers, since
+only then does the operator tell each pod its rank. Retries are off unless custom_spec sets them (restartPolicy Never,
+backoffLimit 0, cleanPodPolicy Running, no elastic policy), so that a dead rank ends the job.
+
+The control plane has no route for logs. They are read from the Kubernetes API (kube_apiserver_url) with the same token,
+or from the cluster API of self-hosted installations; where neither answers, that is said.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any
+
+import backends
+import profiles
+from backends import Job, Run, Status
+from transport import LIMITS, Plan, Refusal, human
+
+CAN = {"detach"}
+NAME_LIMIT = 34  # characters; the server appends some of its own (nemo-run 0.11.1 cuts here too)
+PHASES = {
+    "Creating": "waiting", "Initializing": "waiting", "Resuming": "waiting", "Pending": "waiting", "Unknown": "waiting",
+    "Running": "running", "Updating": "running", "Degraded": "running", "Stopping": "running", "Terminating": "running",
+    "Completed": "done", "Failed": "failed", "Stopped": "cancelled", "Deleting": "cancelled",
+}
+
+
+# ---------------------------------------------------------------- the five functions
+
+
+def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
+    """Create the workload. Everything that can be checked is checked before: nothing is half-submitted."""
+    import json
+
+    from backends import clouds
+
+    settings = job.settings
+    check(job)
+    client = Client(settings)
+    project, cluster = client.project(settings["project_name"])
+    name = clouds.job_name(job.name, job.run, NAME_LIMIT)
+    body = request(job, plan, name, project, cluster)
+    copies, limit = (2 if job.nodes > 1 else 1), LIMITS["dgxcloud"].object
+    size = len(json.dumps(body)) * copies  # the operator's object holds master and workers
+    if size > limit:
+        raise Refusal("the workload's API object is %s of %s; nothing was submitted" % (human(size), human(limit)),
+                      "leave files out with exclude, or make custom_spec smaller", 3)
+    from backends import nemo  # takes seconds; what can be refused has been by now
+
+    run.record |= {"kind": "distributed" if job.nodes > 1 else "trainings", "project": settings["project_name"],
+                   "name": name, "log": _own_log(job)}
+    run.save()
+    executor = nemo.CarriedDGXCloud(
+        base_url=settings["base_url"], kube_apiserver_url=settings.get("kube_apiserver_url", ""), client_id="",
+        client_secret="", project_name=settings["project_name"], container_image=str(job.image), pvc_nemo_run_dir="",
+        nodes=job.nodes, airlift_run=job.run)
+
+    def create() -> tuple[str, str]:
+        made = client.call("POST", "/workloads/" + run.record["kind"], "create workload " + name, body, sent=name)
+        run.record |= {"id": made["workloadId"], "name": made.get("name", name)}
+        run.save()
+        return made["workloadId"], made.get("actualPhase", "Creating")
+
+    nemo.submit(name, executor, job.run, create)
+
+
+def follow(run: Run) -> Status:
+    from backends import clouds
+
+    client = reconnect(run)
+    return clouds.Follower(run, lambda: _status(client, run), lambda rank: open_log(client, run, rank, True),
+                           lambda: trouble(client, run)).follow()
+
+
+def logs(run: Run) -> None:
+    from backends import clouds
+
+    client = reconnect(run)
+    clouds.print_logs(run, lambda rank: open_log(client, run, rank, False))
+
+
+def status(run: Run) -> Status:
+    return _status(reconnect(run), run)
+
+
+def cancel(run: Run) -> str:
+    """POST …/suspend on the kind of workload that it is, and wait for it to stop."""
+    from backends import clouds
+
+    client = reconnect(run)
+    before = _status(client, run)
+    if before.state in clouds.FINAL:
+        return "it had already ended (%s)" % before.detail
+    client.call("POST", _path(run) + "/suspend", "suspend workload " + run.record["name"])
+    after = clouds.await_end(lambda: _status(client, run))
+    return "stopped" if after.state in clouds.FINAL else "told to stop; it is still %s" % after.detail
+
+
+# ---------------------------------------------------------------- the client
+
+
+class Client:
+    """The control plane's REST API with the profile's client id and secret; a token is asked for when it is needed."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from backends import clouds
+
+        self.base = settings["base_url"].rstrip("/")
+        self.kube = (settings.get("kube_apiserver_url") or "").rstrip("/")
+        self.identity, self.secret = settings["client_id"], settings["client_secret"]
+        self.session = clouds.session(settings.get("ca_bundle"))
+        self.token = ""
+
+    def call(self, method: str, path: str, doing: str, body: Any = None, sent: str = "", **query: str) -> Any:
+        """The answer's JSON, {} where it has none. Raises Refusal."""
+        response = self.send(method, self.base + path, doing, body, sent, query)
+        from backends import clouds
+
+        if response.status_code >= 400:
+            raise clouds.refused("run:AI", response, doing, self.secret)
+        try:
+            return response.json() if response.content else {}
+        except ValueError:
+            raise Refusal("run:AI at %s answered with no JSON to: %s" % (self.base, doing),
+                          "check base_url: it ends in /api/v1", 5) from None
+
+    def send(self, method: str, url: str, doing: str, body: Any = None, sent: str = "", query: Any = None,
+             stream: bool = False) -> Any:
+        """One request with the bearer token; a token that has expired is renewed, once."""
+        import requests
+
+        from backends import clouds
+
+        for attempt in (1, 2):
+            if not self.token:
+                self.token = self._ask_token()
+            try:
+                response = self.session.request(method, url, json=body, params=query, stream=stream,
+                                                headers={"Authorization": "Bearer " + self.token})
+            except requests.RequestException as error:
+                raise clouds.unreachable("run:AI", url, error, sent) from None
+            if response.status_code != 401 or attempt == 2:
+                break
+            self.token = ""
+        return response
+
+    def _ask_token(self) -> str:
+        import requests
+
+        from backends import clouds
+
+        body = {"grantType": "client_credentials", "clientId": self.identity, "clientSecret": self.secret}
+        try:
+            response = self.session.post(self.base + "/token", json=body)
+        except requests.RequestException as error:
+            raise clouds.unreachable("run:AI", self.base, error) from None
+        if response.status_code >= 400:
+            refusal = clouds.refused("run:AI", response, "get a token for client_id %s" % self.identity, self.secret)
+            if refusal.code == 4:
+                refusal.fix = "check client_id and client_secret of this profile"
+            raise refusal
+        try:
+            return str(response.json()["accessToken"])
+        except (ValueError, KeyError, TypeError):
+            raise Refusal("run:AI at %s gave no token" % self.base, "check base_url: it ends in /api/v1", 5) from None
+
+    def project(self, name: str) -> tuple[str, str]:
+        """(project id, cluster id). Raises Refusal (exit code 4) that names the projects there are."""
+        known: list[str] = []
+        offset = 0
+        while True:
+            page = self.call("GET", "/org-unit/projects", "list the projects", offset=str(offset), limit="50")
+            projects = page.get("projects", [])
+            for project in projects:
+                if project["name"] == name:
+                    return str(project["id"]), str(project["clusterId"])
+            known += [str(project["name"]) for project in projects]
+            offset += len(projects)
+            if not projects or not page.get("next"):
+                break
+        raise Refusal("run:AI has no project %r that this client may see" % name,
+                      "it sees %s; set project_name in the profile" % (", ".join(known) or "none"), 4)
+
+
+def reconnect(run: Run) -> Client:
+    """A client with the credentials of the run's profile, as it is now. Raises Refusal."""
+    if "id" not in run.record:
+        raise Refusal("the platform's answer to run %s never arrived" % run.run,
+                      "look for %s in the console" % run.record.get("name"), 5)
+    profile = profiles.load(run.profile, run.recipe.partition("/")[2])
+    profile.require_set()
+    return Client(profile.keys | profile.stage)
+
+
+def _path(run: Run) -> str:
+    return "/workloads/%s/%s" % (run.record["kind"], run.record["id"])
+
+
+# ---------------------------------------------------------------- the workload
+
+
+def check(job: Job) -> None:
+    """What the API would refuse, or take and get wrong, found before anything is sent. Raises Refusal."""
+    if not job.image:
+        raise Refusal("the job has no image", "set container_image in the profile, or image in the recipe's header")
+    if job.gpus_per_node == "gpu":
+        raise Refusal('gpus_per_node is "gpu"', "run:AI needs a number; set gpus_per_node in the profile")
+    for volume in job.settings.get("pvcs") or []:
+        missing = [key for key in ("claimName", "path") if not volume.get(key)]
+        missing += ["existingPvc"] if not isinstance(volume.get("existingPvc"), bool) else []
+        if missing:  # without existingPvc a misspelt claim becomes a new, empty volume
+            raise Refusal("a pvc lacks %s: %s" % (", ".join(missing), volume),
+                          'like: { claimName = "data", path = "/data", existingPvc = true }')
+    base = backends.workspace(job.settings)
+    paths = [str(volume["path"]).rstrip("/") for volume in job.settings.get("pvcs") or []]
+    if base and not any(base == path or base.startswith(path + "/") for path in paths):
+        raise Refusal("the workspace %s is on none of the pvcs" % base, "add the claim that holds it, or change the workspace")
+    framework = job.settings.get("distributed_framework", "PyTorch")
+    if job.nodes > 1 and framework != "PyTorch":
+        raise Refusal("distributed_framework is %r" % framework, "only PyTorch tells each pod its rank; take the key out")
+
+
+def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict[str, Any]:
+    """The creation request: command and args are single strings, so argv must survive a split by blanks."""
+    env: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plan.env.items()]
+    for key, source in job.secrets.items():
+        if source != "env":
+            credential, _, field = source.partition(":")[2].partition("/")
+            env.append({"name": key, "userCredential": {"name": credential, "key": field}})
+    spec: dict[str, Any] = {
+        "command": plan.argv[0], "args": " ".join(plan.argv[1:]), "image": job.image,
+        "compute": {"gpuDevicesRequest": job.gpus_per_node, "largeShmRequest": True},
+        "storage": {"pvc": job.settings.get("pvcs") or []}, "environmentVariables": env,
+        "restartPolicy": "Never", "backoffLimit": 0,
+    }
+    body: dict[str, Any] = {"name": name, "useGivenNameAsPrefix": True, "projectId": project, "clusterId": cluster}
+    if job.nodes > 1:
+        spec |= {"distributedFramework": "PyTorch", "numWorkers": job.nodes - 1, "cleanPodPolicy": "Running"}
+        body["masterSpecSameAsWorker"] = True
+    return body | {"spec": spec | job.settings.get("custom_spec", {})}
+
+
+def platform_state(run: Run) -> str:
+    """run:AI's own phase, for nemo-run's records."""
+    answer = reconnect(run).call("GET", _path(run), "read workload " + run.record["name"])
+    return str(answer.get("actualPhase") or answer.get("phase") or "Unknown")
+
+
+def _status(client: Client, run: Run) -> Status:
+    try:
+        answer = client.call("GET", _path(run), "read workload " + run.record["name"])
+    except Refusal as refusal:
+        if "answered 404" in refusal.what:
+            return Status("cancelled", "the platform no longer knows it")
+        raise
+    phase = answer.get("actualPhase") or answer.get("phase")
+    if not phase:
+        raise Refusal("run:AI told no phase of workload " + run.record["name"], "ask again, or look in the console", 5)
+    state = PHASES.get(phase, "waiting")
+    return Status(state, phase, 0 if state == "done" else None)
+
+
+def trouble(client: Client, run: Run) -> str:
+    """The workload's warnings, newest first; "" where this installation has no route for events."""
+    url = "%s/workloads/%s/events" % (client.base, run.record["id"])
+    response = client.send("GET", url, "read the events", query={"limit": "20"})
+    if response.status_code >= 400:
+        return ""
+    return "; ".join("%s: %s" % (event.get("reason"), event.get("message")) for event in response.json().get("events", [])
+                     if event.get("type") == "Warning")
+
+
+# ---------------------------------------------------------------- logs
+
+
+def open_log(client: Client, run: Run, rank: int, follow: bool) -> Iterator[str] | None:
+    """The log of one rank from its beginning; None while the pod has none. Raises Refusal (code 4) if no route gives it."""
+    name, said = run.record["name"], "no kube_apiserver_url in the profile"
+    if client.kube:
+        single = run.record["kind"] == "trainings"
+        pod = name + ("-0-0" if single else "-master-0" if rank == 0 else "-worker-%d" % (rank - 1))
+        url = "%s/api/v1/namespaces/runai-%s/pods/%s/log" % (client.kube, run.record["project"], pod)
+        query = ({} if single else {"container": "pytorch"}) | ({"follow": "true"} if follow else {})
+        response = client.send("GET", url, "read the log", query=query, stream=True)
+        if response.status_code < 400:
+            return _decoded(response)
+        if response.status_code in (400, 404):  # the container waits to start; the pod is not there yet
+            return None
+        said = "the Kubernetes API answered %d" % response.status_code
+    origin = urllib.parse.urlsplit(client.base)
+    kind = "runai" if run.record["kind"] == "trainings" else "pytorch"
+    url = "%s://%s/cluster-api/api/v1/%s/workloads/training/%s/%s/logs/download" % (
+        origin.scheme, origin.netloc, run.record["project"], kind, name)
+    response = client.send("GET", url, "read the log", stream=True)
+    if rank == 0 and response.status_code < 400:
+        return _decoded(response)
+    raise Refusal("run:AI gives no logs here (%s, the cluster API %d)" % (said, response.status_code),
+                  "the pod's own lies at " + (run.record["log"] % rank if run.record["log"] else "no place: there is no workspace"), 4)
+
+
+def _decoded(response: Any) -> Iterator[str]:
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    return (decode(piece) for piece in response.iter_content(chunk_size=None))
+
+
+def _own_log(job: Job) -> str:
+    root = job.description["run_root"]
+    return os.path.join(root.replace("%", "%%"), "runs", job.run, "rank-%d.log") if root else ""
+
+
+def log_lines(run: Run) -> Iterator[str]:
+    """Rank 0's log as it is now, for nemo-run."""
+    from backends import clouds
+
+    yield from clouds.lines(open_log(reconnect(run), run, 0, False) or ())

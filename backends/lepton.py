@@ -1,0 +1,255 @@
+"""DGX Cloud Lepton: one POST /jobs creates a job that carries its own source.
+
+Credentials and address are the SDK's own: LEPTON_WORKSPACE_ID, LEPTON_WORKSPACE_TOKEN and LEPTON_WORKSPACE_URL, or what
+`lep login` wrote. Retries are off unless custom_spec sets them, so that a dead rank ends the job.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import backends
+from backends import Job, Run, Status
+from transport import LIMITS, Plan, Refusal, human
+
+CAN = {"detach"}
+NAME_LIMIT = 36  # characters of a job's name (leptonai 0.47.1, job_validation.py)
+RESERVED = ("LEPTON_WORKSPACE_ID", "LEPTON_DEPLOYMENT_NAME", "LEPTON_JOB_NAME", "LEPTON_RESOURCE_ACCELERATOR_TYPE",
+            "LEPTON_WORKSPACE_ORIGIN_URL")
+STATES = {
+    "Starting": "waiting", "Queueing": "waiting", "Awaiting": "waiting", "PendingRetry": "waiting",
+    "Restarting": "waiting", "UNK": "waiting", "Running": "running", "Completed": "done", "Archived": "done",
+    "Failed": "failed", "Stopping": "running", "Stopped": "cancelled", "Deleting": "cancelled", "Deleted": "cancelled",
+}
+
+
+# ---------------------------------------------------------------- the five functions
+
+
+def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
+    """Create the job. Everything that can be checked is checked before: nothing is half-submitted."""
+    from backends import clouds
+
+    settings = job.settings
+    check(job)
+    client = connect(settings.get("ca_bundle"))
+    group = node_group(client, settings["node_group"])
+    name = clouds.job_name(job.name, job.run, NAME_LIMIT)
+    body = request(job, plan, name, group)
+    size = len(body.json(exclude_none=True, by_alias=True))
+    if size > LIMITS["lepton"].object:
+        raise Refusal("the job's API object is %s of %s; nothing was submitted" % (human(size), human(LIMITS["lepton"].object)),
+                      "leave files out with exclude, or make custom_spec smaller", 3)
+    from backends import nemo  # takes seconds; what can be refused has been by now
+
+    run.record |= {"job": name, "url": client.url, "ca_bundle": settings.get("ca_bundle")}
+    run.save()
+    executor = nemo.CarriedLepton(
+        container_image=str(job.image), nemo_run_dir=backends.workspace(settings) or "", nodes=job.nodes,
+        resource_shape=settings["resource_shape"], node_group=settings["node_group"], airlift_run=job.run)
+    nemo.submit(name, executor, job.run, lambda: (create(client, body, name), "Starting"))
+
+
+def follow(run: Run) -> Status:
+    from backends import clouds
+
+    client = reconnect(run)
+    return clouds.Follower(run, lambda: _status(client, run), lambda rank: open_log(client, run, rank),
+                           lambda: trouble(client, run)).follow()
+
+
+def logs(run: Run) -> None:
+    from backends import clouds
+
+    client = reconnect(run)
+    clouds.print_logs(run, lambda rank: open_log(client, run, rank))
+
+
+def status(run: Run) -> Status:
+    return _status(reconnect(run), run)
+
+
+def cancel(run: Run) -> str:
+    from backends import clouds
+
+    client = reconnect(run)
+    before = _status(client, run)
+    if before.state in clouds.FINAL:
+        return "it had already ended (%s)" % before.detail
+    asked("stop job " + run.record["job"], client, lambda: client.job.update(run.record["job"], {"spec": {"stopped": True}}))
+    after = clouds.await_end(lambda: _status(client, run))
+    return "stopped" if after.state in clouds.FINAL else "told to stop; it is still %s" % after.detail
+
+
+# ---------------------------------------------------------------- the client
+
+
+def connect(ca_bundle: str | None) -> Any:
+    """The SDK's client, with timeouts and retries. Raises Refusal (exit code 4) where there are no credentials."""
+    from backends import clouds
+
+    try:
+        from leptonai.api.v2.client import APIClient
+        from leptonai.api.v2.utils import WorkspaceConfigurationError
+    except ImportError as error:
+        raise Refusal("the Lepton SDK cannot be imported: %s" % error, "pip install -r requirements.txt") from None
+    try:
+        client = APIClient()
+    except (WorkspaceConfigurationError, TypeError):  # without a token the SDK fails with a TypeError
+        raise Refusal("there are no Lepton credentials here",
+                      "export LEPTON_WORKSPACE_ID and LEPTON_WORKSPACE_TOKEN, or run `lep login`", 4) from None
+    clouds.harden(client._session, ca_bundle)
+    return client
+
+
+def reconnect(run: Run) -> Any:
+    client = connect(run.record.get("ca_bundle"))
+    if client.url != run.record["url"]:
+        raise Refusal("run %s is in the workspace at %s, and the credentials here are for %s"
+                      % (run.run, run.record["url"], client.url), "use that workspace's credentials", 4)
+    return client
+
+
+def asked(doing: str, client: Any, call: Callable[[], Any], sent: str = "") -> Any:
+    """The call's result. Raises Refusal in plain words for what the SDK or the network raises."""
+    import requests
+    from leptonai.api.v1.api_resource import ClientError, ServerError
+
+    from backends import clouds
+
+    try:
+        return call()
+    except (ClientError, ServerError) as error:
+        raise clouds.refused("Lepton", error.response, doing, client.auth_token or "") from None
+    except requests.RequestException as error:
+        raise clouds.unreachable("Lepton", client.url, error, sent) from None
+
+
+def node_group(client: Any, name: str) -> str:
+    """The id of a node group, by its name. Raises Refusal (exit code 4) that names those there are."""
+    groups = asked("list the node groups", client, client.nodegroup.list_all)
+    for group in groups:
+        if name in (group.metadata.name, group.metadata.id_):
+            return str(group.metadata.id_)
+    known = ", ".join(sorted(str(group.metadata.name) for group in groups)) or "none at all"
+    raise Refusal("Lepton has no node group %r" % name, "this workspace has %s; set node_group in the profile" % known, 4)
+
+
+# ---------------------------------------------------------------- the job
+
+
+def check(job: Job) -> None:
+    """What the API would refuse, found before anything is sent. Raises Refusal."""
+    if not job.image:
+        raise Refusal("the job has no image", "set container_image in the profile, or image in the recipe's header")
+    for mount in job.settings.get("mounts") or []:
+        if isinstance(mount, dict):
+            missing = [key for key in ("path", "mount_path", "from") if not mount.get(key)]
+            if missing:  # the library finds a missing `from` only after it has begun to submit (15)
+                raise Refusal("a mount lacks %s: %s" % (", ".join(missing), mount),
+                              'like: { path = "/", mount_path = "/shared", from = "node-nfs:my-storage" }')
+    for name in job.secrets:
+        if not re.fullmatch(r"[A-Za-z._-][A-Za-z0-9._-]*", name) or name in RESERVED:
+            raise Refusal("Lepton does not take a variable named %r" % name, "use another name under [secrets]")
+
+
+def request(job: Job, plan: Plan, name: str, group: str) -> Any:
+    """The LeptonJob to create. Raises Refusal for a field of custom_spec that the API does not have."""
+    from leptonai.api.v1.types.common import Metadata
+    from leptonai.api.v1.types.job import LeptonJob, LeptonJobUserSpec
+    from pydantic import ValidationError
+
+    settings = job.settings
+    envs: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plan.env.items()]
+    envs += [{"name": key, "value_from": {"secret_name_ref": source.partition(":")[2]}}
+             for key, source in job.secrets.items() if source != "env"]
+    spec: dict[str, Any] = {
+        "resource_shape": settings["resource_shape"],
+        "affinity": {"allowed_dedicated_node_groups": [group]},
+        "container": {"image": job.image, "command": plan.argv},
+        "completions": job.nodes, "parallelism": job.nodes, "intra_job_communication": True,
+        "max_failure_retry": 0, "max_job_failure_retry": 0,  # the platform's defaults would restart a dead rank
+        "envs": envs, "mounts": [mount for mount in settings.get("mounts") or [] if isinstance(mount, dict)],
+        "image_pull_secrets": settings.get("image_pull_secrets", []), "ttl_seconds_after_finished": None,
+    }
+    if settings.get("shared_memory_size"):
+        spec["shared_memory_size"] = settings["shared_memory_size"]
+    if settings.get("node_reservation"):
+        spec["reservation_config"] = {"reservation_id": settings["node_reservation"]}
+    queue = {"priority_class": settings.get("queue_priority"), "can_be_preempted": settings.get("can_be_preempted"),
+             "can_preempt": settings.get("can_preempt")}
+    if any(queue.values()):
+        spec["queue_config"] = {key: value for key, value in queue.items() if value}
+    custom = settings.get("custom_spec", {})
+    unknown = sorted(set(custom) - set(LeptonJobUserSpec.model_fields))
+    if unknown:
+        raise Refusal("custom_spec has %s, which a Lepton job does not" % ", ".join(unknown),
+                      "it may have " + ", ".join(sorted(LeptonJobUserSpec.model_fields)))
+    try:
+        return LeptonJob(metadata=Metadata(id=name, name=name), spec=LeptonJobUserSpec(**(spec | custom)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Refusal("the job does not fit Lepton's API: %s: %s" % (".".join(map(str, first["loc"])), first["msg"]),
+                      "mend it in the profile") from None
+
+
+def create(client: Any, body: Any, name: str) -> str:
+    """POST the job and give its id. An answer that got lost is looked for: our names are never used twice."""
+    try:
+        return str(asked("create job " + name, client, lambda: client.job.create(body), sent=name).metadata.id_)
+    except Refusal as refusal:
+        if refusal.code == 5 or "answered 409" in refusal.what:
+            try:
+                found = client.job.get(name)
+            except Exception:
+                raise refusal from None
+            sent = {env.name: env.value for env in body.spec.envs}
+            if any(env.name == "AIRLIFT_JOB_SHA256" and env.value == sent[env.name] for env in found.spec.envs):
+                return str(found.metadata.id_)
+        raise
+
+
+def platform_state(run: Run) -> Any:
+    """Lepton's own state, for nemo-run's records."""
+    client = reconnect(run)
+    return asked("read job " + run.record["job"], client, lambda: client.job.get(run.record["job"])).status.state
+
+
+def _status(client: Any, run: Run) -> Status:
+    try:
+        job = asked("read job " + run.record["job"], client, lambda: client.job.get(run.record["job"]))
+    except Refusal as refusal:
+        if "answered 404" in refusal.what:
+            return Status("cancelled", "the platform no longer knows it")
+        raise
+    word = job.status.state.value if job.status and job.status.state else "UNK"
+    state = STATES.get(word, "waiting")
+    if state == "running" and (job.status.ready or 0) < run.nodes:
+        return Status("waiting", "%s, %d of %d pods ready" % (word, job.status.ready or 0, run.nodes))
+    if word == "Archived" and (job.status.succeeded or 0) < run.nodes:  # its state no longer says how it ended
+        state = "failed"
+    return Status(state, word, 0 if state == "done" else None)
+
+
+def trouble(client: Any, run: Run) -> str:
+    """The job's warnings, newest first: only its events tell that an image cannot be pulled."""
+    events = asked("read the job's events", client, lambda: client.job.get_events(run.record["job"]))
+    return "; ".join("%s: %s" % (event.reason, event.message) for event in reversed(events) if event.type_ == "Warning")
+
+
+def open_log(client: Any, run: Run, rank: int) -> Iterator[str] | None:
+    """The log of one rank from its beginning, as it comes; None while there is no such replica."""
+    replicas = asked("list the replicas", client, lambda: client.job.get_replicas(run.record["job"]))
+    for replica in replicas:
+        identity = str(replica.metadata.id_ or replica.id_)
+        if re.match(re.escape(run.record["job"]) + "-%d(-|$)" % rank, identity):
+            path = "/jobs/%s/replicas/%s/log" % (run.record["job"], identity)
+            response = asked("read the log", client, lambda: client._get(path, stream=True))
+            if response.status_code >= 400:
+                return None
+            decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+            return (decode(piece) for piece in response.iter_content(chunk_size=None))
+    return None
