@@ -1,0 +1,105 @@
+"""What a run writes: checkpoints that exist only whole, and metrics that never run ahead of them after a resume.
+
+    <output>/checkpoints/step-00000050.pt    model, optimizer, and how far the run was
+    <output>/metrics.jsonl                   one JSON object for each logged step
+
+Rank 0 writes, every rank reads. The learning rate, the order of the data and the random numbers of a step are
+functions of the step and the seed, so that a checkpoint need not hold them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from starter.config import RecipeError
+
+NAME = re.compile(r"step-(\d{8})\.pt")
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Have ``write`` fill a file that appears at ``path`` complete and on the disk, or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise RecipeError(f"cannot write {path}: {error}\nFree space there, or set output=FOLDER.") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: a rename is not durable before that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*.pt") if NAME.fullmatch(path.name))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    return max(list_checkpoints(folder), default=None)
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
+    path = folder / f"step-{state['step']:08d}.pt"
+    write_atomically(path, lambda file: torch.save(state, file))
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"rank 0 sees the checkpoint {path}, this node does not.\nPut output on storage that all nodes share."
+        ) from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RecipeError(f"the checkpoint {path} is damaged.\nRemove it to go on from the one before.") from error
+
+
+def check_fingerprint(path: Path, saved: dict[str, str], current: dict[str, str]) -> None:
+    """Refuse a checkpoint of other data or another model. Keys that only one side knows come from another version."""
+    for key, value in saved.items():
+        if key in current and current[key] != value:
+            raise RecipeError(
+                f"{path} was trained with {key} = {value}, now it is {current[key]}.\n"
+                "Undo that change, or start anew with another output=FOLDER."
+            )
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop what a killed run logged after its last checkpoint, and a line that it did not finish.
+
+    Written anew in any case, so that a folder which cannot be written to shows before the training, not after it.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    write_atomically(path, lambda file: file.writelines(kept))
+
+
+def append_metrics(path: Path, metrics: dict[str, float]) -> None:
+    """Append one line and bring it to the disk: it must be there before a checkpoint of its step is."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
