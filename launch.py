@@ -74,24 +74,54 @@ def parse(argv):
     name = options.words[0] if options.words[0] in COMMANDS else "launch"
     options.words = options.words[0 if name == "launch" else 1:]
     options.args = script_args
+    for option in ("config", "nodes", "repo_root", "dry_run", "json", "detach", "all_ranks", "args"):
+        if getattr(options, option) and option not in TAKES.get(name, option):
+            raise Refusal("%s does not take --%s" % (name, option.replace("_", "-").replace("args", "")), "leave it out")
     if options.nodes is not None and options.nodes < 1:
         raise Refusal("--nodes is %d" % options.nodes, "a job has one node or more")
     return name, options
 
 
+def utf8(word):
+    """A word of the command line, whatever the locale. Raises Refusal for bytes that are not UTF-8."""
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        pass
+    raise Refusal("the word %s is not UTF-8" % ascii(word), "write it in UTF-8")
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    code = 0
     try:
-        name, options = parse(argv)
-        return COMMANDS[name](options)
-    except Refusal as refusal:
-        if "--debug" in argv:
-            raise
-        print("airlift: %s\n%s" % (one_line(refusal.what), one_line(refusal.fix)), file=sys.stderr)
-        return refusal.code
+        name, options = parse([utf8(word) for word in argv])
+        code = COMMANDS[name](options)
+        sys.stdout.flush()
     except BrokenPipeError:  # `launch.py list | head`
+        pass
+    except (Exception, KeyboardInterrupt) as error:
+        if "--debug" in argv[: argv.index("--") if "--" in argv else None]:
+            raise
+        what, fix, code = wrong(error)
+        print("airlift: %s\n%s" % (one_line(what), one_line(fix)), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads, or the disk is full; Python would try again, and say so
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+    return code
+
+
+def wrong(error):
+    """What to say of an error, and the exit code. Every error is two lines; a traceback comes only with --debug."""
+    if isinstance(error, Refusal):
+        return error.what, error.fix, error.code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", "python launch.py status tells what was started", 130
+    if isinstance(error, OSError):
+        name = "%s: " % error.filename if error.filename else ""
+        return name + (error.strerror or str(error)), "look whether it is there, yours, and has space", 2
+    return "a bug: %r" % error, "please report it with what --debug shows", 2
 
 
 def one_line(text):
@@ -136,9 +166,11 @@ class Launch(object):
             "run": run, "recipe": recipe.name, "script": recipe.script, "launch": recipe.launch,
             "nodes": settings["nodes"], "run_root": root, "config": self.config.text,
             "env": backends.environment(settings, self.config.run, recipe.name, profile.executor),
-            "setup": settings.get("startup_commands", []), "command": command, "tool": tool,
+            "setup": settings.get("pre_launch_commands", []) + settings.get("startup_commands", []),
+            "command": command, "tool": tool,
             "workdir": settings.get("workdir"),
         }
+        description.update(backends.unpacking(settings))
         return backends.Job(
             run, recipe.name, profile.executor, settings["nodes"], settings["gpus_per_node"], settings["nproc"],
             settings.get("container_image"), settings, description, secrets,
@@ -209,7 +241,7 @@ def submit(plan, options):
         return 0
     try:
         status = backend.follow(run)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         return interrupted(run, backend)
     return ended(run, status, plan)
 
@@ -217,15 +249,14 @@ def submit(plan, options):
 def interrupted(run, backend):
     """Ctrl-C: local pods end; a job elsewhere goes on."""
     if run.executor == "local":
-        print("\nending the pods: %s" % backend.cancel(run))
+        print("\nending the pods: %s" % backend.cancel(run), file=sys.stderr)
         return 1
-    print("\nthe job goes on; come back with: python launch.py logs %s" % run.run)
+    print("\nthe job goes on; come back with: python launch.py logs %s" % run.run, file=sys.stderr)
     return 0
 
 
 def ended(run, status, plan):
-    run.job_exit_code = status.exit_code
-    run.save()
+    backends.keep_end(run, status)
     took = "%.0f s" % (time.time() - run.started)
     root = plan.job.description["run_root"]
     if status.state == "done":
@@ -272,7 +303,7 @@ SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCE
 def shown_env(plan):
     """What the pods' environment holds, ours and the recipe's: secrets as ***, chunks by their length."""
     env = dict(plan.plan.env, **plan.job.description["env"])
-    env.update({name: "***" for name in plan.job.secrets})
+    env.update((name, "***") for name in plan.job.secrets if not env.get(name, "").startswith("<unset "))
     for name, value in env.items():
         if re.match(r"AIRLIFT_[A-Z]+_\d+$", name):
             env[name] = "<%d characters>" % len(value)
@@ -346,6 +377,8 @@ def list_rows(wanted):
 
 
 def list_profiles(options):
+    if options.words:
+        raise Refusal("%r is one word too many" % options.words[0], "profiles takes none")
     rows = list(profiles.overview())
     if options.json:
         print(json.dumps([dict(zip(("name", "executor", "about"), row)) for row in rows], indent=1))
@@ -375,24 +408,34 @@ def find_run(options):
 
 
 def status(options):
-    runs = [find_run(options)] if options.words else backends.all_runs()
-    rows = []
-    for run in runs:
-        state = backends.backend(run.executor).status(run)
+    """One run, or all: a run whose state cannot be read is an error, but does not hide the others."""
+    rows, worst = [], 0
+    for run in [find_run(options)] if options.words else backends.all_runs():
+        try:
+            state = backends.status(run)
+        except Refusal as refusal:
+            if options.words:
+                raise
+            state, worst = backends.Status("unknown", one_line(refusal.what)), max(worst, refusal.code)
         rows.append(dict(run=run.run, recipe=run.recipe, profile=run.profile, nodes=run.nodes, state=state.state,
                          detail=state.detail, age_s=int(time.time() - run.started), job_exit_code=state.exit_code))
     if options.json:
         print(json.dumps(rows, indent=1))
-    else:
-        for row in rows:
-            print("{run}  {state:<9} {age_s:>6} s  {recipe} on {profile}, {nodes} nodes  {detail}".format(**row))
-    return 0
+        return worst
+    for row in rows:
+        code = "" if row["job_exit_code"] in (None, 0) else "exit code %d" % row["job_exit_code"]
+        print("{run}  {state:<9} {age_s:>6} s  {recipe} on {profile}, {nodes} nodes  {0}".format(
+            "; ".join(dict.fromkeys(filter(None, (row["detail"], code)))), **row))
+    return worst
 
 
 def logs(options):
     run = find_run(options)
     run.record["all_ranks"] = options.all_ranks
-    backends.backend(run.executor).logs(run)
+    try:
+        backends.backend(run.executor).logs(run)
+    except KeyboardInterrupt:
+        print("\nthe job goes on; come back with: python launch.py logs %s" % run.run)
     return 0
 
 
@@ -404,6 +447,9 @@ def cancel(options):
 
 COMMANDS = {"launch": launch, "list": list_recipes, "profiles": list_profiles, "files": files, "status": status,
             "logs": logs, "cancel": cancel}
+TAKES = {"list": ("repo_root", "json"), "profiles": ("json",), "files": ("config", "nodes", "repo_root", "json", "args"),
+         "status": ("json",), "logs": ("all_ranks",), "cancel": ()}  # launch takes all
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a locale without the letters of a path is no reason to fail
     sys.exit(main())

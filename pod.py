@@ -8,8 +8,8 @@ through and returns the recipe's exit code.
 Places. The code root, <scratch>/airlift-<run>/code, holds the tree; the run root holds what the recipe writes. In the
 config `/nemo_run/code` stands for the first and any other `/nemo_run/...` for the second, by whole path components.
 
-The tree is unpacked into a private folder, compared with its digest on the way, and renamed into place, so that its name
-is absent or complete. A tree that is already there (the container was restarted) is compared with what came; anything
+The tree is compared with its digest, unpacked into a private folder and renamed into place, so that its name is absent
+or complete. A tree that is already there (the container was restarted) is compared with what came; anything
 else under that name is refused and left as it is.
 
 Each failure of its own has an exit code in FAILURES and one plain sentence. Everything else is the recipe's code.
@@ -40,13 +40,14 @@ import time
 import zlib
 from typing import IO, Iterator
 
-POD, PAYLOAD, RANK, PLACE, PYTHON, SETUP, TOOL, INTERNAL = 80, 81, 82, 83, 85, 86, 87, 89
+POD, PAYLOAD, RANK, PLACE, WAIT, PYTHON, SETUP, TOOL, INTERNAL = 80, 81, 82, 83, 84, 85, 86, 87, 89
 
 FAILURES = {
-    POD: ("the program that unpacks did not arrive whole", "the platform changed the job's environment; see its limits"),
-    PAYLOAD: ("the payload did not arrive whole", "the platform dropped or changed a chunk of the environment"),
+    POD: ("the program that unpacks did not arrive whole", "the platform dropped or changed a part of the environment"),
+    PAYLOAD: ("the payload did not arrive whole", "the platform dropped or changed a part of it"),
     RANK: ("the pod's rank is not certain", "set NODE_RANK in every pod, or remove what contradicts it"),
     PLACE: ("the pod could not put the files in place", "give the pod disk space, or a writable TMPDIR and workspace"),
+    WAIT: ("rank 0 did not put the shared tree in place", "see rank 0's log, and whether all pods see the workspace"),
     PYTHON: ("the pod's python3 cannot unpack the payload", 'use an image with Python 3.8, or compression = "gz"'),
     SETUP: ("a startup command failed", "mend startup_commands in the profile; its output is above"),
     TOOL: ("the image lacks what the recipe is started with", "use an image that has it, or set run_command"),
@@ -62,10 +63,10 @@ class Failure(Exception):
         self.code, self.seen = code, seen
 
 
-def say(text: str) -> None:
-    """One line on standard output, past Python's buffers and the locale. Where nobody can read it, nothing happens."""
+def say(text: str, to: int = 1) -> None:
+    """One line on standard output (or error, `to` 2), past Python's buffers and locale; where nobody reads, nothing."""
     try:
-        os.write(1, ("airlift: " + text + "\n").encode("utf-8", "backslashreplace"))
+        os.write(to, ("airlift: " + text + "\n").encode("utf-8", "backslashreplace"))
     except OSError:
         pass
 
@@ -188,12 +189,12 @@ def decompress(data: bytes, method: str) -> bytes:
         return gzip.decompress(data)
     except ImportError as error:
         raise Failure(PYTHON, "this Python has no %s: %s" % (method, error)) from None
-    except Exception as error:  # the digest was right, so it is this Python's; lzma, gzip and zlib have errors of their own
+    except Exception as error:  # what came is what was sent; lzma, gzip and zlib have errors of their own
         raise Failure(PYTHON, "this Python cannot unpack %s: %s" % (method, error)) from None
 
 
 def unpack(tar: bytes, target: str) -> None:
-    """Put the tar's tree at `target`, whole or not at all. Raises Failure(PLACE), with a foreign `target` left alone."""
+    """Put the tar's tree at `target`, whole or not at all. Raises Failure(PLACE); a foreign `target` is left alone."""
     if os.path.lexists(target):
         if not holds(target, tar):
             raise Failure(PLACE, "%s is there already and does not hold this payload" % target)
@@ -253,15 +254,297 @@ def holds(folder: str, tar: bytes) -> bool:
     return True
 
 
+def strays(folder: str, tar: bytes) -> list[str]:
+    """Files and links in the folder that are not of the tar."""
+    sent = {os.path.join(folder, os.fsdecode(info.name.encode())) for info, _ in members(tar)}
+    found = []
+    for place, folders, files in os.walk(folder):
+        paths = [os.path.join(place, name) for name in files + folders]
+        found += [path for path in paths if path not in sent and (os.path.islink(path) or not os.path.isdir(path))]
+    return found
+
+
+# ---------------------------------------------------------------- shared unpack
+
+
+class Shared:
+    """One tree on shared storage for all pods of an attempt (unpack = "shared").
+
+    Under one folder that all pods see:
+
+        trees/000007-<digest>/     a published tree: absent or complete
+            code/                  what was sent; never changed
+            uses/                  a file of each pod that uses it, from before it looks at the tree until it ends
+            told/                  rank 0's word to the others, <attempt>.ready-<n>; n is the number of chunks
+        failed/000007-<attempt>    rank 0's word that it cannot, and why
+        private/000008-...         not yet published
+        swept/...                  no longer
+
+    An attempt is one start of all pods: the run's id and the platform's count of restarts. Rank 0 alone decides which
+    tree it is: one with the right digest that is there and verifies, else a new one, unpacked into a private folder,
+    verified, and renamed with rank 0's use and word already in it. The others look for its word, with a deadline, and
+    verify the tree before they use it.
+
+      - No lock, and no clock is compared. Any pod may be killed and started again at any point; two may be alive at
+        once that think they are the same rank, so each process has a use of its own.
+      - Readers and sweepers meet in uses/, and the file system decides: a sweeper first removes that folder, which
+        works only while nobody is in it; from then on nobody can enter it, and whoever comes by can finish the sweep.
+      - Nothing is deleted under the name it had. It is renamed to swept/ first, so that of a pod that would publish a
+        folder and one that would remove it, one is told that it came too late. Rank 0 then begins anew.
+      - Rank 0 reuses only a tree with nothing else in it: a module that another job left there would be imported. The
+        others do not mind what their own siblings leave in it meanwhile.
+      - What stays: a pod that was killed leaves its use behind, and with it the tree; remove the whole folder while
+        no job runs, if that is too much. A tree keeps a word for each attempt it served. Of private folders and
+        failures the newest LEFT stay; a full disk brings the folders down to none.
+      - NFS: a rename that was carried out may be answered ENOENT, so what counts is what is there afterwards. A name
+        that was looked up too early stays absent in a cache for a while, so names are read from listings, and a
+        folder is touched before it is listed, which makes the client ask the server.
+    """
+
+    FOLDERS = ("trees", "failed", "private", "swept")
+    LEFT = 32
+    GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+    FULL = (errno.ENOSPC, errno.EDQUOT)
+
+    def __init__(self, job: dict, env: dict[str, str], rank: int, tar: bytes) -> None:
+        restarts = env.get("LEPTON_JOB_FAILURE_COUNT") or env.get("SLURM_RESTART_COUNT") or "0"
+        self.top, self.rank, self.tar = job["shared"], rank, tar
+        self.attempt = "%s-%s" % (job["run"], re.sub(r"[^0-9]", "_", restarts))
+        self.digest = job["tree"]["sha256"]
+        self.ready = "%s.ready-%s" % (self.attempt, env["AIRLIFT_TREE_CHUNKS"])
+        self.use = "%s.%d.%s" % (self.attempt, rank, os.urandom(8).hex())
+        self.keep, self.patience = job["keep"], job["patience"]
+        self.used: str | None = None
+        for folder in self.FOLDERS:
+            os.makedirs(self.path(folder), exist_ok=True)
+
+    def path(self, *parts: str) -> str:
+        return os.path.join(self.top, *parts)
+
+    def find(self) -> str:
+        """The tree's path, in place and verified. Raises Failure(WAIT or PLACE), OSError."""
+        name = self.provide() if self.rank == 0 else self.wait()
+        return self.path("trees", name, "code")
+
+    def leave(self, error: BaseException | None = None) -> None:
+        """Give up the use. An error of rank 0 is told to the others; a signal is not, for rank 0 may come back."""
+        self.release()
+        if self.rank == 0 and isinstance(error, Exception):
+            try:
+                path = self.path("failed", "%06d-%s" % (self.next_number(), self.attempt))
+                with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(getattr(error, "seen", str(error)))
+            except OSError:
+                pass  # then the others wait for their deadline
+
+    # rank 0
+
+    def provide(self) -> str:
+        for name in self.failures():
+            self.remove("failed", name)
+        known = sorted(self.ours(), key=self.told, reverse=True)  # first what the others may have been told already
+        name = next(filter(self.offer, known), None) or self.publish()
+        self.sweep()
+        return name
+
+    def offer(self, name: str) -> bool:
+        """Take a tree that is there and tell the others. What cannot be taken (another user's, say) is passed over."""
+        try:
+            alone = self.take(name) and not strays(self.path("trees", name, "code"), self.tar)
+            if alone and self.mark(self.path("trees", name, "told", self.ready)):
+                return True
+        except OSError:
+            pass
+        self.release()
+        return False
+
+    def publish(self) -> str:
+        """A new tree. Begun anew when our folder was swept as if left behind, and once when the disk was full."""
+        deadline, was_full = time.monotonic() + self.patience, False
+        while True:
+            number, begun = self.next_number(), False
+            name = "%06d-%s.%s" % (number, self.attempt, os.urandom(4).hex())
+            try:
+                for folder in ("uses", "told", "code"):
+                    os.makedirs(self.path("private", name, folder), exist_ok=True)
+                begun = True
+                self.fill(self.path("private", name))
+                return self.rename(self.path("private", name), number)
+            except (Failure, OSError) as error:
+                full = getattr(error, "errno", None) in self.FULL
+                swept = begun and "uses" not in self.listed("private", name)
+                if full and not was_full:
+                    was_full = True
+                    for left in self.listed("private"):
+                        self.discard("private", left)
+                elif full or not swept or time.monotonic() > deadline:
+                    raise
+            finally:
+                self.discard("private", name, ours=True)
+
+    def fill(self, private: str) -> None:
+        code = os.path.join(private, "code")
+        extract(self.tar, code)
+        marked = [self.mark(os.path.join(private, *mark)) for mark in (("uses", self.use), ("told", self.ready))]
+        if not all(marked) or not holds(code, self.tar):
+            raise Failure(PLACE, "%s does not hold what was written to it" % private)
+
+    def rename(self, private: str, number: int) -> str:
+        while True:
+            self.used = "%06d-%s" % (number, self.digest)
+            try:
+                os.rename(private, self.path("trees", self.used))
+                return self.used
+            except OSError as error:
+                name = self.used
+                if self.offer(name):  # carried out after all, or another launch was faster
+                    return name
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                number += 1  # something else has that name
+
+    # the others
+
+    def wait(self) -> str:
+        deadline, pause, seen = time.monotonic() + self.patience, 0.05, "rank 0 has said nothing"
+        while True:
+            for name in filter(self.told, self.ours()):
+                if self.take(name):
+                    return name
+                seen = "rank 0 names %s, which is not what was sent," % self.path("trees", name)
+            for name in self.failures():
+                raise Failure(WAIT, "rank 0 says: " + self.reason(name))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Failure(WAIT, "%s after %d s in %s" % (seen, self.patience, self.top))
+            time.sleep(min(pause, left))
+            pause = min(pause * 1.5, 1.0)
+
+    def reason(self, name: str) -> str:
+        try:
+            with open(self.path("failed", name), encoding="utf-8", errors="replace") as file:
+                return file.read(1000) or "it failed"
+        except OSError:
+            return "it failed"
+
+    # use and sweep
+
+    def take(self, name: str) -> bool:
+        """Use a tree, if it is there and holds what was sent."""
+        if self.used != name:
+            self.release()
+        self.used = name
+        if self.mark(self.path("trees", name, "uses", self.use)) and holds(self.path("trees", name, "code"), self.tar):
+            return True
+        self.release()
+        return False
+
+    def release(self) -> None:
+        if self.used:
+            try:
+                os.unlink(self.path("trees", self.used, "uses", self.use))
+            except OSError:
+                pass  # there is none; or it is as if this pod had been killed, and the tree stays
+            self.used = None
+
+    def sweep(self) -> None:
+        """Remove all but the newest trees, none that is in use. What goes wrong here concerns nobody but the disk."""
+        try:
+            trees = self.trees()
+            for name in trees[:max(0, len(trees) - self.keep)]:
+                self.retire(name)
+            for name in self.listed("private")[:-self.LEFT]:
+                self.discard("private", name)
+            for name in self.listed("failed")[:-self.LEFT]:
+                self.remove("failed", name)
+            for name in self.listed("swept"):
+                shutil.rmtree(self.path("swept", name), ignore_errors=True)
+        except OSError as error:
+            say("old trees stay: %s: %s" % (error.filename, error.strerror))
+
+    def retire(self, name: str) -> None:
+        try:
+            os.rmdir(self.path("trees", name, "uses"))
+        except FileNotFoundError:
+            pass  # a sweeper that was killed went as far, if what is left is what it would have left
+        except OSError:
+            return  # in use, or nothing of ours
+        if set(self.listed("trees", name)) <= {"code", "told"}:
+            self.discard("trees", name)
+
+    def discard(self, folder: str, name: str, ours: bool = False) -> None:
+        """Delete, by rename first. Where not even that has room, our own private folder is deleted where it is."""
+        gone = self.path("swept", "%s.%s" % (name, os.urandom(4).hex()))
+        try:
+            os.rename(self.path(folder, name), gone)
+        except OSError as error:
+            if not ours or error.errno not in self.FULL:
+                return
+            gone = self.path(folder, name)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    # what is there
+
+    def trees(self) -> list[str]:
+        """Oldest first."""
+        names = [name for name in self.listed("trees") if re.fullmatch("[0-9]{6,18}-[0-9a-f]{64}", name)]
+        return sorted(names, key=lambda name: int(name.partition("-")[0]))
+
+    def next_number(self) -> int:
+        return 1 + max([int(name.partition("-")[0]) for name in self.trees()] + [0])
+
+    def ours(self) -> list[str]:
+        """Trees with our digest, newest first."""
+        return [name for name in reversed(self.trees()) if name.endswith("-" + self.digest)]
+
+    def told(self, name: str) -> bool:
+        try:
+            return self.ready in self.listed("trees", name, "told")
+        except OSError:  # another user's, say
+            return False
+
+    def failures(self) -> list[str]:
+        return [name for name in self.listed("failed") if name.partition("-")[2] == self.attempt]
+
+    def listed(self, *parts: str) -> list[str]:
+        folder = self.path(*parts)
+        try:
+            try:
+                os.utime(folder)
+            except PermissionError:
+                pass
+            return sorted(os.listdir(folder))
+        except OSError as error:
+            if error.errno in self.GONE:
+                return []
+            raise
+
+    def mark(self, path: str) -> bool:
+        """An empty file; False if its folder is gone."""
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))
+            return True
+        except OSError as error:
+            if error.errno in self.GONE:
+                return False
+            raise
+
+    def remove(self, folder: str, name: str) -> None:
+        try:
+            os.unlink(self.path(folder, name))
+        except FileNotFoundError:
+            pass
+
+
 # ---------------------------------------------------------------- places
 
 
 class Places:
     """Where things are in this pod. All are absolute paths."""
 
-    def __init__(self, job: dict, env: dict[str, str]) -> None:
-        self.base = os.path.join(os.path.abspath(env.get("TMPDIR") or "/tmp"), "airlift-" + job["run"])
-        self.code = os.path.join(self.base, "code")
+    def __init__(self, job: dict, env: dict[str, str], base: str = "", code: str = "") -> None:
+        self.base = base or os.path.join(os.path.abspath(env.get("TMPDIR") or "/tmp"), "airlift-" + job["run"])
+        self.code = code or os.path.join(self.base, "code")
         self.config = os.path.join(self.base, "config.yaml")
         self.run_root = job.get("run_root") or os.path.join(self.base, "output")
         self.keeps = bool(job.get("run_root"))
@@ -290,10 +573,55 @@ class Places:
 
 
 def quoted(text: str) -> str:
-    """`text` as it stands between the double quotes of YAML: as in JSON, but YAML reads no surrogate pairs, and takes some
-    characters only in escapes."""
+    """`text` as it stands between the double quotes of YAML: as in JSON, but YAML reads no surrogate pairs, and wants
+    some more characters in escapes."""
     return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda match: "\\u%04x" % ord(match.group()),
                   json.dumps(text, ensure_ascii=False)[1:-1])
+
+
+# ---------------------------------------------------------------- a tree that has come by itself
+
+
+def read_manifest(path: str) -> dict:
+    """The job's description, with what each path of the tree must be ("members")."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise Failure(PAYLOAD, "the manifest %s cannot be read: %s" % (path, error)) from None
+
+
+def check_tree(folder: str, members: dict[str, str]) -> None:
+    """Raises Failure(PAYLOAD) unless every file has its digest, and every link ("-> target") its target."""
+    for name, wanted in sorted(members.items()):
+        path = os.path.join(folder, os.fsdecode(name.encode()))
+        try:
+            if wanted.startswith("-> "):
+                found = "-> " + os.fsencode(os.readlink(path)).decode("utf-8", "replace")
+            else:
+                with open(path, "rb") as file:
+                    found = hashlib.sha256(file.read()).hexdigest()
+        except OSError as error:
+            raise Failure(PAYLOAD, "%s: %s" % (path, error.strerror)) from None
+        if found != wanted:
+            raise Failure(PAYLOAD, "%s is not what was sent" % path)
+
+
+def settle(manifest: str, job: dict, env: dict[str, str]) -> Places:
+    """The tree lies beside the manifest: check it, take the secrets that lie above it into `env`, and write the config
+    into a folder of this pod's own. Raises Failure."""
+    code = os.path.dirname(os.path.abspath(manifest))
+    check_tree(code, job["members"])
+    try:
+        if job.get("secrets"):
+            with open(os.path.join(os.path.dirname(code), "secrets.json"), encoding="utf-8") as file:
+                env.update(json.load(file))
+        places = Places(job, env, tempfile.mkdtemp(prefix="airlift-%s-" % job["run"], dir=env.get("TMPDIR")), code)
+        places.make(job.get("folders", []))
+        places.write_config(job["config"])
+        return places
+    except OSError as error:
+        raise Failure(PLACE, "%s: %s" % (error.filename, error.strerror)) from None
 
 
 # ---------------------------------------------------------------- run
@@ -305,6 +633,8 @@ def recipe_env(env: dict[str, str], job: dict, places: Places, rank: int) -> dic
     if job["launch"] == "torchrun":  # a platform's PET_RDZV_BACKEND would overrule torchrun's arguments
         result = {name: value for name, value in result.items() if not name.startswith("PET_")}
     result.setdefault("PYTHONUNBUFFERED", "1")
+    if job.get("unpack") == "shared":
+        result.setdefault("PYTHONPYCACHEPREFIX", os.path.join(places.base, "pycache"))  # a published tree never changes
     result.update({name: places.fill(value) for name, value in job["env"].items()})
     address, port = find_master(dict(env, **result), job["nodes"])
     paths = [os.path.join(places.code, "src")] + [p for p in result.get("PYTHONPATH", "").split(":") if p]
@@ -320,9 +650,10 @@ def script_for(job: dict, workdir: str, ready: int) -> str:
     """The one bash script: startup commands, then the recipe. Between them a byte goes to the descriptor `ready`, which
     tells whose exit code it is.
 
-    The trap makes bash wait for the recipe to end by itself when TERM arrives, so that its own code comes back.
+    With a trap bash waits for the command that runs, when TERM arrives, and goes on from there: to its end, with the
+    recipe's own code, if that was the last one; else it exits, or a TERM between two commands would be lost.
     """
-    lines = ["trap : TERM INT", "cd -- %s || exit %d" % (shlex.quote(workdir), TOOL)]
+    lines = ["trap 'exit 143' TERM; trap 'exit 130' INT", "cd -- %s || exit %d" % (shlex.quote(workdir), TOOL)]
     for number, command in enumerate(job["setup"], 1):
         lines.append("eval %s || { echo 'airlift: startup command %d failed with exit code '$? >&2; exit %d; }"
                      % (shlex.quote(command), number, SETUP))
@@ -330,7 +661,10 @@ def script_for(job: dict, workdir: str, ready: int) -> str:
         tool = shlex.quote(job["tool"])
         lines.append("command -v %s >/dev/null || { echo 'airlift: there is no '%s' in this image' >&2; exit %d; }"
                      % (tool, tool, TOOL))
-    return "\n".join(lines + ["echo >&%d; exec %d>&-" % (ready, ready), job["command"]]) + "\n"
+    lines += ["trap AIRLIFT_TERM=143 TERM; trap AIRLIFT_TERM=130 INT",
+              "trap '[ -z \"${AIRLIFT_TERM:-}\" ] || exit $AIRLIFT_TERM' DEBUG",
+              "echo >&%d; exec %d>&-" % (ready, ready), job["command"]]
+    return "\n".join(lines) + "\n"
 
 
 class Child:
@@ -347,7 +681,6 @@ class Child:
     def forward(self, number: int, _frame: object) -> None:
         self.signal = number
         if self.process is None:
-            say("ended by signal %d before the recipe was started" % number)
             raise SystemExit(128 + number)
         try:
             os.killpg(self.process.pid, number)
@@ -384,8 +717,8 @@ class Child:
 
 
 def copy_output(pipe: IO[bytes], log: str) -> None:
-    """Pass bytes on as they come. A log that cannot be written (full disk) is said once; the recipe goes on. It also goes
-    on when nobody reads our output any more: the pipe must be emptied, or the recipe would stand still."""
+    """Pass bytes on as they come. A log that cannot be written (full disk) is said once, and the recipe goes on; so it
+    does when nobody reads our output any more: the pipe must be emptied, or the recipe would stand still."""
     try:
         file = open(log, "ab", buffering=0)
     except OSError as error:
@@ -466,39 +799,81 @@ def _children() -> list[int]:
 def main() -> int:
     child = Child()
     env = dict(os.environ)
-    rank_text = "?"
+    rank_text, shared, own = "?", None, ""
     try:
         if sys.version_info < (3, 8):
             raise Failure(PYTHON, "python3 is %d.%d; 3.8 is the oldest that works" % sys.version_info[:2])
-        join(env, "POD")  # what runs here is whole; its number of chunks and their names are to be right as well
-        if not re.fullmatch(r"[1-9][0-9]{0,5}", env.get("AIRLIFT_NODES", "")):
-            raise Failure(PAYLOAD, "AIRLIFT_NODES is %r" % env.get("AIRLIFT_NODES", "")[:40])
-        rank = find_rank(env, socket.gethostname(), int(env["AIRLIFT_NODES"]))
+        manifest = sys.argv[1] if len(sys.argv) > 1 else ""  # on Slurm: the tree has come by itself, and lies beside it
+        job = read_manifest(manifest) if manifest else {"nodes": nodes_sent(env)}
+        rank = find_rank(env, socket.gethostname(), job["nodes"])
         rank_text = str(rank)
-        job = read_job(env)
-        tar = decompress(join(env, "TREE"), job["tree"]["compression"])
-        digest = hashlib.sha256(tar).hexdigest()
-        if digest != job["tree"]["sha256"]:
-            raise Failure(PAYLOAD, "the tree's digest is %s, not %s" % (digest, job["tree"]["sha256"]))
-        places = Places(job, env)
-        put(tar, job, places)
-        say("rank %d of %d, sha256 %s, %d files in %s" % (rank, job["nodes"], digest, job["tree"]["files"], places.code))
+        if manifest:
+            places = settle(manifest, job, env)
+            own = places.base
+        else:
+            job = read_job(env)
+            tar = decompress(join(env, "TREE"), job["tree"]["compression"])
+            digest = hashlib.sha256(tar).hexdigest()
+            if digest != job["tree"]["sha256"]:
+                raise Failure(PAYLOAD, "the tree's digest is %s, not %s" % (digest, job["tree"]["sha256"]))
+            places = Places(job, env)
+            shared = put(tar, job, places, env, rank)
+        said = rank, job["nodes"], job["tree"]["sha256"], job["tree"]["files"], places.code
+        say("rank %d of %d, sha256 %s, %d files in %s" % said)
         code = start(child, env, job, places, rank)
     except Failure as failure:
         what, fix = FAILURES[failure.code]
         say("rank %s: %s: %s" % (rank_text, what, failure.seen))
         say("what to do: " + fix)
         code = failure.code
+    except SystemExit as early:
+        say("rank %s: ended by a signal before the recipe was started" % rank_text)
+        code = int(early.args[0])
+    except Exception:
+        import traceback
+
+        say(traceback.format_exc(), 2)
+        say("rank %s: %s" % (rank_text, FAILURES[INTERNAL][0]))
+        code = INTERNAL
+    finally:
+        if shared:
+            shared.release()
+        if own:
+            shutil.rmtree(own, ignore_errors=True)
     say("rank %s ended with exit code %d" % (rank_text, code))  # the launcher looks for this line in the logs
     return code
 
 
-def put(tar: bytes, job: dict, places: Places) -> None:
-    """Tree and config in place. Raises Failure(PLACE)."""
+def nodes_sent(env: dict[str, str]) -> int:
+    """The number of pods. Raises Failure where pod.py itself (what runs here is whole, but its chunks' names and number
+    are to be right as well) or that number did not arrive."""
+    join(env, "POD")
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", env.get("AIRLIFT_NODES", "")):
+        raise Failure(PAYLOAD, "AIRLIFT_NODES is %r" % env.get("AIRLIFT_NODES", "")[:40])
+    return int(env["AIRLIFT_NODES"])
+
+
+def _place(tar: bytes, job: dict, places: Places, env: dict[str, str], rank: int) -> Shared | None:
+    """Tree and config in place; the use of a shared tree is to be released at the end. Raises Failure, OSError."""
+    shared = Shared(job, env, rank, tar) if job.get("unpack") == "shared" else None
     try:
         places.make(job.get("folders", []))
-        unpack(tar, places.code)
+        if shared:
+            places.code = shared.find()
+        else:
+            unpack(tar, places.code)
         places.write_config(job["config"])
+        return shared
+    except BaseException as error:
+        if shared:
+            shared.leave(error)
+        raise
+
+
+def put(tar: bytes, job: dict, places: Places, env: dict[str, str], rank: int) -> Shared | None:
+    """As _place, with the system's errors in our words. Raises Failure(PLACE or WAIT)."""
+    try:
+        return _place(tar, job, places, env, rank)
     except OSError as error:
         full = " (the disk is full)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise Failure(PLACE, "%s: %s%s" % (error.filename or places.base, error.strerror, full)) from None
@@ -544,12 +919,4 @@ def keep_code(log: str | None, code: int | None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        ended = main()
-    except (Exception, KeyboardInterrupt):
-        import traceback
-
-        traceback.print_exc()
-        say("exit %d: %s" % (INTERNAL, FAILURES[INTERNAL][0]))
-        ended = INTERNAL
-    os._exit(ended)  # not sys.exit: a thread that still waits for output must not hold the pod
+    os._exit(main())  # not sys.exit: a thread that still waits for output must not hold the pod

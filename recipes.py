@@ -12,6 +12,7 @@ import re
 import shlex
 import string
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Recipe:
     config_default: str
     nodes: int
     gpus_per_node: int | str  # "gpu": as many as the pod has
-    env: dict[str, str]
+    env: dict[str, Any]  # NAME -> string, number or boolean
 
     @property
     def family(self) -> str:
@@ -57,10 +58,12 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "config": {"dir": (str,), "default": (str,), "format": (str,)},
     "resources": {"nodes": (int,), "gpus_per_node": (int, str)},
 }
+WORDS = {str: "a string", int: "a whole number", dict: "a table"}
 
 
 def scan(root: Path) -> tuple[dict[str, Recipe], list[Refusal]]:
     """All recipes under root by name, and what is wrong with headers that cannot be used."""
+    by_name: dict[str, list[Recipe]] = {}
     found: dict[str, Recipe] = {}
     problems: list[Refusal] = []
     for collection in COLLECTIONS:
@@ -68,11 +71,15 @@ def scan(root: Path) -> tuple[dict[str, Recipe], list[Refusal]]:
             try:
                 recipe = read_header(root, path)
                 if recipe:
-                    other = found.get(recipe.name)
-                    found[recipe.name] = recipe if other is None else _choose(recipe, other)
+                    by_name.setdefault(recipe.name, []).append(recipe)
             except Refusal as problem:
                 problems.append(problem)
-    return dict(sorted(found.items())), problems
+    for name, candidates in sorted(by_name.items()):
+        try:
+            found[name] = _choose(candidates)
+        except Refusal as problem:
+            problems.append(problem)
+    return found, problems
 
 
 def find(root: Path, name: str) -> Recipe:
@@ -80,91 +87,122 @@ def find(root: Path, name: str) -> Recipe:
     found, problems = scan(root)
     if name in found:
         return found[name]
-    if problems:
-        raise problems[0]
+    for problem in problems:
+        if problem.what.startswith("two scripts are named %s:" % name) or not found:
+            raise problem
     if not found:
-        raise Refusal("there is no recipe under %s/src/*/recipes or steps" % root, "name the source tree with --repo-root")
+        raise Refusal("there is no recipe under %s/src/*/recipes or steps" % root,
+                      "name the source tree with --repo-root")
+    hidden = "; or mend %s" % problems[0].what if problems else ""  # the header that may have hidden it
     family = name.split("/")[0]
     families = sorted({recipe.family for recipe in found.values()})
     if family not in families:
-        raise Refusal("there is no family %r" % family, "did you mean %s?" % nearest(family, families))
+        raise Refusal("there is no family %r" % family, "did you mean %s?%s" % (nearest(family, families), hidden))
     stages = [recipe.stage for recipe in found.values() if recipe.family == family]
     raise Refusal("%s has no stage %r" % (family, name[len(family) + 1:]),
-                  "did you mean %s?" % nearest(name[len(family) + 1:], stages))
+                  "did you mean %s?%s" % (nearest(name[len(family) + 1:], stages), hidden))
 
 
-def nearest(word: str, known: list[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """The known words most like `word`, or all of them where none is alike."""
-    return " or ".join(difflib.get_close_matches(word, known, 3, 0.5) or sorted(known))
+    return " or ".join(difflib.get_close_matches(word, list(known), 3, 0.5) or sorted(known))
 
 
-def _choose(one: Recipe, other: Recipe) -> Recipe:
+def _choose(candidates: list[Recipe]) -> Recipe:
     """Where two scripts carry one name, src/starter yields; otherwise it is an error that names both."""
-    for mine, theirs in ((one, other), (other, one)):
-        if mine.script.startswith("src/starter/") and not theirs.script.startswith("src/starter/"):
-            return theirs
-    raise Refusal("two scripts are named %s: %s and %s" % (one.name, other.script, one.script), "rename one of them")
+    others = [recipe for recipe in candidates if not recipe.script.startswith("src/starter/")] or candidates
+    if len(others) > 1:
+        raise Refusal("two scripts are named %s: %s" % (others[0].name, " and ".join(r.script for r in others)),
+                      "rename one of them")
+    return others[0]
 
 
 def read_header(root: Path, path: Path) -> Recipe | None:
     """The Recipe of one script; None if it has no runspec header. Raises Refusal that names file and line."""
-    data = path.read_bytes()
+    script = path.relative_to(root).as_posix()
+    try:
+        data = path.read_bytes()
+    except IsADirectoryError:
+        return None
+    except OSError as error:
+        raise Refusal("%s cannot be read: %s" % (script, error.strerror), "make it readable, or remove it") from None
     if b"[tool.runspec" not in data:
         return None
     match = HEADER.search(data)
     if match is None:
         return None
-    script = path.relative_to(root).as_posix()
     first = data[: match.start(1)].count(b"\n")  # lines before the block's own
-    text = "".join(line[2:] if line.startswith("# ") else line.lstrip("#")
-                   for line in match.group(1).decode("utf-8", "replace").splitlines(True))
+    text = "\n".join(line[2:] if line.startswith("# ") else line.lstrip("#")
+                   for line in match.group(1).decode("utf-8", "replace").split("\n"))
     try:
-        spec = tomllib.loads(text).get("tool", {}).get("runspec")
-    except tomllib.TOMLDecodeError as error:
-        at = re.search(r"line (\d+)", str(error))
-        raise Refusal("%s:%d: the runspec header is not TOML: %s" % (script, first + int(at.group(1)) if at else first, error),
-                      "mend the block between `# /// script` and `# ///`") from None
+        tool = tomllib.loads(text).get("tool")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError that is not TOML's own
+        at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
+        raise Refusal("%s:%d: the runspec header is not TOML: %s" % (
+            script, first + int(at.group(1)) if at else first, str(error)[: at.start() if at else None]),
+            "mend the block between `# /// script` and `# ///`") from None
+    spec = tool.get("runspec") if isinstance(tool, dict) else None
     if not isinstance(spec, dict):
         return None
-    _check_fields(spec, script, lambda key: _line_of(text, key) + first)
+    _check_fields(spec, script, lambda table, key: _line_of(text, table, key) + first)
     run, config, resources = spec.get("run", {}), spec.get("config", {}), spec.get("resources", {})
     return Recipe(spec["name"], root, script, spec.get("image"), run.get("launch", "torchrun"), run.get("cmd"),
                   run.get("workdir"), path.parent / config.get("dir", "./config"), config.get("default", "default"),
                   resources.get("nodes", 1), resources.get("gpus_per_node", 8),
-                  {name: str(value) for name, value in spec.get("env", {}).items()})
+                  spec.get("env", {}))
 
 
-def _line_of(text: str, key: str) -> int:
-    for number, line in enumerate(text.splitlines(), 1):
-        if re.match(r"\s*\[?[\w.]*\b%s\b" % re.escape(key), line):
+def _line_of(text: str, table: str, key: str) -> int:
+    """The line where the key of [tool.runspec.<table>] stands, else that of the table, else the first."""
+    here, best, wanted = "", 1, (table + "." + key).strip(".")
+    for number, line in enumerate(text.split("\n"), 1):
+        opened = re.match(r"\s*\[([^\]]*)\]", line)
+        if opened:
+            here = opened.group(1).replace("tool.runspec", "").strip(". ")
+            best = number if here in (table, key) and best == 1 else best
+        full = (here + "." + re.sub(r"[\"']", "", line.partition("=")[0]).strip()).strip(".")
+        if not opened and (full + ".").startswith(wanted + "."):
             return number
-    return 1
+    return best
 
 
 def _check_fields(spec: dict[str, Any], script: str, line: Any) -> None:
     for table, fields in FIELDS.items():
         for key, value in (spec if not table else spec.get(table, {})).items():
             if key not in fields:
-                raise Refusal("%s:%d: the header has an unknown field %r" % (script, line(key), key),
+                raise Refusal("%s:%d: the header has an unknown field %r" % (script, line(table, key), key),
                               "did you mean %s?" % nearest(key, list(fields)))
             if not isinstance(value, fields[key]) or isinstance(value, bool):
-                raise Refusal("%s:%d: the header's %s is %r" % (script, line(key), key, value),
-                              "it must be " + " or ".join(kind.__name__ for kind in fields[key]))
+                raise Refusal("%s:%d: the header's %s is %r" % (script, line(table, key), key, value),
+                              "it must be " + " or ".join(WORDS[kind] for kind in fields[key]))
     _check_values(spec, script, line)
 
 
 def _check_values(spec: dict[str, Any], script: str, line: Any) -> None:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", spec.get("name", "")):
-        raise Refusal("%s:%d: the header's name is %r" % (script, line("name"), spec.get("name", "")),
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", spec.get("name", "")):
+        raise Refusal("%s:%d: the header's name is %r" % (script, line("", "name"), spec.get("name", "")),
                       'it must be like "family/stage"')
     launch = spec.get("run", {}).get("launch", "torchrun")
     if launch not in LAUNCH_MODES:
-        raise Refusal("%s:%d: launch mode %r is not known" % (script, line("launch"), launch),
+        raise Refusal("%s:%d: launch mode %r is not known" % (script, line("run", "launch"), launch),
                       "use one of " + ", ".join(LAUNCH_MODES))
     gpus = spec.get("resources", {}).get("gpus_per_node", 8)
-    if gpus != "gpu" and not (isinstance(gpus, int) and gpus >= 0) or spec.get("resources", {}).get("nodes", 1) < 1:
-        raise Refusal("%s:%d: resources are %r" % (script, line("resources"), spec["resources"]),
+    if (gpus != "gpu" and not (isinstance(gpus, int) and gpus >= 0)) or spec.get("resources", {}).get("nodes", 1) < 1:
+        raise Refusal("%s:%d: resources are %r" % (script, line("", "resources"), spec["resources"]),
                       'nodes must be 1 or more, gpus_per_node 0 or more or "gpu"')
+    for name, value in spec.get("env", {}).items():
+        if not variable(name, value):
+            raise Refusal("%s:%d: the header's env.%s is %r" % (script, line("env", name), name, value),
+                          "mend it: " + VARIABLE)
+
+
+VARIABLE = "its name has letters, digits and _, and it is a string, a number or true or false, without NUL"
+
+
+def variable(name: Any, value: Any) -> bool:
+    """Whether an environment can hold it."""
+    return bool(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name))) and isinstance(value, (str, int, float)) \
+        and "\0" not in str(value)
 
 
 # ---------------------------------------------------------------- config
@@ -182,7 +220,10 @@ class Config:
 
 def config_file(recipe: Recipe, name: str | None) -> Path:
     """The YAML for `-c name`: a path if it holds `/` or ends in .yaml or .yml, else a file of the config folder."""
-    name = name or recipe.config_default
+    if not name:  # the header's own may be a file's name too, beside the others
+        name = recipe.config_default
+        if (recipe.config_dir / name).is_file():
+            return recipe.config_dir / name
     if "/" in name or name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise Refusal("there is no config file %s" % name, "name a file, or a config of %s" % recipe.config_dir)
@@ -196,8 +237,8 @@ def config_file(recipe: Recipe, name: str | None) -> Path:
 
 
 def compile_config(recipe: Recipe, name: str | None, overrides: list[str], settings: Any) -> Config:
-    """Read, merge and override the YAML. `settings(env, forced)` merges the profile over its run.env and gives the result;
-    `forced` is what KEY=VALUE says of run.env.
+    """Read, merge and override the YAML. `settings(env, forced)` merges the profile over its run.env and gives the
+    result; `forced` is what KEY=VALUE says of run.env.
 
     Raises Refusal for a file that is not YAML, a cycle in `defaults:`, or an override that does not parse.
     """
@@ -205,20 +246,24 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
     path = config_file(recipe, name)
     config = _override(omegaconf, _load(omegaconf, path, ()), overrides)
     plain = omegaconf.OmegaConf.to_container(config, resolve=False)
-    if not isinstance(plain, dict):
-        raise Refusal("%s is not a table of settings" % path, "a config is YAML with names at its top")
-    run = plain.pop("run", None) or {}
-    if not isinstance(run, dict):
-        raise Refusal("%s: run is %r, not a table" % (path, run), "mend the config's run section")
+    run = _table(plain.pop("run", None), "run", path)
     forced = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(overrides)).get("run") or {}
-    env = settings(run.get("env") or {}, forced.get("env") or {})
+    yaml_env = _table(run.get("env"), "run.env", path)
+    env = settings(yaml_env, forced.get("env") or {})
     run = run | {"env": env, "recipe": {"name": recipe.name, "script": recipe.script}}
-    plain = _replace_run(_places(plain, recipe.root), run)
+    known = run | {"env": yaml_env | env}  # what a config may name also holds what this executor has no use for
+    plain = _places(_replace_run(plain, _replace_run(known, known)), recipe.root)
     kept = {key: value for key, value in run.items() if is_artifact(value)}
     text = dump(plain | {"run": kept} if kept else plain)
     missing = sorted(set(re.findall(r"\$\{(run\.[^}:]+)\}", text)))
     notes = ["the config still holds ${%s}, which nothing sets here" % reference for reference in missing]
     return Config(path, text, run, tuple(notes))
+
+
+def _table(value: Any, name: str, path: Path) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise Refusal("%s: %s is %r, not a table" % (path, name, value), "mend the config's run section")
+    return value or {}
 
 
 def _omegaconf() -> Any:
@@ -236,24 +281,39 @@ def _load(omegaconf: Any, path: Path, seen: tuple[Path, ...]) -> Any:
                       "take one of them out of its defaults:")
     try:
         config = omegaconf.OmegaConf.load(path)
+        if not omegaconf.OmegaConf.is_dict(config):
+            raise ValueError("it is a list, not a table of settings")
     except FileNotFoundError:
-        raise Refusal("%s is named in defaults: of %s, but is not there" % (path, seen[-1]), "mend the defaults:") from None
+        raise Refusal("%s is named in defaults: of %s, but is not there" % (path, seen[-1]),
+                      "mend the defaults:") from None
     except Exception as error:  # YAML's and OmegaConf's errors share no base class
         raise Refusal("%s is not a config: %s" % (path, " ".join(str(error).split())), "mend the YAML") from None
-    parents = config.get("defaults") if omegaconf.OmegaConf.is_dict(config) else None
-    names = [parents] if isinstance(parents, str) else list(parents) if omegaconf.OmegaConf.is_list(parents) else []
+    parents = omegaconf.OmegaConf.to_container(config, resolve=False).get("defaults")
+    names = [parents] if isinstance(parents, str) else parents if isinstance(parents, list) else []
     if not names or not all(isinstance(item, str) for item in names):
         return config  # a list of tables is the script's own, as in Hydra
     merged = omegaconf.OmegaConf.create()
     for item in names:
         if item != "_self_":
             parent = path.parent / (item if Path(item).suffix else item + ".yaml")
-            merged = omegaconf.OmegaConf.merge(merged, _load(omegaconf, parent, (*seen, path.resolve())))
+            merged = _merge(omegaconf, merged, _load(omegaconf, parent, (*seen, path.resolve())), parent)
     del config["defaults"]
-    return omegaconf.OmegaConf.merge(merged, config)
+    return _merge(omegaconf, merged, config, path)
+
+
+def _merge(omegaconf: Any, below: Any, above: Any, path: Path) -> Any:
+    try:
+        return omegaconf.OmegaConf.merge(below, above)
+    except Exception as error:
+        raise Refusal("%s does not fit what its defaults: name: %s" % (path, " ".join(str(error).split())),
+                      "a table cannot take the place of a list, nor a list that of a table") from None
 
 
 def _override(omegaconf: Any, config: Any, overrides: list[str]) -> Any:
+    for override in overrides:
+        if not re.match(r"[^=+~.][^=.]*(\.[^=.]+)*=", override):
+            raise Refusal("the override %r names no setting" % override,
+                          "overrides are KEY=VALUE with dots between names")
     try:
         return omegaconf.OmegaConf.merge(config, omegaconf.OmegaConf.from_dotlist(overrides))
     except Exception as error:
@@ -314,8 +374,9 @@ def _places(value: Any, root: Path) -> Any:
 
 
 def dump(value: Any) -> str:
-    """YAML that OmegaConf and PyYAML read alike: what one of them would take for a number is quoted, and so is each
-    string with a place in it, so that pod.py can put any path there."""
+    """YAML that OmegaConf and PyYAML read alike: what one of them would take for a number is quoted, what is not
+    printable is escaped (PyYAML does not read back the U+0085 that it writes), and each string with a place in it is in
+    double quotes, so that pod.py can put any path there."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -323,11 +384,14 @@ def dump(value: Any) -> str:
 
     def represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
         numeric = re.fullmatch(r"[-+]?[0-9.][0-9_.]*([eE][-+]?[0-9]+)?", text)
-        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "/nemo_run" in text or numeric else None)
+        style = '"' if numeric or "/nemo_run" in text or not text.isprintable() else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
     Dumper.add_representer(str, represent)
     Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
-    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**9)
+    text = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**9)
+    # A place after an escaped line end would look like a part of a word to pod.py; YAML reads `\/` as `/`.
+    return re.sub(r"((?<!\\)(?:\\\\)*\\[nrt])/nemo_run", r"\1\\/nemo_run", text)
 
 
 # ---------------------------------------------------------------- command
@@ -336,7 +400,7 @@ SCRIPT_AT, CONFIG_AT = '"$AIRLIFT_CODE"/', '"$AIRLIFT_CONFIG"'
 
 
 def command(recipe: Recipe, settings: dict[str, Any], args: list[str], cloud: bool) -> tuple[str, str, list[str]]:
-    """(what bash runs in the pod, the tool it starts with, things to say): run_command, else cmd, else by launch mode."""
+    """(what bash runs in the pod, the tool it starts with, things to say): run_command, else cmd, else by mode."""
     script = SCRIPT_AT + shlex.quote(settings.get("train_script") or recipe.script)
     notes: list[str] = []
     template = settings.get("run_command") or recipe.cmd
@@ -362,6 +426,6 @@ def _fill(template: str, script: str, config: str) -> str:
         if names - {"script", "config"}:
             raise ValueError("it names {%s}" % sorted(names - {"script", "config"})[0])
         return template.format(script=script, config=config)
-    except ValueError as error:
+    except (ValueError, LookupError) as error:  # LookupError: {script:{width}}
         raise Refusal("the command %r cannot be filled in: %s" % (template, error),
                       "only {script} and {config} are filled in; double other braces") from None

@@ -4,8 +4,8 @@ Standard library only, and nothing of ours is imported: this file and pod.py are
 
 The protocol. Three streams travel, each cut into chunks that are environment variables:
 
-    AIRLIFT_POD_000 ...    pod.py's own source, without comments, zlib
-    AIRLIFT_JOB_000 ...    the job's description (JSON: config, commands, the user's environment), zlib
+    AIRLIFT_POD_0000 ...   pod.py's own source, without comments, zlib
+    AIRLIFT_JOB_0000 ...   the job's description (JSON: config, commands, the user's environment), zlib
     AIRLIFT_TREE_0000 ...  the tree's tar, xz or gz
 
 A stream is base64 text; its chunks, joined in the order of their numbers, are that text again. Beside each stream stand
@@ -44,6 +44,9 @@ from typing import Any
 MAX_STRING = 131_072  # bytes of one NAME=VALUE or argv string with its NUL: the kernel's MAX_ARG_STRLEN, measured
 MAX_EXEC = 2_097_152  # bytes of argv and environment of one execve at an 8 MiB stack, measured
 EXEC_RESERVE = 131_072  # bytes left free for what platform, image and shell add to a pod's environment (our choice)
+MAX_FILE = 67_108_864  # bytes of one file of the tree: no source is larger, and it is read into memory (our choice)
+MAX_PATH = 1_024  # bytes of one path in the tree, so that it fits below any folder of a pod: Linux ends at 4,096
+MIN_CHUNK = 1_024  # characters: with fewer, the chunks of pod.py need more than the three digits the bootstrap reads
 POINTER = 8  # bytes the kernel counts for each string, besides the string
 OBJECT_RESERVE = 32_768  # bytes of an API object left for all that is not environment: image, mounts, custom_spec
 
@@ -79,7 +82,8 @@ LIMITS = {
 # ---------------------------------------------------------------- collect
 
 CACHES = {"__pycache__", ".git", ".hg", ".svn", ".venv", "venv", "node_modules", ".tox", ".nox", ".ipynb_checkpoints",
-          ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".cache", ".eggs", ".DS_Store", ".airliftignore"}
+          ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".cache", ".eggs", ".DS_Store",
+          ".airliftignore"}
 CACHE_SUFFIXES = (".pyc", ".pyo", ".pyd", ".egg-info", ".swp", "~")
 DATA_SUFFIXES = (".parquet", ".arrow", ".bin", ".idx", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".ckpt", ".onnx",
                  ".h5", ".hdf5", ".nemo", ".gguf", ".tfrecord", ".mmap", ".sqlite", ".db", ".tar", ".tgz", ".gz",
@@ -90,14 +94,14 @@ CREDENTIAL_FILES = (".env", ".env.*", ".netrc", "_netrc", ".pypirc", ".npmrc", "
                     "kubeconfig", "credentials", "credentials.json", "service-account*.json", "env.toml")
 CREDENTIAL_FOLDERS = (".ssh", ".aws", ".docker", ".kube", ".gnupg")
 HARMLESS_FILES = (".env.example", ".env.sample", ".env.template")
-# By shape: Hugging Face, GitHub, NVIDIA, AWS, OpenAI-like and Slack tokens, and private keys.
+# By shape: Hugging Face, GitHub, GitLab, NVIDIA, AWS, OpenAI-like and Slack tokens, and private keys, also inside JSON.
 CREDENTIAL_SHAPE = re.compile(
     rb"\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{40,}|\bnvapi-[A-Za-z0-9_-]{40,}"
     rb"|\bAKIA[0-9A-Z]{16}\b|\bsk-[A-Za-z0-9_-]{32,}|\bxox[abp]-[A-Za-z0-9-]{20,}"
-    rb"|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----\s+[A-Za-z0-9+/]{40}"
+    rb"|\bglpat-[A-Za-z0-9_-]{20,}|-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----(?:\s|\\[nr])+[A-Za-z0-9+/]{40}"
 )
 CREDENTIAL_HINTS = (b"hf_", b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"github_pat_", b"nvapi-", b"AKIA", b"sk-",
-                    b"xox", b"PRIVATE KEY")
+                    b"xox", b"glpat-", b"PRIVATE KEY")
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tree:
-    """What ships. `left_out` pairs a path with the reason it stays here ("credential", "data or model file", a pattern)."""
+    """What ships. `left_out` pairs a path with why it stays here ("credential", "data or model file", a pattern)."""
 
     entries: tuple[Entry, ...]
     left_out: tuple[tuple[str, str], ...] = ()
@@ -135,14 +139,21 @@ def collect(root: Path, script: str, exclude: tuple[str, ...] = ()) -> Tree:
     changes meanwhile.
     """
     if not (root / "src").is_dir():
-        raise Refusal("%s has no src folder, so there is nothing to ship" % root, "name the source tree with --repo-root")
-    walk = _Walk(root, family_of(script), exclude + _ignore_file(root))
-    walk.folder("src")
+        raise Refusal("%s has no src folder, so there is nothing to ship" % root,
+                      "name the source tree with --repo-root")
+    walk = _Walk(os.path.realpath(root / "src"), family_of(script), exclude + _ignore_file(root))
+    try:
+        walk.all()
+    except OSError as error:
+        raise Refusal("%s cannot be read: %s" % (error.filename, error.strerror),
+                      "make it readable, or name it in exclude") from None
     entries = tuple(sorted(walk.entries, key=lambda entry: entry.path))
-    _check_links(root, entries)
-    left = dict(walk.left_out)
-    if script in left:
-        raise Refusal("%s is the recipe, but it would not ship: %s" % (script, left[script]),
+    _check_links(entries)
+    if not any(entry.path == script for entry in entries):
+        left = dict(walk.left_out)
+        reason = next((left[str(path)] for path in (PurePosixPath(script), *PurePosixPath(script).parents)
+                       if str(path) in left), "there is no such file, or it lies in a folder that never ships")
+        raise Refusal("%s is the recipe, but it would not ship: %s" % (script, reason),
                       "take the secret out of it, or the pattern out of exclude")
     return Tree(entries, tuple(sorted(walk.left_out)))
 
@@ -151,33 +162,45 @@ def _ignore_file(root: Path) -> tuple[str, ...]:
     path = root / ".airliftignore"
     if not path.is_file():
         return ()
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal("%s cannot be read: %s" % (path, error), "make it a readable text in UTF-8") from None
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 
 class _Walk:
-    """One walk over src. Kept as an object because four lists grow together."""
+    """One walk over src. Kept as an object because three lists grow together. A path is what stands in the tar; `real`
+    is the same on this disk, spelled as this machine's locale wants it."""
 
-    def __init__(self, root: Path, family: str | None, exclude: tuple[str, ...]) -> None:
-        self.root, self.family, self.exclude = root, family, exclude
+    def __init__(self, top: str, family: str | None, exclude: tuple[str, ...]) -> None:
+        self.top, self.family, self.exclude = top, family, exclude
         self.entries: list[Entry] = []
         self.left_out: list[tuple[str, str]] = []
+        self.folders = [("src", top)]  # still to be walked
 
-    def folder(self, path: str) -> None:
-        for item in os.scandir(self.root / path):
-            child = path + "/" + _utf8(item.name, path)
-            reason = self._reason(child, item)
-            if reason is None:
-                if item.is_dir(follow_symlinks=False):
-                    self.folder(child)
-                else:
-                    self._file(child)
-            elif reason:
-                self.left_out.append((child, reason))
+    def all(self) -> None:
+        while self.folders:
+            path, real = self.folders.pop()
+            with os.scandir(real) as items:
+                for item in sorted(items, key=lambda item: item.name):
+                    self._item(path + "/" + _utf8(item.name, path), item)
+
+    def _item(self, path: str, item: "os.DirEntry[str]") -> None:
+        reason = self._reason(path, item)
+        if reason:
+            self.left_out.append((path, reason))
+        elif reason is None:
+            if len(path.encode()) > MAX_PATH:
+                raise Refusal("%s... is a path of more than %d bytes" % (path[:80], MAX_PATH), "rename its folders")
+            if item.is_dir(follow_symlinks=False):
+                self.folders.append((path, item.path))
+            else:
+                self._file(path, item.path)
 
     def _reason(self, path: str, item: "os.DirEntry[str]") -> str | None:
         """Why a path does not ship; "" for what nobody would ask about; None if it ships."""
-        name, folder = item.name, item.is_dir()
+        name, folder = path.rpartition("/")[2], os.path.isdir(item.path)
         if name in CACHES or name.endswith(CACHE_SUFFIXES) or (folder and os.path.exists(item.path + "/pyvenv.cfg")):
             return ""
         if name in CREDENTIAL_FOLDERS if folder else _named_secret(name):
@@ -189,20 +212,18 @@ class _Walk:
         for pattern in self.exclude:
             if fnmatch.fnmatchcase(path if "/" in pattern.strip("/") else name, pattern.strip("/")):
                 return "excluded by " + pattern
-        return "" if self._other_family(path, item) else None
+        return "" if folder and self._other_family(path.split("/")) else None
 
-    def _other_family(self, path: str, item: "os.DirEntry[str]") -> bool:
-        parts = path.split("/")
+    def _other_family(self, parts: list[str]) -> bool:
         return (self.family is not None and len(parts) == 4 and parts[2] in COLLECTIONS
-                and item.is_dir() and parts[3] != self.family and not parts[3].startswith("_"))
+                and parts[3] != self.family and not parts[3].startswith("_"))
 
-    def _file(self, path: str) -> None:
-        full = self.root / path
-        info = os.lstat(full)
+    def _file(self, path: str, real: str) -> None:
+        info = os.lstat(real)
         if stat.S_ISLNK(info.st_mode):
-            self.entries.append(Entry(path, _inner_target(self.root, path).encode(), link=True))
+            self.entries.append(Entry(path, _inner_target(self.top, path, real).encode(), link=True))
         elif stat.S_ISREG(info.st_mode):
-            data = _read_whole(full)
+            data = _read_whole(real)
             if _looks_secret(data):
                 self.left_out.append((path, "credential"))
             else:
@@ -212,22 +233,27 @@ class _Walk:
 
 
 def _utf8(name: str, folder: str) -> str:
+    """A name of this disk as what it is in UTF-8, whatever this machine's locale. Raises Refusal where it is not."""
     try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Refusal("a name in %s is not UTF-8: %s" % (folder, ascii(name)), "rename it, or exclude its folder") from None
-    return name
+        return os.fsencode(name).decode("utf-8")
+    except UnicodeDecodeError:
+        raise Refusal("a name in %s is not UTF-8: %s" % (folder, ascii(name)),
+                      "rename it, or exclude its folder") from None
 
 
-def _read_whole(path: Path) -> bytes:
-    """The file's bytes. Raises Refusal if it changed while it was read, or cannot be read."""
+def _read_whole(path: str) -> bytes:
+    """The file's bytes. Raises Refusal if it changed while it was read, cannot be read, or is too large for source."""
     try:
         with open(path, "rb") as file:
             before = os.fstat(file.fileno())
+            if before.st_size > MAX_FILE:
+                raise Refusal("%s is too large to travel: %s" % (path, human(before.st_size)),
+                              "leave it out with exclude or .airliftignore", 3)
             data = file.read()
             after = os.fstat(file.fileno())
     except OSError as error:
-        raise Refusal("%s cannot be read: %s" % (path, error.strerror), "make it readable, or name it in exclude") from None
+        raise Refusal("%s cannot be read: %s" % (path, error.strerror),
+                      "make it readable, or name it in exclude") from None
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != after.st_size:
         raise Refusal("%s changed while it was packed" % path, "wait until it is written, then launch again")
     return data
@@ -241,28 +267,44 @@ def _looks_secret(data: bytes) -> bool:
     return any(hint in data for hint in CREDENTIAL_HINTS) and bool(CREDENTIAL_SHAPE.search(data))
 
 
-def _inner_target(root: Path, path: str) -> str:
-    """A link's target, relative to the link's folder. Raises Refusal where it leaves src."""
-    target = os.readlink(root / path)
-    full = os.path.normpath(os.path.join(os.path.dirname(root / path), target))
-    src = str(root / "src")
-    if os.path.commonpath([full, src]) != src:
-        raise Refusal("%s is a link that leaves the tree: it points to %s" % (path, target),
+def _inner_target(top: str, path: str, real: str) -> str:
+    """A link's target, relative to its folder. Raises Refusal where it leaves src, whose place on disk is `top`."""
+    target = os.readlink(real)
+    full = os.path.join(os.path.dirname(real), target)
+    plain, final = os.path.normpath(full), os.path.realpath(full)
+    if os.path.realpath(plain) != final or os.path.commonpath([plain, top]) != top:
+        plain = final  # a `..` behind a link, or the tree by another of its names
+    if os.path.commonpath([plain, top]) != top:
+        raise Refusal("%s is a link that leaves the tree: it points to %s" % (path, ascii(target)[1:-1]),
                       "put a copy in its place, or name it in exclude")
-    return os.path.relpath(full, os.path.dirname(root / path))
+    return _utf8(os.path.relpath(plain, os.path.dirname(real)), path)
 
 
-def _check_links(root: Path, entries: tuple[Entry, ...]) -> None:
-    """Each link's target must ship too, as a file or as a folder that something lies in."""
-    shipped = {entry.path for entry in entries}
-    for path in list(shipped):
+def _check_links(entries: tuple[Entry, ...]) -> None:
+    """Each link must lead to something that ships too: a file, or a folder that something lies in."""
+    links = {entry.path: entry.data.decode() for entry in entries if entry.link}
+    shipped = {entry.path for entry in entries if not entry.link}
+    for path in [entry.path for entry in entries]:
         shipped.update(str(parent) for parent in PurePosixPath(path).parents)
-    for entry in entries:
-        if entry.link:
-            target = os.path.normpath(os.path.join(os.path.dirname(entry.path), entry.data.decode()))
-            if target not in shipped:
-                raise Refusal("%s is a link to %s, which does not ship" % (entry.path, target),
-                              "put a copy in its place, or name it in exclude")
+    for path in links:
+        target = _resolve(path, links)
+        if target not in shipped:
+            raise Refusal("%s is a link to %s, which does not ship" % (path, target or "itself"),
+                          "put a copy in its place, or name it in exclude")
+
+
+def _resolve(path: str, links: dict[str, str]) -> str:
+    """Where a path of the tree leads, through the tree's own links; "" if it leads in a circle."""
+    for _ in range(40):  # the kernel's own limit
+        parts = path.split("/")
+        for end in range(1, len(parts) + 1):
+            link = "/".join(parts[:end])
+            if link in links:
+                path = os.path.normpath("/".join([*parts[: end - 1], links[link], *parts[end:]]))
+                break
+        else:
+            return path
+    return ""
 
 
 # ---------------------------------------------------------------- pack and chunk
@@ -283,8 +325,8 @@ def pack(tree: Tree) -> bytes:
     return buffer.getvalue()
 
 
-# For text: four literal context bits and longer matches; against preset 9e 0.3 % smaller and a third faster (measured on
-# a Nemotron checkout). Beyond preset 6 only the dictionary grows, past any payload.
+# For text: four literal context bits and longer matches; against preset 9e 0.3 % smaller and a third faster (measured
+# on a Nemotron checkout). Beyond preset 6 only the dictionary grows, past any payload.
 XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 4, "lp": 0, "pb": 0, "nice_len": 128}]
 
 
@@ -298,7 +340,7 @@ def compress(data: bytes, method: str) -> bytes:
 
 
 def pod_program() -> bytes:
-    """pod.py's source without comments and docstrings; its lines keep their numbers, so that a traceback fits the file."""
+    """pod.py's source without comments and docstrings; its lines keep their numbers, so that tracebacks fit."""
     return _bare(Path(__file__).with_name("pod.py").read_text(encoding="utf-8")).encode()
 
 
@@ -331,12 +373,17 @@ def stream(name: str, data: bytes, size: int) -> dict[str, str]:
 
 
 # What starts pod.py: one argument without blanks, quotes or `$`, so that neither a split by blanks nor shell rules
-# change it. `*dict(name=0)` spells a string without quotes; exit code 80 is pod.py's "did not arrive whole".
+# change it. `*dict(name=0)` spells a string without quotes; exit code 80 is pod.py's "did not arrive whole". The folder
+# it is started in leaves sys.path first: a zlib.py that lies there is not ours.
 BOOTSTRAP = (
     "[exec(compile(__import__(*dict(zlib=0)).decompress(__import__(*dict(base64=0)).b64decode(t)),*dict(pod_py=0),"
     "*dict(exec=0)),dict(__name__=str().join(dict(__main__=0))))"
-    "if(__import__(*dict(hashlib=0)).sha256(t.encode()).hexdigest()==e.get(*dict(AIRLIFT_POD_SHA256=0)))"
-    "else(print(*dict(airlift_pod_program_did_not_arrive_whole=0)),__import__(*dict(sys=0)).exit(80))"
+    "if(__import__(*dict(hashlib=0)).sha256(t.encode(*dict(utf8=0,replace=0))).hexdigest()"
+    "==e.get(*dict(AIRLIFT_POD_SHA256=0)))"
+    "else([print(*dict(airlift=0),w.replace(chr(95),chr(32)),sep=chr(58)+chr(32))for(w)in(dict("
+    "the_program_that_unpacks_did_not_arrive_whole=0,rank_unknown_ended_with_exit_code_80=0))],"
+    "__import__(*dict(sys=0)).exit(80))"
+    "for(p)in[[q.remove(str())for(q)in[__import__(*dict(sys=0)).path]if(str()in(q))]]"
     "for(e)in[__import__(*dict(os=0)).environ]"
     "for(t)in[str().join([(e[k])for(k)in(sorted(e))if(k.startswith(*dict(AIRLIFT_POD_0=0)))])]]"
 )
@@ -354,12 +401,12 @@ class Plan:
     """
 
     executor: str
-    env: dict[str, str]
+    env: dict[str, str] = field(repr=False)  # secrets may be in it
     argv: list[str]
     digest: str  # SHA-256 of the uncompressed tar
     compression: str
     files: int
-    tar: bytes  # the compressed tar, for an executor that packs natively
+    tar: bytes = field(repr=False)  # the compressed tar, for an executor that packs natively
     chunks: int  # chunks of the tree alone
     chunk_limit: int
     budgets: tuple[tuple[str, int, int], ...]
@@ -378,9 +425,12 @@ class Plan:
         for name, used, limit in self.budgets:
             if used > limit:
                 files = ", ".join("%s (%s)" % (path, human(size)) for size, path in self.biggest)
+                fix = {"one string": "shorten the longest variable or startup command, or lower chunk_bytes",
+                       "one value": "shorten the longest variable, or lower chunk_bytes",
+                       "recipe's environment": "shorten env_vars and startup_commands"}
                 raise Refusal(
-                    "the payload does not fit: %s needs %s of %s; nothing was submitted" % (name, f"{used:,}", f"{limit:,}"),
-                    "leave files out with exclude or .airliftignore; the biggest are " + files, 3)
+                    f"the payload does not fit: {name} needs {used:,} of {limit:,} bytes; nothing was submitted",
+                    fix.get(name, "leave files out with exclude or .airliftignore; the biggest are " + files), 3)
 
 
 def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str = "", chunk_bytes: int = 0,
@@ -389,18 +439,22 @@ def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str
 
     `env` is what must be visible to the platform besides (numbers, a rank, secrets sent by value). `compression` and
     `chunk_bytes` (characters of base64) replace the executor's own. A plan that does not fit is returned all the same:
-    ask `fits`, or call `require_fit()`. Raises Refusal for an unknown executor or compression.
+    ask `fits`, or call `require_fit()`. Raises Refusal for an unknown executor or compression, for chunks too
+    small to count, and for text that no environment can hold.
     """
     if executor not in LIMITS:
         raise Refusal("executor %r is not known" % executor, "use one of " + ", ".join(sorted(LIMITS)))
     limits = limits or limits_for(executor, job)
     method = compression or ("xz" if limits.chunk else "gz")
     size = chunk_bytes or limits.chunk
+    if limits.chunk and size < MIN_CHUNK:
+        raise Refusal("chunk_bytes is %d" % size, "set it to %d or more" % MIN_CHUNK)
     tar = pack(tree)
     digest = hashlib.sha256(tar).hexdigest()
     packed = compress(tar, method)
     job = job | {"tree": {"sha256": digest, "files": len(tree.entries), "compression": method}}
     whole = dict(env or {}) | {"AIRLIFT_NODES": str(job["nodes"])}
+    recipe = _recipe_exec(whole, job)
     chunks: dict[str, str] = {}
     if limits.chunk:
         chunks = stream("TREE", packed, size)
@@ -409,7 +463,49 @@ def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str
     argv = list(ARGV) if limits.chunk else ["python3", "pod.py"]
     biggest = sorted(((len(entry.data), entry.path) for entry in tree.entries), reverse=True)[:10]
     return Plan(executor, whole, argv, digest, method, len(tree.entries), packed, max(0, len(chunks) - 2), size,
-                tuple(_budgets(whole, argv, limits)), tuple(biggest))
+                tuple(_budgets(whole, argv, limits, recipe)), tuple(biggest))
+
+
+MANIFEST = "airlift.json"
+
+
+def native(plan: Plan, job: dict[str, Any]) -> bytes:
+    """The plan's tree with pod.py and a manifest beside it, as gz, for an executor that brings files by itself: pod.py
+    reads the job's description there and what each path must be, a digest or "-> target"."""
+    members: dict[str, str] = {}
+    buffer = io.BytesIO()
+    with (tarfile.open(fileobj=io.BytesIO(plan.tar)) as tree,
+          tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar):
+        for info in tree:
+            file = tree.extractfile(info) if info.isfile() else None
+            data = file.read() if file else b""
+            members[info.name] = hashlib.sha256(data).hexdigest() if file else "-> " + info.linkname
+            tar.addfile(info, io.BytesIO(data))
+        description = {"sha256": plan.digest, "files": plan.files, "compression": plan.compression}
+        manifest = json.dumps(job | {"tree": description, "members": members}, sort_keys=True, indent=1)
+        for name, data in (("pod.py", Path(__file__).with_name("pod.py").read_bytes()), (MANIFEST, manifest.encode())):
+            info = tarfile.TarInfo(name)
+            info.mode, info.size = 0o644, len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return compress(buffer.getvalue(), "gz")
+
+
+def _recipe_exec(env: dict[str, str], job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """What pod.py will start bash with, about: its environment and argv. Raises Refusal for what no execve takes."""
+    result, texts = env | job.get("env", {}), [*job.get("setup", []), job.get("command", "")]
+    for name in result:
+        if not re.fullmatch(r"[^=\0]+", name):
+            raise Refusal("a variable cannot be named %r" % name, "mend its name in env_vars")
+    commands = [("a command", text) for text in texts]
+    for what, text in [*result.items(), *commands, ("the config", job.get("config", ""))]:
+        if "\0" in text or text != text.encode("utf-8", "ignore").decode():
+            raise Refusal("%s holds a NUL or what is not UTF-8" % what, "take that character out")
+    return result, ["bash", "-c", "\n".join(texts)]
+
+
+def _bytes(text: str) -> int:
+    """Bytes of one string as the kernel counts it, with its NUL."""
+    return len(text.encode("utf-8", "surrogateescape")) + 1
 
 
 def limits_for(executor: str, job: dict[str, Any]) -> Limits:
@@ -418,19 +514,23 @@ def limits_for(executor: str, job: dict[str, Any]) -> Limits:
     A RayCluster has it in head and worker spec, a distributed run:AI workload in the operator's master and worker spec.
     """
     several = job["nodes"] > 1
-    twice = several and (executor == "dgxcloud" or executor == "lepton" and job.get("launch") == "ray")
+    twice = several and (executor == "dgxcloud" or (executor == "lepton" and job.get("launch") == "ray"))
     return replace(LIMITS[executor], copies=2 if twice else 1)
 
 
 def exec_bytes(env: dict[str, str], argv: list[str]) -> int:
-    """Bytes that the kernel counts for argv and environment of one execve."""
+    """Bytes that the kernel counts for argv and environment of one execve, but for the program's path and its NUL."""
     strings = [name + "=" + value for name, value in env.items()] + argv
-    return sum(len(os.fsencode(string)) + 1 + POINTER for string in strings)
+    return sum(_bytes(string) + POINTER for string in strings)
 
 
-def _budgets(env: dict[str, str], argv: list[str], limits: Limits) -> list[tuple[str, int, int]]:
-    longest = max([len(os.fsencode(n + "=" + v)) + 1 for n, v in env.items()] + [len(a) + 1 for a in argv])
-    budgets = [("one string", longest, MAX_STRING), ("environment", exec_bytes(env, argv), MAX_EXEC - EXEC_RESERVE)]
+def _budgets(env: dict[str, str], argv: list[str], limits: Limits,
+             recipe: tuple[dict[str, str], list[str]]) -> list[tuple[str, int, int]]:
+    strings = [n + "=" + v for n, v in (env | recipe[0]).items()] + argv + recipe[1]
+    budgets = [("one string", max(map(_bytes, strings)), MAX_STRING),
+               ("environment", exec_bytes(env, argv), MAX_EXEC - EXEC_RESERVE)]
+    if exec_bytes(*recipe) > budgets[-1][2]:  # seldom: only what compresses well comes as far as this
+        budgets.append(("recipe's environment", exec_bytes(*recipe), MAX_EXEC - EXEC_RESERVE))
     if limits.value:
         budgets.append(("one value", max(map(len, env.values())), limits.value))
     if limits.args:

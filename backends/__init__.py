@@ -4,7 +4,7 @@ A backend is a module with five functions:
 
     submit(run, job, plan, attached)    start the job; what the others need goes into run.record, saved before it is sent
     follow(run) -> Status               pass logs on until the job ends
-    logs(run)                           print the logs there are
+    logs(run)                           print the logs there are; a cloud goes on to the end of a job that still runs
     status(run) -> Status               ask the platform
     cancel(run) -> str                  end the job; one sentence that says what was done
 
@@ -24,11 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from profiles import CLOUDS, KEYS, Profile
+from profiles import CLOUDS, KEYS, Profile, anchor, wrong
 from recipes import Recipe
 from transport import Refusal
 
-BACKENDS = {"local": "backends.local", "lepton": "backends.lepton", "dgxcloud": "backends.dgxcloud"}
+BACKENDS = {"local": "backends.local", "slurm": "backends.slurm", "lepton": "backends.lepton", "dgxcloud": "backends.dgxcloud"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Job:
     description: dict[str, Any]  # JSON-able; pod.py reads it
     secrets: dict[str, str]  # NAME -> "env", "lepton:…" or "runai:…"; never a value
     notes: tuple[str, ...] = ()
+
+
+FINAL = ("done", "failed", "cancelled")
+GONE = "the platform no longer knows it"  # a detail
 
 
 @dataclass(frozen=True)
@@ -87,16 +91,21 @@ def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, 
            notes: list[str]) -> dict[str, Any]:
     """The settings of a job. Lowest first: header, the rest of the YAML's run.env, profile, the five keys that the YAML
     owns, [stages.…], KEY=VALUE (`forced`), --nodes. env_vars merge; mounts of YAML and profile add up."""
-    unknown = sorted(key for key in yaml if key not in KEYS)
+    unknown = sorted(str(key) for key in yaml if key not in KEYS)
     if unknown:
         notes.append("run.env holds %s, which Airlift does not use" % ", ".join(unknown))
     usable = {key: value for key, value in yaml.items()
               if key in KEYS and (not KEYS[key].executors or profile.executor in KEYS[key].executors)}
+    for key, value in usable.items():
+        problem = "" if value is None or KEYS[key].kind == "count" or key == "nodes" else wrong(KEYS[key].kind, value)
+        if problem:
+            raise Refusal("run.env.%s is %s" % (key, "***" if isinstance(value, dict) else repr(value)),
+                          "it must be " + problem)
     header = {"nodes": recipe.nodes, "gpus_per_node": recipe.gpus_per_node, "container_image": recipe.image,
               "workdir": recipe.workdir, "rendezvous_timeout": 1800}
     owned = {key: value for key, value in usable.items() if key in YAML_WINS}
     layers = [header, {key: value for key, value in usable.items() if key not in owned}, profile.keys, owned, profile.stage,
-              {key: value for key, value in forced.items() if key in KEYS}, {"nodes": nodes} if nodes else {}]
+              {key: value for key, value in forced.items() if key in usable}, {"nodes": nodes} if nodes else {}]
     settings: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -104,11 +113,15 @@ def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, 
                 settings[KEYS[key].alias or key] = value
     settings["env_vars"] = {"%s" % name: _text(value) for layer in ({"env_vars": recipe.env}, *layers)
                             for name, value in (layer.get("env_vars") or {}).items()}
+    foreign = sorted(key for key in forced if key in KEYS and key not in usable)
+    if foreign:
+        notes.append("run.env holds %s, which is not for executor %s" % (", ".join(foreign), profile.executor))
     if "mounts" not in profile.stage and "mounts" not in forced:
         settings["mounts"] = list(usable.get("mounts") or []) + list(profile.keys.get("mounts") or [])
     for key in COUNTS:
         if key in settings:
             settings[key] = _count(key, settings[key])
+    anchor(settings, profile.executor)
     gpus = settings["gpus_per_node"]
     settings["nproc"] = settings.get("nproc_per_node", gpus) or 1
     return settings
@@ -122,10 +135,11 @@ def _count(key: str, value: Any) -> int | str:
     """A count from YAML, where "8" means 8. Raises Refusal for anything else."""
     if value == "gpu" and key != "nodes":
         return "gpu"
-    if isinstance(value, str) and value.isdigit():
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}", value):
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < (1 if key == "nodes" else 0):
-        raise Refusal("%s is %r" % (key, value), "it must be a whole number" + (", 1 or more" if key == "nodes" else ""))
+        raise Refusal("%s is %r" % (key, value), "it must be a whole number, " + (
+            "1 or more" if key == "nodes" else '0 or more, or "gpu"'))
     return value
 
 
@@ -145,9 +159,22 @@ def workspace(settings: dict[str, Any]) -> str | None:
 def run_root(settings: dict[str, Any], family: str) -> str | None:
     """<workspace>/<family>, or run_dir: the same for every launch of the family. None: outputs stay in the pod."""
     base = workspace(settings)
+    if base and not base.startswith(("/", "<unset ")):
+        raise Refusal("the workspace is %r" % base, "it must be an absolute path, as the pod sees it")
     if settings.get("run_dir"):
         return posixpath.join(base or "/", settings["run_dir"])
     return posixpath.join(base, family) if base else None
+
+
+def unpacking(settings: dict[str, Any]) -> dict[str, Any]:
+    """What pod.py must know to unpack: into each pod, or once onto storage that all pods see. Raises Refusal."""
+    if settings.get("unpack", "local") == "local":
+        return {"unpack": "local"}
+    base = workspace(settings)
+    if base is None:
+        raise Refusal('unpack = "shared" needs a workspace that all pods see', "set workspace in the profile, or leave unpack out")
+    return {"unpack": "shared", "shared": posixpath.join(base, ".airlift"), "keep": settings.get("keep", 5),
+            "patience": settings["rendezvous_timeout"]}
 
 
 def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str) -> dict[str, str]:
@@ -169,16 +196,17 @@ def environment(settings: dict[str, Any], run: dict[str, Any], name: str, execut
 
 
 TOKENS = ("HF_TOKEN", "WANDB_API_KEY", "NGC_API_KEY")
+REFERENCES = {"lepton": (r"env|lepton:[\w.-]+", ', or "lepton:name" for a secret of the workspace'),
+              "dgxcloud": (r"env|runai:[\w.-]+/[\w.-]+", ', or "runai:credential/key"')}
 
 
 def check_secrets(wanted: dict[str, Any], executor: str) -> tuple[dict[str, str], list[str]]:
     """[secrets] of a profile and what to say about it. Raises Refusal for a reference that this executor lacks."""
-    kinds = {"lepton": ("env", "lepton:"), "dgxcloud": ("env", "runai:")}.get(executor, ("env",))
+    pattern, example = REFERENCES.get(executor, ("env", ""))
     notes = []
     for name, source in wanted.items():
-        if not isinstance(source, str) or not (source == "env" or source.startswith(kinds[1:])):
-            raise Refusal("secrets.%s is not a reference that %s has" % (name, executor),
-                          "write " + " or ".join('"%s…"' % kind if kind.endswith(":") else '"%s"' % kind for kind in kinds))
+        if not isinstance(source, str) or not re.fullmatch(pattern, source):
+            raise Refusal("secrets.%s is not a reference that %s has" % (name, executor), 'write "env"' + example)
         if source == "env":
             notes.append("%s is sent by value, in the job's environment" % name)
     notes += ["%s is set here but not sent; name it under [secrets] to send it" % name
@@ -214,6 +242,7 @@ class Run:
     sha256: str
     started: float = field(default_factory=time.time)
     job_exit_code: int | None = None
+    ended: list[str] | None = None  # state and detail, once it is over for good: platforms forget
     record: dict[str, Any] = field(default_factory=dict)  # the backend's own
 
     def save(self) -> None:
@@ -228,12 +257,31 @@ class Run:
         (home() / "runs" / (self.run + ".json")).unlink(missing_ok=True)
 
 
+def status(run: Run) -> Status:
+    """The platform's word, or how the run ended where that is known. Raises Refusal if it cannot be read."""
+    if run.ended:
+        return Status(run.ended[0], run.ended[1], run.job_exit_code)
+    found: Status = backend(run.executor).status(run)
+    keep_end(run, found)
+    return found
+
+
+def keep_end(run: Run, found: Status) -> None:
+    """Remember a Status that is final in the run's file."""
+    if found.state in FINAL and found.detail != GONE:
+        run.ended, run.job_exit_code = [found.state, found.detail], found.exit_code
+        run.save()
+
+
 def load_run(run: str) -> Run:
     """Raises Refusal for a run that was not launched from this account."""
     path = home() / "runs" / (run + ".json")
     if not re.fullmatch(r"[a-z0-9]+", run) or not path.is_file():
         raise Refusal("there is no run %r" % run, "python launch.py status lists them")
-    return Run(**json.loads(path.read_text()))
+    try:
+        return Run(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise Refusal("the file of run %s cannot be read: %s" % (run, path), "remove it") from None
 
 
 def all_runs() -> list[Run]:

@@ -1,31 +1,46 @@
 """What the two clouds share: HTTP that ends in bounded time, plain words for what a server says, and following a job.
 
 Every request has a timeout. What may be asked twice (GET, DELETE, PATCH, PUT) is retried after a broken connection, 429
-or 5xx; a POST that creates a job only where it cannot have been carried out: no connection, 429 or 503.
+or 5xx; a POST only where it cannot have been carried out: no connection, 429 or 503. A job that was created although
+its answer got lost is looked for by its name, which is never used twice.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from backends import Run, Status
+from backends import FINAL, Run, Status
+from pod import POD
 from transport import Refusal
 
-CONNECT_S, READ_S = 5.0, 30.0  # seconds
-RETRIES, BACKOFF_S, LONGEST_WAIT_S = 4, 0.5, 10.0  # waits of 0, 1, 2 and 4 s, or what Retry-After says
+CONNECT_S, READ_S, LOG_READ_S = 5.0, 30.0, 300.0  # seconds; a log may be silent for a while
+RETRIES, READ_RETRIES, BACKOFF_S, LONGEST_WAIT_S = 4, 2, 0.5, 10.0  # waits of 0, 1, 2 and 4 s, or what Retry-After says
 POLL_S = 2.0  # seconds between two questions for the state
+PATIENCE_S = 600.0  # how long the platform of a job that is followed may be out of reach
+OTHERS_S = 30.0  # for reading the logs of all ranks after a failure
+
+ASKING = frozenset(("GET", "HEAD", "DELETE", "PATCH", "PUT"))  # may be asked twice
+
+
+# ---------------------------------------------------------------- HTTP
 
 
 class Retry(urllib3.Retry):
+    def is_retry(self, method: str, status_code: int, has_retry_after: bool = False) -> bool:
+        """Whether to ask again after this answer."""
+        return status_code in ((429, 500, 502, 503, 504) if method in (self.allowed_methods or ()) else (429, 503))
+
     def get_retry_after(self, response: Any) -> float | None:
         """What Retry-After says, but never a wait that a person would take for a hang."""
         seconds = super().get_retry_after(response)
@@ -33,63 +48,78 @@ class Retry(urllib3.Retry):
 
 
 class Adapter(HTTPAdapter):
-    """Timeouts and retries for every request of a session, whoever makes it (the Lepton SDK sets none for logs)."""
+    """Timeouts, retries and the private CA for every request of a session, whoever makes it: the Lepton SDK sets no
+    timeout for logs, and REQUESTS_CA_BUNDLE would win over the session's own CA."""
+
+    def __init__(self, ca_bundle: str | None, safe: frozenset[str] = ASKING) -> None:
+        self.ca_bundle = ca_bundle
+        super().__init__(pool_maxsize=64, max_retries=Retry(
+            total=RETRIES, read=READ_RETRIES, other=0, redirect=0, backoff_factor=BACKOFF_S, allowed_methods=safe,
+            raise_on_status=False))
 
     def send(self, request: Any, stream: bool = False, timeout: Any = None, verify: Any = True, cert: Any = None,
              proxies: Any = None) -> requests.Response:
-        creating = request.method == "POST"
-        self.max_retries = Retry(
-            total=RETRIES, read=0 if creating else RETRIES, other=0, redirect=0, backoff_factor=BACKOFF_S,
-            status_forcelist=(429, 503) if creating else (429, 500, 502, 503, 504), allowed_methods=None,
-            raise_on_status=False)
-        return super().send(request, stream, (CONNECT_S, READ_S), verify, cert, proxies)
+        limits = (CONNECT_S, LOG_READ_S if stream else READ_S)
+        return super().send(request, stream, limits, self.ca_bundle or verify, cert, proxies)
 
 
-def session(ca_bundle: str | None) -> requests.Session:
-    """A session with timeouts, retries, the usual proxy variables, and a private CA if the profile names one."""
-    made = requests.Session()
-    harden(made, ca_bundle)
-    return made
-
-
-def harden(made: requests.Session, ca_bundle: str | None) -> None:
+def harden(session: requests.Session, ca_bundle: str | None) -> requests.Session:
+    """Give a session timeouts, retries and a private CA. Raises Refusal if the CA's file is not there."""
+    if ca_bundle and not os.path.exists(ca_bundle):
+        raise Refusal("ca_bundle %s is not there" % ca_bundle, "name the PEM file of your certificate authority")
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each retry would be a warning
     for scheme in ("https://", "http://"):
-        made.mount(scheme, Adapter())
-    if ca_bundle:
-        made.verify = ca_bundle
+        session.mount(scheme, Adapter(ca_bundle))
+    return session
 
 
-def refused(platform: str, response: requests.Response, doing: str, secret: str = "") -> Refusal:
-    """The Refusal for an answer of 400 and more: exit code 4 with the server's own reason, 5 for a server in trouble."""
-    reason = " ".join(response.text.split())[:300] or response.reason
-    if secret:
-        reason = reason.replace(secret, "***")
-    what = "%s: %s was answered %d: %s" % (platform, doing, response.status_code, reason)
-    if response.status_code in (401, 403):
-        return Refusal(what, "check the credentials of this profile and what they may do", 4)
-    if response.status_code == 429 or response.status_code >= 500:
-        return Refusal(what, "the platform is in trouble; launch again later", 5)
+def refused(platform: str, response: requests.Response, doing: str, hide: Iterable[str] = ()) -> Refusal:
+    """The Refusal for an answer of 400 and more: exit code 4 with the server's own reason, 3 for what is too big, 5 for
+    a server in trouble. `hide` are secrets that a server may have repeated."""
+    reason = _reason(response)
+    for secret in hide:
+        reason = reason.replace(secret, "***") if secret else reason
+    code = response.status_code
+    what = "%s: %s was answered %d: %s" % (platform, doing, code, reason[:300])
+    if code in (401, 403):
+        return Refusal(what, "check the credentials of this profile, and what they may do and use", 4)
+    if code == 413 or "too large" in reason:
+        return Refusal(what, "leave files out with exclude or .airliftignore", 3)
+    if code == 429 or code >= 500:
+        return Refusal(what, "the platform is in trouble; try again later", 5)
     return Refusal(what, "change what it names in the profile, then launch again", 4)
+
+
+def _reason(response: requests.Response) -> str:
+    """What the server says: the message of its JSON, else its text."""
+    try:
+        body = response.json()
+        said = next(str(body[key]) for key in ("message", "detail", "error") if body.get(key))
+    except (ValueError, AttributeError, StopIteration):
+        said = response.text
+    return " ".join(said.split()) or response.reason
 
 
 def unreachable(platform: str, url: str, error: Exception, sent: str = "") -> Refusal:
     """The Refusal for no answer at all, exit code 5. `sent` names a job that the server may have got all the same."""
-    kind = "did not answer in time" if isinstance(error, requests.Timeout) else "cannot be reached"
+    kind, fix = "cannot be reached", "check the address, the proxy variables and the network"
+    if isinstance(error, requests.Timeout) or "Read timed out" in str(error):
+        kind = "did not answer in time"
     if isinstance(error, requests.exceptions.SSLError):
-        kind = "is not trusted (TLS)"
-    fix = "check the address, the proxy variables and the network"
-    if kind.startswith("is not"):
-        fix = "name its certificate authority as ca_bundle in the profile"
-    elif sent:
-        fix = "the request had been sent: look for %s in the console before you launch again" % sent
+        kind, fix = "is not trusted (TLS)", "name its certificate authority as ca_bundle in the profile"
+    elif isinstance(error, (requests.exceptions.InvalidJSONError, RuntimeError)):
+        kind, fix = "answers, but not as its API does", "check the address; a proxy or a login page may have answered"
+    if sent and not isinstance(error, (requests.exceptions.SSLError, requests.ConnectTimeout)):
+        fix = "look for %s in the console before you launch again: the request had been sent" % sent
     return Refusal("%s at %s %s" % (platform, re.sub(r"//[^/@]*@", "//", url), kind), fix, 5)
 
 
 # ---------------------------------------------------------------- following
 
 ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d+)")  # pod.py's last line
-IMAGE_TROUBLE = re.compile(r"ErrImagePull|ImagePullBackOff|InvalidImageName|[Ff]ailed to pull image|[Bb]ack-off pulling image")
-FINAL = ("done", "failed", "cancelled")
+NOT_WHOLE = "airlift_pod_program_did_not_arrive_whole"  # transport.py's bootstrap
+ECHOES = (137, 143)  # killed: what the other ranks say when a job ends because of one
+IMAGE_TROUBLE = re.compile("ErrImagePull|ImagePullBackOff|InvalidImageName|[Ff]ailed to pull image|[Bb]ack-off pulling")
 BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, Refusal)
 
 
@@ -97,17 +127,20 @@ class Follower:
     """Follows one job: states with elapsed time, and the logs of some ranks, each read by a thread of its own.
 
     `ask()` gives the Status. `open_log(rank)` yields text as it comes, from the beginning, and ends when the platform
-    closes it; None instead means that there is no log yet, a Refusal with code 4 that there will be none. `trouble()`
-    tells what keeps the job's pods from starting, or "".
+    closes it; None instead means that there is no log yet, a Refusal with code 4 that there is no way to it.
+    `trouble()` tells what keeps the job's pods from starting, or "".
     """
 
     def __init__(self, run: Run, ask: Callable[[], Status], open_log: Callable[[int], Iterator[str] | None],
                  trouble: Callable[[], str]) -> None:
         self.run, self.ask, self.open_log, self.trouble = run, ask, open_log, trouble
-        self.ranks = ranks(run)
+        self.ranks = list(range(run.nodes)) if run.record.get("all_ranks") else [0]
         self.codes: dict[str, int] = {}  # rank, as pod.py says it -> exit code
+        self.ran = False  # all pods have been up at once
+        self.heard = time.monotonic()  # when the platform last answered
         self.over = threading.Event()
         self.lock = threading.Lock()
+        self.mute = False
 
     def follow(self) -> Status:
         """To the end of the job. The Status has the exit code of the recipe where a pod told it. Raises Refusal (exit
@@ -115,32 +148,85 @@ class Follower:
         readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in self.ranks]
         for reader in readers:
             reader.start()
-        last = ""
+        try:
+            status = self._watch()
+            self.over.set()
+            deadline = time.monotonic() + 15
+            for reader in readers:
+                reader.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            self.over.set()
+            with self.lock:  # a thread that still reads must not stand in the middle of a write when Python ends
+                self.mute = True
+        return self.explain(status)
+
+    def logs(self) -> None:
+        """Print the logs: all there is of a job that has ended, and of another what comes, to its end. Raises Refusal
+        where there is none."""
+        if self.ask().state not in FINAL:
+            self.follow()
+            return
+        found = False
+        for rank in self.ranks:
+            for line in lines(self.open_log(rank) or ()):
+                found = True
+                self._show(rank, line)
+        if not found:
+            raise Refusal("there is no log of run %s: its pods never started, or are gone" % self.run.run,
+                          "see python launch.py status " + self.run.run)
+
+    def explain(self, status: Status) -> Status:
+        """A Status that is final, with the exit code that the pods told, or with what is known instead."""
+        if status.state != "failed":
+            return Status(status.state, status.detail, 0 if status.state == "done" else None)
+        silent = self._read_others()
+        codes = [code for _, code in sorted(self.codes.items()) if code]
+        told = [code for code in codes if code not in ECHOES]
+        if told or (codes and not silent):
+            return Status("failed", status.detail, (told or codes)[0])
+        words = [status.detail] + ["rank %s ended without a word" % ", ".join(map(str, silent))] * bool(silent)
+        return Status("failed", "; ".join(word for word in [*words, self._trouble()] if word))
+
+    def _watch(self) -> Status:
+        last, warned = "", False
         while True:
-            status = self.ask()
-            word = "%s (%s)" % (status.state, status.detail) if status.detail else status.state
-            if word != last:
-                self._print("-- %s after %.0f s\n" % (word, time.time() - self.run.started))
+            try:
+                status = self.ask()
+                self.heard, warned = time.monotonic(), False
+            except Refusal as refusal:
+                if refusal.code != 5 or time.monotonic() - self.heard > PATIENCE_S:
+                    fix = refusal.fix + "; the job goes on: python launch.py logs " + self.run.run
+                    raise Refusal(refusal.what, fix, refusal.code) from None
+                if not warned:
+                    self._print("-- %s; trying again for %.0f minutes\n" % (refusal.what, PATIENCE_S / 60))
+                warned = True
+            else:
+                word = "%s (%s)" % (status.state, status.detail) if status.detail else status.state
+                if word != last:
+                    self._print("-- %s after %.0f s\n" % (word, time.time() - self.run.started))
                 last = word
-            if status.state in ("waiting", "failed"):
-                self._check_image()
-            if status.state in FINAL:
-                break
+                self.ran = self.ran or status.state in ("running", "done")
+                if status.state in ("waiting", "failed") and not self.ran and not self.codes:
+                    self._check_image()
+                if status.state in FINAL:
+                    return status
             time.sleep(POLL_S)
-        self.over.set()
-        for reader in readers:
-            reader.join(15)
-        return Status(status.state, status.detail, 0 if status.state == "done" else self._exit_code())
 
     def _check_image(self) -> None:
-        trouble = self.trouble()
+        trouble = self._trouble()
         if IMAGE_TROUBLE.search(trouble):
-            raise Refusal("the image cannot be pulled: " + trouble[:300],
-                          "mend container_image or the pull secrets; end the job with: python launch.py cancel " + self.run.run, 4)
+            raise Refusal("the image cannot be pulled: " + trouble[:300], "mend container_image or the pull secrets; "
+                          "end the job with: python launch.py cancel " + self.run.run, 4)
+
+    def _trouble(self) -> str:
+        try:
+            return self.trouble()
+        except BROKEN:  # not every installation tells, and the state matters more
+            return ""
 
     def _read(self, rank: int) -> None:
         """Show a log to its end. A stream that breaks is opened again, and what was shown is passed over."""
-        shown, last_round = 0, False
+        shown, last_round, why = 0, False, "the platform gave none"
         while not last_round:
             last_round = self.over.is_set()
             try:
@@ -149,13 +235,15 @@ class Follower:
                         shown = number
                         self._show(rank, line)
             except Refusal as refusal:
-                if refusal.code == 4:  # asking again would not help
-                    self._print("-- no log of rank %d: %s; %s\n" % (rank, refusal.what, refusal.fix))
-                    return
+                why = refusal.what + "; " + refusal.fix
+                if refusal.code == 4 and self.ran:  # before that, its pod may just not be there yet
+                    break
             except BROKEN:
                 pass  # whether the platform can be reached at all is told by ask()
             if not last_round:
                 self.over.wait(POLL_S)
+        if not shown:
+            self._print("-- no log of rank %d: %s\n" % (rank, why))
 
     def _show(self, rank: int, line: str) -> None:
         self._note(line)
@@ -165,22 +253,33 @@ class Follower:
         found = ENDED.search(line)
         if found:
             self.codes[found.group(1)] = int(found.group(2))
+        elif line.startswith(NOT_WHOLE):
+            self.codes["?"] = POD
 
     def _print(self, text: str) -> None:
         with self.lock:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            if not self.mute:
+                sys.stdout.write(text)
+                sys.stdout.flush()
 
-    def _exit_code(self) -> int | None:
-        """The first failure that is not an echo of another's end, from the logs of all ranks; None if none tells it."""
-        for rank in set(range(self.run.nodes)) - set(self.ranks):
+    def _read_others(self) -> list[int]:
+        """Note what the logs that were not shown tell of the end. The ranks whose log is there but tells nothing."""
+        silent = []
+        deadline = time.monotonic() + OTHERS_S
+        for rank in range(self.run.nodes):
+            if str(rank) in self.codes or time.monotonic() > deadline:
+                continue
             try:
-                for line in lines(self.open_log(rank) or ()):
+                log = self.open_log(rank)
+                for line in lines(log or ()):
                     self._note(line)
+                    if time.monotonic() > deadline:
+                        break
             except BROKEN:
                 continue
-        failures = [code for _, code in sorted(self.codes.items()) if code]
-        return next((code for code in failures if code not in (137, 143)), failures[0] if failures else None)
+            if log is not None and str(rank) not in self.codes:
+                silent.append(rank)
+        return silent
 
 
 def lines(pieces: Iterable[str]) -> Iterator[str]:
@@ -194,21 +293,6 @@ def lines(pieces: Iterable[str]) -> Iterator[str]:
         yield rest + "\n"
 
 
-def print_logs(run: Run, open_log: Callable[[int], Iterator[str] | None]) -> None:
-    """Print the logs there are, of rank 0 or of all. Raises Refusal where there is none."""
-    found = False
-    for rank in ranks(run):
-        for line in lines(open_log(rank) or ()):
-            found = True
-            sys.stdout.write("[%d] %s" % (rank, line) if len(ranks(run)) > 1 else line)
-    if not found:
-        raise Refusal("run %s has no log yet" % run.run, "see python launch.py status " + run.run)
-
-
-def ranks(run: Run) -> list[int]:
-    return list(range(run.nodes)) if run.record.get("all_ranks") else [0]
-
-
 def await_end(ask: Callable[[], Status], seconds: float = 60.0) -> Status:
     """The Status once the job has ended, or as it is after `seconds`."""
     deadline = time.monotonic() + seconds
@@ -219,8 +303,28 @@ def await_end(ask: Callable[[], Status], seconds: float = 60.0) -> Status:
         time.sleep(min(POLL_S, 0.5))
 
 
+# ---------------------------------------------------------------- requests
+
+
 def job_name(recipe: str, run: str, longest: int) -> str:
     """A name for the platform: lower case, letters, digits and dashes, a letter first, ending in our run id."""
     stem = re.sub(r"[^a-z0-9]+", "-", recipe.lower()).strip("-")
     stem = stem if re.match(r"[a-z]", stem) else "job-" + stem
     return stem[: longest - len(run) - 1].rstrip("-") + "-" + run
+
+
+def with_custom(spec: dict[str, Any], custom: Mapping[str, Any], ours: tuple[str, ...], where: str = "") -> Any:
+    """`spec` with custom_spec over it: tables deeply, lists of variables added to ours, everything else replaced.
+    Raises Refusal for a field in `ours` (dotted names), without which the job could not start."""
+    merged = dict(spec)
+    for key, value in custom.items():
+        here = merged.get(key)
+        if where + key in ours:
+            raise Refusal("custom_spec sets %s, which Airlift sets itself" % (where + key), "take it out")
+        if isinstance(here, dict) and isinstance(value, dict):
+            merged[key] = with_custom(here, value, ours, where + key + ".")
+        elif key in ("envs", "environmentVariables") and isinstance(value, list):
+            merged[key] = here + value if here else value
+        else:
+            merged[key] = value
+    return merged

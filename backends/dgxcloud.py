@@ -22,7 +22,7 @@ from backends import Job, Run, Status
 from transport import LIMITS, Plan, Refusal, human
 
 CAN = {"detach"}
-NAME_LIMIT = 34  # characters; the server appends some of its own (nemo-run 0.11.1 cuts here too)
+NAME_LIMIT = 34  # characters of a workload's name (nemo-run 0.11.1 cuts here)
 PHASES = {
     "Creating": "waiting", "Initializing": "waiting", "Resuming": "waiting", "Pending": "waiting", "Unknown": "waiting",
     "Running": "running", "Updating": "running", "Degraded": "running", "Stopping": "running", "Terminating": "running",
@@ -45,10 +45,10 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     project, cluster = client.project(settings["project_name"])
     name = clouds.job_name(job.name, job.run, NAME_LIMIT)
     body = request(job, plan, name, project, cluster)
-    copies, limit = (2 if job.nodes > 1 else 1), LIMITS["dgxcloud"].object
-    size = len(json.dumps(body)) * copies  # the operator's object holds master and workers
-    if size > limit:
-        raise Refusal("the workload's API object is %s of %s; nothing was submitted" % (human(size), human(limit)),
+    size = len(json.dumps(body)) * (2 if job.nodes > 1 else 1)  # the operator's object holds master and workers
+    if size > LIMITS["dgxcloud"].object:
+        raise Refusal("the workload's API object is %s of %s; nothing was submitted"
+                      % (human(size), human(LIMITS["dgxcloud"].object)),
                       "leave files out with exclude, or make custom_spec smaller", 3)
     from backends import nemo  # takes seconds; what can be refused has been by now
 
@@ -59,33 +59,47 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
         base_url=settings["base_url"], kube_apiserver_url=settings.get("kube_apiserver_url", ""), client_id="",
         client_secret="", project_name=settings["project_name"], container_image=str(job.image), pvc_nemo_run_dir="",
         nodes=job.nodes, airlift_run=job.run)
+    hide = tuple(plan.env[key] for key, source in job.secrets.items() if source == "env")
+    nemo.submit(name, executor, job.run, lambda: (create(client, run, body, hide), "Creating"))
 
-    def create() -> tuple[str, str]:
-        made = client.call("POST", "/workloads/" + run.record["kind"], "create workload " + name, body, sent=name)
-        run.record |= {"id": made["workloadId"], "name": made.get("name", name)}
-        run.save()
-        return made["workloadId"], made.get("actualPhase", "Creating")
 
-    nemo.submit(name, executor, job.run, create)
+def create(client: Client, run: Run, body: dict[str, Any], hide: tuple[str, ...]) -> str:
+    """POST the workload and give its id. An answer that got lost is looked for: our names are never used twice."""
+    name = body["name"]
+    try:
+        made = client.call("POST", "/workloads/" + run.record["kind"], "create workload " + name, body, name, hide)
+        run.record["id"] = str(made["workloadId"])
+    except Refusal as refusal:
+        try:
+            found = client.find(name) if refusal.code == 5 or "answered 409" in refusal.what else None
+        except Refusal:
+            found = None
+        if found is None:
+            raise
+        run.record["id"] = found
+    run.save()
+    return str(run.record["id"])
 
 
 def follow(run: Run) -> Status:
-    from backends import clouds
-
-    client = reconnect(run)
-    return clouds.Follower(run, lambda: _status(client, run), lambda rank: open_log(client, run, rank, True),
-                           lambda: trouble(client, run)).follow()
+    return _follower(run).follow()
 
 
 def logs(run: Run) -> None:
-    from backends import clouds
-
-    client = reconnect(run)
-    clouds.print_logs(run, lambda rank: open_log(client, run, rank, False))
+    _follower(run).logs()
 
 
 def status(run: Run) -> Status:
-    return _status(reconnect(run), run)
+    follower = _follower(run)
+    return follower.explain(follower.ask())
+
+
+def _follower(run: Run) -> Any:
+    from backends import clouds
+
+    client = reconnect(run)
+    return clouds.Follower(run, lambda: _status(client, run), lambda rank: open_log(client, run, rank),
+                           lambda: trouble(client, run))
 
 
 def cancel(run: Run) -> str:
@@ -94,11 +108,11 @@ def cancel(run: Run) -> str:
 
     client = reconnect(run)
     before = _status(client, run)
-    if before.state in clouds.FINAL:
+    if before.state in backends.FINAL:
         return "it had already ended (%s)" % before.detail
     client.call("POST", _path(run) + "/suspend", "suspend workload " + run.record["name"])
     after = clouds.await_end(lambda: _status(client, run))
-    return "stopped" if after.state in clouds.FINAL else "told to stop; it is still %s" % after.detail
+    return "stopped" if after.state in backends.FINAL else "told to stop; it is still %s" % after.detail
 
 
 # ---------------------------------------------------------------- the client
@@ -108,26 +122,33 @@ class Client:
     """The control plane's REST API with the profile's client id and secret; a token is asked for when it is needed."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        import requests
+
         from backends import clouds
 
         self.base = settings["base_url"].rstrip("/")
         self.kube = (settings.get("kube_apiserver_url") or "").rstrip("/")
         self.identity, self.secret = settings["client_id"], settings["client_secret"]
-        self.session = clouds.session(settings.get("ca_bundle"))
+        self.session = clouds.harden(requests.Session(), settings.get("ca_bundle"))
+        self.session.mount(self.base + "/token", clouds.Adapter(settings.get("ca_bundle"), clouds.ASKING | {"POST"}))
         self.token = ""
 
-    def call(self, method: str, path: str, doing: str, body: Any = None, sent: str = "", **query: str) -> Any:
+    def call(self, method: str, path: str, doing: str, body: Any = None, sent: str = "", hide: tuple[str, ...] = (),
+             **query: str) -> Any:
         """The answer's JSON, {} where it has none. Raises Refusal."""
-        response = self.send(method, self.base + path, doing, body, sent, query)
         from backends import clouds
 
+        response = self.send(method, self.base + path, doing, body, sent, query)
         if response.status_code >= 400:
-            raise clouds.refused("run:AI", response, doing, self.secret)
+            raise clouds.refused("run:AI", response, doing, (self.secret, *hide))
         try:
-            return response.json() if response.content else {}
+            answer = response.json() if response.content else {}
+            if isinstance(answer, dict):
+                return answer
         except ValueError:
-            raise Refusal("run:AI at %s answered with no JSON to: %s" % (self.base, doing),
-                          "check base_url: it ends in /api/v1", 5) from None
+            pass
+        raise Refusal("run:AI at %s answered with no JSON object to: %s" % (self.base, doing),
+                      "check base_url: it ends in /api/v1", 5)
 
     def send(self, method: str, url: str, doing: str, body: Any = None, sent: str = "", query: Any = None,
              stream: bool = False) -> Any:
@@ -160,7 +181,7 @@ class Client:
         except requests.RequestException as error:
             raise clouds.unreachable("run:AI", self.base, error) from None
         if response.status_code >= 400:
-            refusal = clouds.refused("run:AI", response, "get a token for client_id %s" % self.identity, self.secret)
+            refusal = clouds.refused("run:AI", response, "get a token for client_id %s" % self.identity, [self.secret])
             if refusal.code == 4:
                 refusal.fix = "check client_id and client_secret of this profile"
             raise refusal
@@ -187,14 +208,24 @@ class Client:
                       "it sees %s; set project_name in the profile" % (", ".join(known) or "none"), 4)
 
 
+    def find(self, name: str) -> str | None:
+        """The id of a workload, by its name; None if there is none."""
+        page = self.call("GET", "/workloads", "look for workload " + name, filterBy="name==" + name)
+        return next((str(workload["id"]) for workload in page.get("workloads", []) if workload["name"] == name), None)
+
+
 def reconnect(run: Run) -> Client:
     """A client with the credentials of the run's profile, as it is now. Raises Refusal."""
-    if "id" not in run.record:
-        raise Refusal("the platform's answer to run %s never arrived" % run.run,
-                      "look for %s in the console" % run.record.get("name"), 5)
     profile = profiles.load(run.profile, run.recipe.partition("/")[2])
     profile.require_set()
-    return Client(profile.keys | profile.stage)
+    client = Client(profile.keys | profile.stage)
+    if "id" not in run.record:  # the answer to its creation never arrived
+        found = client.find(run.record["name"])
+        if found is None:
+            raise Refusal("run:AI has no workload %s: its creation failed" % run.record["name"], "launch again", 4)
+        run.record["id"] = found
+        run.save()
+    return client
 
 
 def _path(run: Run) -> str:
@@ -219,14 +250,18 @@ def check(job: Job) -> None:
     base = backends.workspace(job.settings)
     paths = [str(volume["path"]).rstrip("/") for volume in job.settings.get("pvcs") or []]
     if base and not any(base == path or base.startswith(path + "/") for path in paths):
-        raise Refusal("the workspace %s is on none of the pvcs" % base, "add the claim that holds it, or change the workspace")
+        raise Refusal("the workspace %s is on none of the pvcs" % base,
+                      "add the claim that holds it, or change the workspace")
     framework = job.settings.get("distributed_framework", "PyTorch")
     if job.nodes > 1 and framework != "PyTorch":
-        raise Refusal("distributed_framework is %r" % framework, "only PyTorch tells each pod its rank; take the key out")
+        raise Refusal("distributed_framework is %r" % framework,
+                      "only PyTorch tells each pod its rank; take the key out")
 
 
 def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict[str, Any]:
     """The creation request: command and args are single strings, so argv must survive a split by blanks."""
+    from backends import clouds
+
     env: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plan.env.items()]
     for key, source in job.secrets.items():
         if source != "env":
@@ -238,17 +273,12 @@ def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict
         "storage": {"pvc": job.settings.get("pvcs") or []}, "environmentVariables": env,
         "restartPolicy": "Never", "backoffLimit": 0,
     }
-    body: dict[str, Any] = {"name": name, "useGivenNameAsPrefix": True, "projectId": project, "clusterId": cluster}
+    body: dict[str, Any] = {"name": name, "projectId": project, "clusterId": cluster}
     if job.nodes > 1:
         spec |= {"distributedFramework": "PyTorch", "numWorkers": job.nodes - 1, "cleanPodPolicy": "Running"}
         body["masterSpecSameAsWorker"] = True
-    return body | {"spec": spec | job.settings.get("custom_spec", {})}
-
-
-def platform_state(run: Run) -> str:
-    """run:AI's own phase, for nemo-run's records."""
-    answer = reconnect(run).call("GET", _path(run), "read workload " + run.record["name"])
-    return str(answer.get("actualPhase") or answer.get("phase") or "Unknown")
+    custom = job.settings.get("custom_spec", {})
+    return body | {"spec": clouds.with_custom(spec, custom, ("command", "args", "numWorkers"))}
 
 
 def _status(client: Client, run: Run) -> Status:
@@ -256,51 +286,49 @@ def _status(client: Client, run: Run) -> Status:
         answer = client.call("GET", _path(run), "read workload " + run.record["name"])
     except Refusal as refusal:
         if "answered 404" in refusal.what:
-            return Status("cancelled", "the platform no longer knows it")
+            return Status("cancelled", backends.GONE)
         raise
     phase = answer.get("actualPhase") or answer.get("phase")
     if not phase:
         raise Refusal("run:AI told no phase of workload " + run.record["name"], "ask again, or look in the console", 5)
-    state = PHASES.get(phase, "waiting")
-    return Status(state, phase, 0 if state == "done" else None)
+    return Status(PHASES.get(phase, "waiting"), phase)
 
 
 def trouble(client: Client, run: Run) -> str:
-    """The workload's warnings, newest first; "" where this installation has no route for events."""
-    url = "%s/workloads/%s/events" % (client.base, run.record["id"])
-    response = client.send("GET", url, "read the events", query={"limit": "20"})
-    if response.status_code >= 400:
-        return ""
-    return "; ".join("%s: %s" % (event.get("reason"), event.get("message")) for event in response.json().get("events", [])
+    """The workload's warnings, newest first. Raises Refusal where this installation has no route for events."""
+    page = client.call("GET", "/workloads/%s/events" % run.record["id"], "read the events", limit="20")
+    return "; ".join("%s: %s" % (event.get("reason"), event.get("message")) for event in page.get("events", [])
                      if event.get("type") == "Warning")
 
 
 # ---------------------------------------------------------------- logs
 
 
-def open_log(client: Client, run: Run, rank: int, follow: bool) -> Iterator[str] | None:
-    """The log of one rank from its beginning; None while the pod has none. Raises Refusal (code 4) if no route gives it."""
-    name, said = run.record["name"], "no kube_apiserver_url in the profile"
+def open_log(client: Client, run: Run, rank: int) -> Iterator[str] | None:
+    """The log of one rank from its beginning, as it comes; None while the pod has none. Raises Refusal (exit code 4) if
+    no route gives it."""
+    name, single = run.record["name"], run.record["kind"] == "trainings"
+    tried = "no kube_apiserver_url in the profile"
     if client.kube:
-        single = run.record["kind"] == "trainings"
         pod = name + ("-0-0" if single else "-master-0" if rank == 0 else "-worker-%d" % (rank - 1))
         url = "%s/api/v1/namespaces/runai-%s/pods/%s/log" % (client.kube, run.record["project"], pod)
-        query = ({} if single else {"container": "pytorch"}) | ({"follow": "true"} if follow else {})
+        query = {"follow": "true"} | ({} if single else {"container": "pytorch"})
         response = client.send("GET", url, "read the log", query=query, stream=True)
         if response.status_code < 400:
             return _decoded(response)
-        if response.status_code in (400, 404):  # the container waits to start; the pod is not there yet
+        if response.status_code not in (401, 403):  # the container waits to start, the pod is gone, a bad moment
             return None
-        said = "the Kubernetes API answered %d" % response.status_code
-    origin = urllib.parse.urlsplit(client.base)
-    kind = "runai" if run.record["kind"] == "trainings" else "pytorch"
-    url = "%s://%s/cluster-api/api/v1/%s/workloads/training/%s/%s/logs/download" % (
-        origin.scheme, origin.netloc, run.record["project"], kind, name)
-    response = client.send("GET", url, "read the log", stream=True)
-    if rank == 0 and response.status_code < 400:
-        return _decoded(response)
-    raise Refusal("run:AI gives no logs here (%s, the cluster API %d)" % (said, response.status_code),
-                  "the pod's own lies at " + (run.record["log"] % rank if run.record["log"] else "no place: there is no workspace"), 4)
+        tried = "the Kubernetes API answered %d" % response.status_code
+    if rank == 0:  # the cluster API gives the log of the first pod
+        origin = urllib.parse.urlsplit(client.base)
+        url = "%s://%s/cluster-api/api/v1/%s/workloads/training/%s/%s/logs/download" % (
+            origin.scheme, origin.netloc, run.record["project"], "runai" if single else "pytorch", name)
+        response = client.send("GET", url, "read the log", stream=True)
+        if response.status_code < 400:
+            return _decoded(response)
+        tried += ", the cluster API %d" % response.status_code
+    where = run.record["log"] % rank if run.record["log"] else "no place: there is no workspace"
+    raise Refusal("run:AI gives no logs here (%s)" % tried, "the pod's own lies at " + where, 4)
 
 
 def _decoded(response: Any) -> Iterator[str]:
@@ -311,10 +339,3 @@ def _decoded(response: Any) -> Iterator[str]:
 def _own_log(job: Job) -> str:
     root = job.description["run_root"]
     return os.path.join(root.replace("%", "%%"), "runs", job.run, "rank-%d.log") if root else ""
-
-
-def log_lines(run: Run) -> Iterator[str]:
-    """Rank 0's log as it is now, for nemo-run."""
-    from backends import clouds
-
-    yield from clouds.lines(open_log(reconnect(run), run, 0, False) or ())

@@ -17,8 +17,6 @@ from transport import LIMITS, Plan, Refusal, human
 
 CAN = {"detach"}
 NAME_LIMIT = 36  # characters of a job's name (leptonai 0.47.1, job_validation.py)
-RESERVED = ("LEPTON_WORKSPACE_ID", "LEPTON_DEPLOYMENT_NAME", "LEPTON_JOB_NAME", "LEPTON_RESOURCE_ACCELERATOR_TYPE",
-            "LEPTON_WORKSPACE_ORIGIN_URL")
 STATES = {
     "Starting": "waiting", "Queueing": "waiting", "Awaiting": "waiting", "PendingRetry": "waiting",
     "Restarting": "waiting", "UNK": "waiting", "Running": "running", "Completed": "done", "Archived": "done",
@@ -39,9 +37,10 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     group = node_group(client, settings["node_group"])
     name = clouds.job_name(job.name, job.run, NAME_LIMIT)
     body = request(job, plan, name, group)
-    size = len(body.json(exclude_none=True, by_alias=True))
+    size = len(body.model_dump_json(exclude_none=True, by_alias=True))
     if size > LIMITS["lepton"].object:
-        raise Refusal("the job's API object is %s of %s; nothing was submitted" % (human(size), human(LIMITS["lepton"].object)),
+        raise Refusal("the job's API object is %s of %s; nothing was submitted"
+                      % (human(size), human(LIMITS["lepton"].object)),
                       "leave files out with exclude, or make custom_spec smaller", 3)
     from backends import nemo  # takes seconds; what can be refused has been by now
 
@@ -50,26 +49,29 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     executor = nemo.CarriedLepton(
         container_image=str(job.image), nemo_run_dir=backends.workspace(settings) or "", nodes=job.nodes,
         resource_shape=settings["resource_shape"], node_group=settings["node_group"], airlift_run=job.run)
-    nemo.submit(name, executor, job.run, lambda: (create(client, body, name), "Starting"))
+    hide = tuple(plan.env[key] for key, source in job.secrets.items() if source == "env")
+    nemo.submit(name, executor, job.run, lambda: (create(client, body, name, hide), "Starting"))
 
 
 def follow(run: Run) -> Status:
+    return _follower(run).follow()
+
+
+def logs(run: Run) -> None:
+    _follower(run).logs()
+
+
+def status(run: Run) -> Status:
+    follower = _follower(run)
+    return follower.explain(follower.ask())
+
+
+def _follower(run: Run) -> Any:
     from backends import clouds
 
     client = reconnect(run)
     return clouds.Follower(run, lambda: _status(client, run), lambda rank: open_log(client, run, rank),
-                           lambda: trouble(client, run)).follow()
-
-
-def logs(run: Run) -> None:
-    from backends import clouds
-
-    client = reconnect(run)
-    clouds.print_logs(run, lambda rank: open_log(client, run, rank))
-
-
-def status(run: Run) -> Status:
-    return _status(reconnect(run), run)
+                           lambda: trouble(client, run))
 
 
 def cancel(run: Run) -> str:
@@ -77,11 +79,12 @@ def cancel(run: Run) -> str:
 
     client = reconnect(run)
     before = _status(client, run)
-    if before.state in clouds.FINAL:
+    if before.state in backends.FINAL:
         return "it had already ended (%s)" % before.detail
-    asked("stop job " + run.record["job"], client, lambda: client.job.update(run.record["job"], {"spec": {"stopped": True}}))
+    stop = {"spec": {"stopped": True}}
+    asked("stop job " + run.record["job"], client, lambda: client.job.update(run.record["job"], stop))
     after = clouds.await_end(lambda: _status(client, run))
-    return "stopped" if after.state in clouds.FINAL else "told to stop; it is still %s" % after.detail
+    return "stopped" if after.state in backends.FINAL else "told to stop; it is still %s" % after.detail
 
 
 # ---------------------------------------------------------------- the client
@@ -113,7 +116,7 @@ def reconnect(run: Run) -> Any:
     return client
 
 
-def asked(doing: str, client: Any, call: Callable[[], Any], sent: str = "") -> Any:
+def asked(doing: str, client: Any, call: Callable[[], Any], sent: str = "", hide: tuple[str, ...] = ()) -> Any:
     """The call's result. Raises Refusal in plain words for what the SDK or the network raises."""
     import requests
     from leptonai.api.v1.api_resource import ClientError, ServerError
@@ -123,8 +126,8 @@ def asked(doing: str, client: Any, call: Callable[[], Any], sent: str = "") -> A
     try:
         return call()
     except (ClientError, ServerError) as error:
-        raise clouds.refused("Lepton", error.response, doing, client.auth_token or "") from None
-    except requests.RequestException as error:
+        raise clouds.refused("Lepton", error.response, doing, (client.auth_token or "", *hide)) from None
+    except (requests.RequestException, RuntimeError) as error:  # a RuntimeError for an answer that is not the API's
         raise clouds.unreachable("Lepton", client.url, error, sent) from None
 
 
@@ -135,7 +138,8 @@ def node_group(client: Any, name: str) -> str:
         if name in (group.metadata.name, group.metadata.id_):
             return str(group.metadata.id_)
     known = ", ".join(sorted(str(group.metadata.name) for group in groups)) or "none at all"
-    raise Refusal("Lepton has no node group %r" % name, "this workspace has %s; set node_group in the profile" % known, 4)
+    raise Refusal("Lepton has no node group %r" % name,
+                  "this workspace has %s; set node_group in the profile" % known, 4)
 
 
 # ---------------------------------------------------------------- the job
@@ -152,8 +156,8 @@ def check(job: Job) -> None:
                 raise Refusal("a mount lacks %s: %s" % (", ".join(missing), mount),
                               'like: { path = "/", mount_path = "/shared", from = "node-nfs:my-storage" }')
     for name in job.secrets:
-        if not re.fullmatch(r"[A-Za-z._-][A-Za-z0-9._-]*", name) or name in RESERVED:
-            raise Refusal("Lepton does not take a variable named %r" % name, "use another name under [secrets]")
+        if name.startswith("LEPTON_"):
+            raise Refusal("Lepton keeps the variable %s for itself" % name, "use another name under [secrets]")
 
 
 def request(job: Job, plan: Plan, name: str, group: str) -> Any:
@@ -161,6 +165,8 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
     from leptonai.api.v1.types.common import Metadata
     from leptonai.api.v1.types.job import LeptonJob, LeptonJobUserSpec
     from pydantic import ValidationError
+
+    from backends import clouds
 
     settings = job.settings
     envs: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plan.env.items()]
@@ -179,43 +185,45 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
         spec["shared_memory_size"] = settings["shared_memory_size"]
     if settings.get("node_reservation"):
         spec["reservation_config"] = {"reservation_id": settings["node_reservation"]}
-    queue = {"priority_class": settings.get("queue_priority"), "can_be_preempted": settings.get("can_be_preempted"),
-             "can_preempt": settings.get("can_preempt")}
-    if any(queue.values()):
-        spec["queue_config"] = {key: value for key, value in queue.items() if value}
-    custom = settings.get("custom_spec", {})
-    unknown = sorted(set(custom) - set(LeptonJobUserSpec.model_fields))
-    if unknown:
-        raise Refusal("custom_spec has %s, which a Lepton job does not" % ", ".join(unknown),
-                      "it may have " + ", ".join(sorted(LeptonJobUserSpec.model_fields)))
+    flags = {key: True for key in ("can_be_preempted", "can_preempt") if settings.get(key)}
+    if flags or settings.get("queue_priority"):  # the flags need a priority; this is nemo-run's
+        spec["queue_config"] = {"priority_class": settings.get("queue_priority", "mid-4000"), **flags}
+    ours = ("container.command", "completions", "parallelism")
+    spec = clouds.with_custom(spec, settings.get("custom_spec", {}), ours)
     try:
-        return LeptonJob(metadata=Metadata(id=name, name=name), spec=LeptonJobUserSpec(**(spec | custom)))
+        body = LeptonJob(metadata=Metadata(id=name, name=name), spec=LeptonJobUserSpec(**spec))
     except ValidationError as error:
         first = error.errors()[0]
         raise Refusal("the job does not fit Lepton's API: %s: %s" % (".".join(map(str, first["loc"])), first["msg"]),
                       "mend it in the profile") from None
+    lost = dropped(spec, body.spec.model_dump(by_alias=True))
+    if lost:
+        raise Refusal("a Lepton job has no field %s" % ", ".join(lost),
+                      "take it out of custom_spec or mounts; there are " + ", ".join(LeptonJobUserSpec.model_fields))
+    return body
 
 
-def create(client: Any, body: Any, name: str) -> str:
+def dropped(given: Any, kept: Any, where: str = "") -> list[str]:
+    """The fields that the SDK's models let fall without a word, as dotted names."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        return [name for key, value in given.items() for name in
+                ([where + key] if key not in kept else dropped(value, kept[key], where + key + "."))]
+    if isinstance(given, list) and isinstance(kept, list):
+        return [name for pair in zip(given, kept, strict=True) for name in dropped(*pair, where)]
+    return []
+
+
+def create(client: Any, body: Any, name: str, hide: tuple[str, ...]) -> str:
     """POST the job and give its id. An answer that got lost is looked for: our names are never used twice."""
     try:
-        return str(asked("create job " + name, client, lambda: client.job.create(body), sent=name).metadata.id_)
+        return str(asked("create job " + name, client, lambda: client.job.create(body), name, hide).metadata.id_)
     except Refusal as refusal:
         if refusal.code == 5 or "answered 409" in refusal.what:
             try:
-                found = client.job.get(name)
-            except Exception:
+                return str(client.job.get(name).metadata.id_)
+            except Exception:  # whatever it is, what was said first counts
                 raise refusal from None
-            sent = {env.name: env.value for env in body.spec.envs}
-            if any(env.name == "AIRLIFT_JOB_SHA256" and env.value == sent[env.name] for env in found.spec.envs):
-                return str(found.metadata.id_)
         raise
-
-
-def platform_state(run: Run) -> Any:
-    """Lepton's own state, for nemo-run's records."""
-    client = reconnect(run)
-    return asked("read job " + run.record["job"], client, lambda: client.job.get(run.record["job"])).status.state
 
 
 def _status(client: Any, run: Run) -> Status:
@@ -223,33 +231,43 @@ def _status(client: Any, run: Run) -> Status:
         job = asked("read job " + run.record["job"], client, lambda: client.job.get(run.record["job"]))
     except Refusal as refusal:
         if "answered 404" in refusal.what:
-            return Status("cancelled", "the platform no longer knows it")
+            return Status("cancelled", backends.GONE)
         raise
-    word = job.status.state.value if job.status and job.status.state else "UNK"
+    if not job.status or not job.status.state:
+        raise Refusal("Lepton told no state of job " + run.record["job"], "ask again, or look in the console", 5)
+    word, ready, succeeded = job.status.state.value, job.status.ready or 0, job.status.succeeded or 0
     state = STATES.get(word, "waiting")
-    if state == "running" and (job.status.ready or 0) < run.nodes:
-        return Status("waiting", "%s, %d of %d pods ready" % (word, job.status.ready or 0, run.nodes))
-    if word == "Archived" and (job.status.succeeded or 0) < run.nodes:  # its state no longer says how it ended
+    if word == "Running" and ready + succeeded < run.nodes:
+        return Status("waiting", "%s, %d of %d pods ready" % (word, ready, run.nodes))
+    if word == "Archived" and succeeded < run.nodes:  # its state no longer says how it ended
         state = "failed"
-    return Status(state, word, 0 if state == "done" else None)
+    return Status(state, word)
 
 
 def trouble(client: Any, run: Run) -> str:
     """The job's warnings, newest first: only its events tell that an image cannot be pulled."""
     events = asked("read the job's events", client, lambda: client.job.get_events(run.record["job"]))
-    return "; ".join("%s: %s" % (event.reason, event.message) for event in reversed(events) if event.type_ == "Warning")
+    return ", ".join(event.reason for event in reversed(events) if event.type_ == "Warning")
 
 
 def open_log(client: Any, run: Run, rank: int) -> Iterator[str] | None:
-    """The log of one rank from its beginning, as it comes; None while there is no such replica."""
+    """The log of one rank from its beginning, as it comes; None while there is none. A pod that was started again is
+    another replica, later in the list."""
     replicas = asked("list the replicas", client, lambda: client.job.get_replicas(run.record["job"]))
-    for replica in replicas:
-        identity = str(replica.metadata.id_ or replica.id_)
-        if re.match(re.escape(run.record["job"]) + "-%d(-|$)" % rank, identity):
-            path = "/jobs/%s/replicas/%s/log" % (run.record["job"], identity)
-            response = asked("read the log", client, lambda: client._get(path, stream=True))
-            if response.status_code >= 400:
-                return None
-            decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-            return (decode(piece) for piece in response.iter_content(chunk_size=None))
-    return None
+    names = [str(replica.metadata.id_ or replica.id_) for replica in replicas]
+    ours = [name for name in names if re.match(re.escape(run.record["job"]) + "-%d(-|$)" % rank, name)]
+    found = [log for log in (_stream(client, run, name) for name in ours) if log]
+    return (text for log in found for text in log) if found else None
+
+
+def _stream(client: Any, run: Run, replica: str) -> Iterator[str] | None:
+    from backends import clouds
+
+    path = "/jobs/%s/replicas/%s/log" % (run.record["job"], replica)
+    response = asked("read the log", client, lambda: client._get(path, stream=True))
+    if response.status_code in (400, 404):  # the container waits to start; the pod is gone
+        return None
+    if response.status_code >= 400:
+        raise clouds.refused("Lepton", response, "read the log", (client.auth_token or "",))
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    return (decode(piece) for piece in response.iter_content(chunk_size=None))

@@ -16,11 +16,13 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import IO, Any
 
 import backends
 from backends import Job, Run, Status
+from pod import become_subreaper, end_the_rest
 from transport import Plan, Refusal
 
 CAN = {"detach"}
@@ -41,6 +43,8 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
         try:
             _detach(folder, launcher, attached)
             os._exit(supervise(folder, plan.argv, envs))
+        except BaseException:
+            traceback.print_exc()  # into the log
         finally:
             os._exit(70)
     run.record |= {"folder": str(folder), "pid": pid, "born": _born(pid)}
@@ -65,22 +69,26 @@ def follow(run: Run) -> Status:
 
 
 def logs(run: Run) -> None:
-    sys.stdout.buffer.write((Path(run.record["folder"]) / "log").read_bytes())
+    sys.stdout.buffer.write(_await(Path(run.record["folder"]) / "log").read_bytes())
     sys.stdout.flush()
 
 
 def status(run: Run) -> Status:
+    alive = _alive(run)  # before the file is read: what has ended by now has written it
+    folder = Path(run.record["folder"])
     try:
-        code = int((Path(run.record["folder"]) / "exit").read_text())
+        code = int((folder / "exit").read_text())
     except FileNotFoundError:
-        return Status("running") if _alive(run) else Status("failed", "its supervisor was killed")
-    return Status("done" if code == 0 else "failed", "exit code %d" % code, code)
+        return Status("running") if alive else Status("failed", "its supervisor was killed")
+    state = "done" if code == 0 else "cancelled" if (folder / "cancelled").exists() else "failed"
+    return Status(state, "exit code %d" % code, code)
 
 
 def cancel(run: Run) -> str:
     """TERM to the supervisor, which ends its pods; returns when they are gone."""
     if not _alive(run):
         return "it had already ended"
+    (Path(run.record["folder"]) / "cancelled").touch()
     os.kill(run.record["pid"], signal.SIGTERM)
     while _alive(run):
         time.sleep(0.05)
@@ -97,6 +105,7 @@ def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(128 + number))
     code = 70
+    become_subreaper()  # what a pod leaves behind when it is killed comes to us, as to a container's process 1
     try:
         with open(folder / "log", "ab", buffering=0) as log:
             for rank, env in enumerate(envs):
@@ -109,12 +118,14 @@ def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
             for pump in pumps:
                 pump.start()
             code = _watch(pods, stop)
+            end_the_rest(1.0)
             for pump in pumps:
                 pump.join(5)
     finally:
         for pod in pods:
             if pod.poll() is None:
                 pod.kill()
+        end_the_rest(1.0)
         shutil.rmtree(scratch, ignore_errors=True)
         (folder / "exit.new").write_text("%d\n" % code)
         (folder / "exit.new").rename(folder / "exit")
@@ -123,7 +134,7 @@ def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
 
 def _watch(pods: list[subprocess.Popen[bytes]], stop: list[int]) -> int:
     code, deadline = 0, 0.0
-    while any(pod.poll() is None for pod in pods):
+    while None in [pod.poll() for pod in pods]:  # a list, so that each is asked
         failed = [pod.returncode for pod in pods if pod.returncode]
         if (failed or stop) and not deadline:
             code = stop[0] if stop else failed[0]
@@ -192,9 +203,10 @@ def _await(path: Path, seconds: float = 10.0) -> Path:
 def _born(pid: int) -> str:
     """When a process was started, in the kernel's ticks; "" if it is gone. It tells a pid that was used again."""
     try:
-        return Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[19]
+        fields = Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if fields[0] == "Z" else fields[19]  # a zombie: process 1 of a container need not reap
 
 
 def _alive(run: Run) -> bool:

@@ -1,8 +1,9 @@
-"""nemo-run's records of the jobs that go to the clouds: executors of ours that it registers, submits and finds again.
+"""nemo-run's part in every job: executors of ours that it registers, submits and finds again.
 
 The subclasses mend nemo-run 0.11.1 where it is broken (the numbers are those of the design's facts/nemo_run.md); no
 library is patched. What they submit is made by the backend (`create` below), since nemo-run writes every field of an
-executor to disk: environment, chunks and secrets are never among them.
+executor to disk: environment, chunks and secrets are never among them. Everything else asks the backend, too. On Slurm its packager
+brings the tree.
 
 Importing this costs two seconds, nemo-run's own: backends import it only where they submit.
 """
@@ -12,21 +13,37 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import nemo_run as run
+from leptonai.api.v1.types.job import LeptonJobState
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.execution.base import Executor
 from nemo_run.core.execution.dgxcloud import DGXCloudExecutor, DGXCloudState
 from nemo_run.core.execution.lepton import LeptonExecutor
+from nemo_run.core.execution.slurm import SlurmExecutor, SlurmJobDetails
+from nemo_run.core.packaging.base import Packager
 from nemo_run.run.torchx_backend.schedulers import api
 
+import backends
 from backends import Run, load_run
+from backends.hosts import Host, words
+from transport import MANIFEST, Refusal
 
+PACKAGE: dict[str, bytes] = {}  # run -> the gz tar that our packager hands over
+PREPARE: dict[str, Callable[[], None]] = {}  # run -> what is to happen on the cluster before sbatch
 CREATE: dict[str, Callable[[], tuple[str, Any]]] = {}  # run -> what creates its job and gives (job id, state)
+LEPTON_STATES = {  # those that nemo-run has a word of its own for
+    "waiting": LeptonJobState.Starting, "running": LeptonJobState.Running, "done": LeptonJobState.Completed,
+    "failed": LeptonJobState.Failed, "cancelled": LeptonJobState.Stopped}
+DGX_STATES = {"waiting": DGXCloudState.PENDING, "running": DGXCloudState.RUNNING, "done": DGXCloudState.COMPLETED,
+              "failed": DGXCloudState.FAILED, "cancelled": DGXCloudState.STOPPED}
 
 
 @dataclass(kw_only=True)
@@ -48,9 +65,7 @@ class CarriedLepton(LeptonExecutor):
         return CREATE[self.airlift_run]()
 
     def status(self, job_id: str) -> Any:
-        from backends import lepton
-
-        return lepton.platform_state(load_run(self.airlift_run))
+        return LEPTON_STATES[backends.status(load_run(self.airlift_run)).state]
 
     def cancel(self, job_id: str) -> None:
         from backends import lepton
@@ -84,9 +99,7 @@ class CarriedDGXCloud(DGXCloudExecutor):
         return CREATE[self.airlift_run]()
 
     def status(self, job_id: str) -> Any:
-        from backends import dgxcloud
-
-        return DGXCloudState(dgxcloud.platform_state(load_run(self.airlift_run)))
+        return DGX_STATES[backends.status(load_run(self.airlift_run)).state]
 
     def cancel(self, job_id: str) -> None:
         from backends import dgxcloud
@@ -94,9 +107,11 @@ class CarriedDGXCloud(DGXCloudExecutor):
         dgxcloud.cancel(load_run(self.airlift_run))
 
     def fetch_logs(self, job_id: str, stream: bool, stderr: bool | None = None, stdout: bool | None = None) -> Any:
-        from backends import dgxcloud
+        from backends import clouds, dgxcloud
 
-        return dgxcloud.log_lines(load_run(self.airlift_run))
+        record = load_run(self.airlift_run)
+        log: Iterator[str] | None = dgxcloud.open_log(dgxcloud.reconnect(record), record, 0)
+        return clouds.lines(log or ())
 
 
 def _assign(executor: Any, exp_id: str, exp_dir: str, task_id: str, task_dir: str) -> None:
@@ -110,25 +125,143 @@ def _run_of(app_id: str) -> Run:
     return load_run(app_id.split("___")[1].rpartition("-")[2])
 
 
-for subclass, scheduler in ((CarriedLepton, "lepton"), (CarriedDGXCloud, "dgx_cloud")):
-    api.EXECUTOR_MAPPING[subclass] = scheduler  # type: ignore[index]
+# ---------------------------------------------------------------- Slurm
+
+
+@dataclass(kw_only=True)
+class TreePackager(Packager):
+    """Hands over what transport.native packed. It extracts with `tar -xz`, so that gz is the one compression."""
+
+    airlift_run: str = ""
+
+    def package(self, path: Path, job_dir: str, name: str) -> str:
+        package = Path(job_dir, "airlift.tar.gz")
+        package.write_bytes(PACKAGE[self.airlift_run])
+        return str(package)
+
+
+@dataclass(kw_only=True)
+class LogOfEachRank(SlurmJobDetails):
+    """One log for each task, written on its node, and for each start of the job, instead of one in which they mix."""
+
+    @property
+    def srun_stdout(self) -> Path:
+        return Path(str(self.folder)) / ("log-%s_%%j_%%t_${SLURM_RESTART_COUNT:-0}.out" % self.job_name)
+
+
+@dataclass(kw_only=True)
+class CarriedSlurm(SlurmExecutor):
+    """A Slurm job that brings its tree and has no environment of its own: exports are unquoted and traced (5, 4)."""
+
+    airlift_run: str = ""
+
+    def package(self, packager: Packager, job_name: str) -> None:
+        super().package(packager, job_name)
+        Path(self.job_dir, "airlift.tar.gz").unlink()  # extracted; it need not be copied as well
+        PREPARE[self.airlift_run]()
+
+
+@dataclass
+class Answer:
+    stdout: str
+    return_code: int
+    stderr: str = ""
+
+
+class Session:
+    """What nemo-run's tunnel and its rsync want of a connection, by way of the system's ssh."""
+
+    is_connected = True
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self.user, self.host, self.port = host.user, host.name, host.port or 22
+        self.connect_kwargs = {"key_filename": [host.identity] if host.identity else []}
+
+    def run(self, command: str, hide: bool = True, warn: bool = False, **_: Any) -> Answer:
+        done = self._host.run(command)
+        if done.returncode and not warn:
+            doing = "submit the job" if command.startswith("sbatch") else "run `%s`" % command
+            raise Refusal("%s: cannot %s: %s" % (self._host, doing, words(done.stderr)), "mend what it names, then launch again", 4)
+        return Answer(done.stdout.decode("utf-8", "replace"), done.returncode)
+
+    def local(self, command: str, hide: bool = True) -> Answer:
+        """rsync, on this machine. It asks for nothing: the connection has been tried."""
+        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True)
+        if done.returncode:
+            raise Refusal("the files cannot be copied to %s: %s" % (self._host, words(done.stderr)),
+                          "look whether both machines have rsync, and the folder has space", 4)
+        return Answer("", 0)
+
+    def close(self) -> None:
+        """The shared connection ends with the launcher."""
+
+
+@dataclass(kw_only=True)
+class SSHTunnel(run.SSHTunnel):  # by this name nemo-run's own list of jobs knows it
+    """nemo-run's, without a second SSH client that takes any host key, asks for passwords and ends the process."""
+
+    def connect(self) -> None:
+        self.session = Session(Host(self.host, self.user, self.port, self.identity))
+
+
+@dataclass(kw_only=True)
+class LocalTunnel(run.LocalTunnel):
+    """nemo-run's, with the words of a command that failed."""
+
+    def run(self, command: str, hide: bool = True, warn: bool = False, **_: Any) -> Any:
+        return Session(Host()).run(command, warn=warn)
+
+
+def tunnel(host: Host, folder: str) -> Any:
+    if not host.name:
+        return LocalTunnel(job_dir=folder)
+    return SSHTunnel(host=host.name, user=host.user, port=host.port, identity=host.identity, job_dir=folder)
+
+
+def submit_slurm(title: str, executor: CarriedSlurm, run_id: str, package: bytes, base: str,
+                 prepare: Callable[[], None]) -> str:
+    """Have an Experiment pack, copy and sbatch; gives Slurm's job id. `prepare()` is called before sbatch."""
+    PACKAGE[run_id], PREPARE[run_id] = package, prepare
+    script = run.Script(path="/nemo_run/code/pod.py", args=["/nemo_run/code/" + MANIFEST], entrypoint="python3")
+    # On the cluster itself nothing is copied: nemo-run's own folder must be the job's.
+    local = base if isinstance(executor.tunnel, LocalTunnel) else None
+    return _experiment(title, executor, script, local).split("/")[-1]
+
+
+# ---------------------------------------------------------------- submit
+
+for subclass, scheduler in ((CarriedLepton, "lepton"), (CarriedDGXCloud, "dgx_cloud"), (CarriedSlurm, "slurm_tunnel")):
+    api.EXECUTOR_MAPPING[subclass] = scheduler
     for table in ("_PARALLEL_SUPPORTED_EXECUTORS", "_DETACH_SUPPORTED_EXECUTORS"):
         setattr(run.Experiment, table, (*getattr(run.Experiment, table), subclass))
 
 
 def submit(title: str, executor: Executor, run_id: str, create: Callable[[], tuple[str, Any]]) -> None:
-    """Have an Experiment call `create()`, once, and remember the job. Whatever `create` raises comes out.
+    """Have an Experiment call `create()`, once, and remember the job. Whatever `create` raises comes out."""
+    CREATE[run_id] = create
+    _experiment(title, executor, run.Script(inline="# Airlift run %s: pod.py starts the recipe" % run_id))
+
+
+def _experiment(title: str, executor: Executor, script: run.Script, base: str | None = None) -> str:
+    """Run an Experiment of one job, which nobody waits for; gives nemo-run's handle of the job.
 
     One launcher at a time: nemo-run rewrites its lists of jobs without a lock (21).
     """
     logging.getLogger("nemo_run").setLevel(logging.WARNING)
     home = get_nemorun_home()
     os.makedirs(home, exist_ok=True)
-    CREATE[run_id] = create
     with open(os.path.join(home, ".airlift.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with run.Experiment(title, executor=executor, log_level="WARNING", clean_mode=True, enable_goodbye_message=False,
-                            skip_status_at_exit=True) as experiment:
-            experiment.add(run.Script(inline="# Airlift run %s: pod.py starts the recipe" % run_id), name=title)
-            experiment.run(detach=True)
+        with run.Experiment(title, executor=executor, id=title + "_1", base_dir=base, log_level="WARNING", clean_mode=True,
+                            enable_goodbye_message=False, skip_status_at_exit=True) as experiment:
+            experiment.add(script, name=title)
+            try:
+                experiment.run(detach=True)
+            except Exception:
+                folder = os.path.join(base or home, "experiments", title)  # the title is ours alone
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            handle = str(experiment.jobs[0].handle)
     sys.stdout.flush()
+    return handle

@@ -5,7 +5,6 @@ stages with that prefix, longest last. `${env:NAME}` reads the environment of th
 executors that it is for; an unknown key, a wrong type, or a key of another executor is an error.
 """
 
-import difflib
 import os
 import re
 import tomllib
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes import VARIABLE, nearest, variable
 from transport import LIMITS, Refusal
 
 FOLDER = Path(__file__).parent
@@ -22,9 +22,9 @@ CLOUDS = ("lepton", "dgxcloud")
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a profile: what its value must be, the executors it is for (none: all), and the key it is an alias of."""
+    """One key of a profile: what its value must be, the executors it is for (none: all), the key it is an alias of."""
 
-    kind: str  # "str", "int", "bool", "str list", "table", "table list", "mounts", "count" (int or "gpu")
+    kind: str  # one of those in wrong()
     executors: tuple[str, ...] = ()
     alias: str = ""
 
@@ -35,9 +35,10 @@ KEYS: dict[str, Key] = {
     "executor": Key("str"), "extends": Key("str"), "stages": Key("table"),
     "nodes": Key("int"), "gpus_per_node": Key("count"), "nproc_per_node": Key("count"),
     "nprocs_per_node": Key("count", alias="nproc_per_node"), "ntasks_per_node": Key("count", alias="nproc_per_node"),
-    "env_vars": Key("table"), "secrets": Key("table"), "startup_commands": Key("str list"), "run_command": Key("str"),
+    "env_vars": Key("env table"), "secrets": Key("env table"),
+    "startup_commands": Key("str list"), "run_command": Key("str"),
     "workspace": Key("str"), "run_dir": Key("str"), "workdir": Key("str"), "repo_root": Key("str"),
-    "exclude": Key("str list"), "compression": Key("str"), "unpack": Key("str"), "scope": Key("str"),
+    "exclude": Key("str list"), "compression": Key("str"), "unpack": Key("str"), "keep": Key("int"), "scope": Key("str"),
     "rendezvous_timeout": Key("int"), "chunk_bytes": Key("int", ("local", "docker", *CLOUDS)),
     # every executor but this machine
     "container_image": Key("str", _REMOTE), "container": Key("str", _REMOTE, alias="container_image"),
@@ -50,8 +51,9 @@ KEYS: dict[str, Key] = {
     "batch_partition": Key("str", ("slurm",)), "tunnel": Key("str", ("slurm",)), "host": Key("str", ("slurm",)),
     "user": Key("str", ("slurm",)), "port": Key("int", ("slurm",)), "identity": Key("str", ("slurm",)),
     "remote_job_dir": Key("str", ("slurm",)), "time": Key("str", ("slurm",)), "mem": Key("str", ("slurm",)),
-    "exclusive": Key("bool", ("slurm",)), "setup_lines": Key("str", ("slurm",)), "cpus_per_task": Key("int", ("slurm",)),
-    "lustre_mount": Key("str", ("slurm",)),
+    "exclusive": Key("bool", ("slurm",)), "setup_lines": Key("str", ("slurm",)),
+    "cpus_per_task": Key("int", ("slurm",)), "lustre_mount": Key("str", ("slurm",)),
+    "git_mirrors": Key("table", ("slurm",)), "auto_mount": Key("str", ("slurm",)),
     # DGX Cloud Lepton
     "node_group": Key("str", ("lepton",)), "resource_shape": Key("str", ("lepton",)),
     "node_reservation": Key("str", ("lepton",)), "shared_memory_size": Key("int", ("lepton",)),
@@ -71,8 +73,9 @@ REQUIRED = {
     "lepton": ("node_group", "resource_shape"),
     "dgxcloud": ("base_url", "client_id", "client_secret", "project_name"),
 }
-CHOICES = {"compression": ("xz", "gz"), "unpack": ("local",), "scope": ("family",), "tunnel": ("local", "ssh")}
-SECRET_KEYS = ("client_secret",)  # never shown
+CHOICES = {"compression": ("xz", "gz"), "unpack": ("local", "shared"), "scope": ("family",), "tunnel": ("local", "ssh"),
+           "auto_mount": ("image",)}
+SECRET_KEYS = ("client_secret", "app_secret")  # never shown
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,25 @@ def load(name: str, stage: str = "") -> Profile:
     executor = keys.get("executor")
     if executor is None:
         raise Refusal("profile %s names no executor" % name, "add executor = one of " + ", ".join(LIMITS))
-    if executor not in LIMITS:
-        raise Refusal("profile %s: executor %r is not known" % (name, executor), "did you mean %s?" % _nearest(executor, LIMITS))
+    if not isinstance(executor, str) or executor not in LIMITS:
+        raise Refusal("profile %s: executor %r is not known" % (name, executor),
+                      "did you mean %s?" % nearest(str(executor), LIMITS))
     stages = keys.pop("stages", {})
+    if not isinstance(stages, dict):
+        raise Refusal("profile %s: stages is %r" % (name, stages), "write tables like [stages.rl]")
     keys = _checked(keys, executor, "profile " + name)
     overrides: dict[str, Any] = {}
     for prefix in sorted(stages, key=len):
         if not isinstance(stages[prefix], dict):
-            raise Refusal("profile %s: stages.%s is %r" % (name, prefix, stages[prefix]), "write a table [stages.%s]" % prefix)
+            raise Refusal("profile %s: stages.%s is %r" % (name, prefix, stages[prefix]),
+                          "write a table [stages.%s]" % prefix)
+        nested = [key for key, value in stages[prefix].items() if isinstance(value, dict) and key not in KEYS]
+        if nested:
+            raise Refusal("profile %s: stages.%s has no key %r" % (name, prefix, nested[0]),
+                          'for stages below it write [stages."%s/%s"]' % (prefix, nested[0]))
+        for key in ("executor", "extends", "stages"):
+            if key in stages[prefix]:
+                raise Refusal("profile %s: stages.%s sets %s" % (name, prefix, key), "set it at the top of the profile")
         checked = _checked(stages[prefix], executor, "profile %s, stages.%s" % (name, prefix))
         if stage == prefix or stage.startswith(prefix + "/"):
             overrides = _merge(overrides, checked)
@@ -123,13 +137,13 @@ def load(name: str, stage: str = "") -> Profile:
         raise Refusal("profile %s lacks %s" % (name, ", ".join(missing)), "executor %s needs it; see profiles/%s.toml"
                       % (executor, executor))
     for table in (keys, overrides):
-        _anchor(table, executor)
+        anchor(table, executor)
     return Profile(name, executor, files, keys, overrides, tuple(dict.fromkeys(unset)))
 
 
-def _anchor(table: dict[str, Any], executor: str) -> None:
+def anchor(table: dict[str, Any], executor: str) -> None:
     """Relative paths of this machine begin at launch.py's folder."""
-    for key in ("repo_root", "workspace") if executor == "local" else ("repo_root",):
+    for key in ("repo_root", "workspace" if executor == "local" else "ca_bundle"):
         if key in table:
             table[key] = os.path.normpath(FOLDER.parent / os.path.expanduser(table[key]))
 
@@ -140,10 +154,12 @@ def _extended(name: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], tuple[s
     path = FOLDER / (name + ".toml")
     if name not in names():
         asked = "profile %s extends %r, which" % (seen[-1], name) if seen else "profile %r" % name
-        raise Refusal("%s is not there" % asked, "did you mean %s?" % _nearest(name, names()))
+        raise Refusal("%s is not there" % asked, "did you mean %s?" % nearest(name, names()))
     try:
         keys = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise Refusal("%s cannot be read: %s" % (path, error.strerror), "make it readable, or remove it") from None
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number or a nesting beyond all bounds
         raise Refusal("%s is not TOML: %s" % (path, error), "mend the file") from None
     parent = keys.pop("extends", None)
     if parent is None:
@@ -188,13 +204,14 @@ def _checked(table: dict[str, Any], executor: str, where: str) -> dict[str, Any]
     for key, value in table.items():
         known = KEYS.get(key)
         if known is None:
-            raise Refusal("%s: there is no key %r" % (where, key), "did you mean %s?" % _nearest(key, KEYS))
+            raise Refusal("%s: there is no key %r" % (where, key), "did you mean %s?" % nearest(key, KEYS))
         if known.executors and executor not in known.executors:
             raise Refusal("%s: %s is not for executor %s" % (where, key, executor),
                           "it is for %s; take it out" % ", ".join(known.executors))
-        problem = _wrong(known.kind, value)
+        problem = wrong(known.kind, value)
         if problem:
-            raise Refusal("%s: %s is %r" % (where, key, "***" if key in SECRET_KEYS else value), "it must be " + problem)
+            shown = "***" if key in SECRET_KEYS or isinstance(value, dict) else repr(value)
+            raise Refusal("%s: %s is %s" % (where, key, shown), "it must be " + problem)
         if key in CHOICES and value not in CHOICES[key]:
             raise Refusal("%s: %s is %r" % (where, key, value), "it must be " + " or ".join(CHOICES[key]))
         name = known.alias or key
@@ -204,16 +221,20 @@ def _checked(table: dict[str, Any], executor: str, where: str) -> dict[str, Any]
     return result
 
 
-def _wrong(kind: str, value: Any) -> str:
+def wrong(kind: str, value: Any) -> str:
     """What the value should have been, or "" where it is right."""
     whole = isinstance(value, int) and not isinstance(value, bool)
+    table = value if isinstance(value, dict) else {}
+    odd = ", ".join(str(name) for name in table if not variable(name, table[name]))
     good = {
         "str": ("a string", isinstance(value, str)),
         "int": ("a whole number, 1 or more", whole and value >= 1),
-        "count": ('a whole number, 0 or more, or "gpu"', whole and value >= 0 or value == "gpu"),
+        "count": ('a whole number, 0 or more, or "gpu"', (whole and value >= 0) or value == "gpu"),
         "bool": ("true or false", isinstance(value, bool)),
         "str list": ("a list of strings", isinstance(value, list) and all(isinstance(item, str) for item in value)),
         "table": ("a table", isinstance(value, dict)),
+        "env table": ("a table of variables" + ("; see %s: %s" % (odd, VARIABLE) if odd else ""),
+                      isinstance(value, dict) and not odd),
         "table list": ("a list of tables", isinstance(value, list) and all(isinstance(item, dict) for item in value)),
         "mounts": ("a list of strings or tables",
                    isinstance(value, list) and all(isinstance(item, (str, dict)) for item in value)),
@@ -222,16 +243,13 @@ def _wrong(kind: str, value: Any) -> str:
     return "" if right else expected
 
 
-def _nearest(word: str, known: Any) -> str:
-    return " or ".join(difflib.get_close_matches(word, list(known), 3, 0.5) or sorted(known))
-
-
 def overview() -> Iterator[tuple[str, str, str]]:
     """(name, executor, what its file says of it in its first comment) of every profile; "?" where it does not load."""
     for name in names():
-        first = (FOLDER / (name + ".toml")).read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
+        executor, first = "?", ""
         try:
+            first = (FOLDER / (name + ".toml")).read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
             executor = load(name).executor
-        except Refusal:
-            executor = "?"
+        except (Refusal, OSError):
+            pass  # `?` says it; a launch says why
         yield name, executor, first.lstrip("# ") if first.startswith("#") else ""

@@ -109,6 +109,7 @@ class RunaiEmulator(Plane):
             Route("POST", "/token", self._token, public=True),
             Route("GET", "/org-unit/projects", self._list_projects, LIST_QUERY),
             *(Route("POST", f"/workloads/{kind}", self._create) for kind in RUNAI_REQUESTS),
+            Route("GET", "/workloads", self._list, (*LIST_QUERY, "deleted")),
             Route("GET", "/workloads/{id}/events", self._events, ("offset", "limit", "sortOrder")),
             Route("GET", one, self._get),
             Route("DELETE", one, self._delete),
@@ -276,6 +277,21 @@ class RunaiEmulator(Plane):
     def _get(self, request: Request) -> Reply:
         with self.lock:
             return Reply(body=self._find(request).document())
+
+    def _list(self, request: Request) -> Reply:
+        """Of the official client's Workload only what tells a workload by its name."""
+        conditions = request.query.get("filterBy", [])
+        if not all(condition.startswith("name==") for condition in conditions):
+            raise Refusal(400, f"filterBy {conditions!r} is not emulated: only name==…")
+        offset, limit = request.number("offset", 0), request.number("limit", 50, 1)
+        with self.lock:
+            jobs = [job for job in self.jobs.values() if job.phase != "deleted"]
+            jobs = [job for job in jobs if all(condition == f"name=={job.name}" for condition in conditions)]
+            page = [
+                {"id": job.id, "name": job.name, "projectName": job.project, "phase": job.state}
+                for job in jobs[offset : offset + limit]
+            ]
+        return Reply(body={"workloads": page, "next": offset + len(page) if offset + len(page) < len(jobs) else None})
 
     def _delete(self, request: Request) -> Reply:
         with self.lock:

@@ -1,0 +1,87 @@
+"""`${auto_mount:git+URL@REF,TARGET}`: a repository that is cloned on the cluster and mounted into the container.
+
+Each commit has a folder of its own, <remote_job_dir>/auto_mounts/<name>-<digest of the URL>/<commit>, which is complete
+or absent: it is fetched beside it and renamed. So two launches can want two commits at once, and a job that runs keeps
+the one that it was started with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+import re
+import shlex
+from dataclasses import dataclass
+
+from backends.hosts import Host
+from transport import Refusal
+
+ENTRY = re.compile(r"\$\{auto_mount:(.*)\}", re.DOTALL)
+GRAMMAR = re.compile(r"git\+([a-z][a-z+]*://[^/]*/[^@,]+)@([^,\s]+),(/[^,\s]+)")  # URL, ref, target
+FETCH_S = 900.0  # seconds for a clone
+
+
+@dataclass(frozen=True)
+class AutoMount:
+    """One repository: where it is, which branch, tag or full commit, and where the container sees it."""
+
+    url: str
+    ref: str
+    target: str
+
+    def folder(self, base: str) -> str:
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", posixpath.basename(self.url.rstrip("/")).removesuffix(".git")) or "repository"
+        return "%s/auto_mounts/%s-%s" % (base, name, hashlib.sha256(self.url.encode()).hexdigest()[:8])
+
+
+def parse(mount: str, mirrors: dict[str, str]) -> AutoMount | None:
+    """The AutoMount that a mount is, its URL by way of the mirrors; None for any other mount. Raises Refusal."""
+    entry = ENTRY.fullmatch(mount.strip())
+    if not entry:
+        return None
+    found = GRAMMAR.fullmatch(entry.group(1).strip())
+    if not found:
+        raise Refusal("the mount %s cannot be read" % mount, "write ${auto_mount:git+https://host/path.git@ref,/target}")
+    url, ref, target = found.groups()
+    prefix = max((prefix for prefix in mirrors if url.startswith(prefix)), key=len, default="")
+    return AutoMount(mirrors[prefix] + url[len(prefix):] if prefix else url, ref, target)
+
+
+# Prints the folder. What can fail says why on standard error, and nothing is left half done under a commit's name.
+CLONE = r"""
+set -e
+export GIT_TERMINAL_PROMPT=0 GIT_SSH_COMMAND="${GIT_SSH_COMMAND:-ssh -o BatchMode=yes -o ConnectTimeout=10}"
+command -v git >/dev/null || { echo "there is no git on this host" >&2; exit 1; }
+url=%(url)s ref=%(ref)s base=%(base)s
+commit=
+case $ref in
+*[!0-9a-f]*) ;;
+*) [ ${#ref} -ne 40 ] || commit=$ref ;;
+esac
+if [ -z "$commit" ]; then
+  refs=$(git ls-remote "$url" "refs/tags/$ref^{}" "refs/tags/$ref" "refs/heads/$ref")
+  for name in "refs/tags/$ref^{}" "refs/tags/$ref" "refs/heads/$ref"; do
+    commit=$(printf '%%s\n' "$refs" | awk -v name="$name" '$2 == name { print $1; exit }')
+    [ -z "$commit" ] || break
+  done
+  [ -n "$commit" ] || { echo "it has neither a tag nor a branch $ref; name one of those, or a full commit" >&2; exit 1; }
+fi
+if [ ! -d "$base/$commit" ]; then
+  mkdir -p "$base"
+  new=$(mktemp -d "$base/new.XXXXXX")
+  trap 'rm -rf "$new"' EXIT
+  git init -q "$new"
+  git -C "$new" fetch -q --depth 1 "$url" "$commit" 2>/dev/null ||
+    git -C "$new" fetch -q "$url" '+refs/heads/*:refs/remotes/origin/*' '+refs/tags/*:refs/tags/*'
+  git -C "$new" -c advice.detachedHead=false checkout -q --detach "$commit"
+  chmod 755 "$new"
+  mv -T "$new" "$base/$commit" 2>/dev/null || [ -d "$base/$commit" ]
+fi
+printf '%%s\n' "$base/$commit"
+"""
+
+
+def clone(host: Host, mount: AutoMount, base: str) -> str:
+    """Have the commit on the cluster, and give its folder. Raises Refusal with git's own words."""
+    script = CLONE % {"url": shlex.quote(mount.url), "ref": shlex.quote(mount.ref), "base": shlex.quote(mount.folder(base))}
+    return host.ask(script, "get %s of %s" % (mount.ref, mount.url), FETCH_S).strip().splitlines()[-1]

@@ -1,0 +1,177 @@
+"""What the tests of transport.py and pod.py share: trees on disk and in memory, a job, and pods that are real processes.
+
+A pod here is one execve of a plan's argv with a plan's environment, PATH and TMPDIR, and nothing else, so that the
+kernel's limits hold as they would on a platform.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transport
+from transport import Entry, Plan, Tree
+
+SCRIPT = "src/pkg/recipes/fam/train.py"
+PATH = os.pathsep.join([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"])
+
+
+def need(ability: object, why: str) -> None:
+    """Skip a test for what this machine cannot do; in CI that is a failure."""
+    if not ability:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(why)
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    """A job's description as launch.py makes it."""
+    return {"run": "t23456", "recipe": "fam/train", "script": SCRIPT, "launch": "direct", "nodes": 1, "run_root": None,
+            "config": "answer: 42\n", "env": {}, "setup": [], "command": "true", "tool": "", "workdir": None} | changes
+
+
+def tree(files: dict[str, bytes] | None = None) -> Tree:
+    """A tree in memory: the recipe's script, and what is named besides."""
+    return Tree(tuple(Entry(path, data) for path, data in sorted(({SCRIPT: b"pass\n"} | (files or {})).items())))
+
+
+def plant(root: Path, files: dict[str, bytes | str]) -> Path:
+    """Write files below `root`; a text that begins with `-> ` is a link's target."""
+    for name, data in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(data, str) and data.startswith("-> "):
+            path.symlink_to(data[3:])
+        else:
+            path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return root
+
+
+def shape(folder: str | Path) -> dict[str, tuple[str, bytes, bool]]:
+    """What lies below a folder: path -> (kind, bytes or target, executable)."""
+    found = {}
+    for place, folders, files in os.walk(os.fsencode(folder)):
+        for name in files + [name for name in folders if os.path.islink(os.path.join(place, name))]:
+            path = os.path.join(place, name)
+            key = os.path.relpath(path, os.fsencode(folder)).decode()
+            if os.path.islink(path):
+                found[key] = ("link", os.readlink(path), False)
+            else:
+                with open(path, "rb") as file:
+                    found[key] = ("file", file.read(), bool(os.stat(path).st_mode & 0o100))
+    return found
+
+
+def shape_of(tree: Tree) -> dict[str, tuple[str, bytes, bool]]:
+    return {entry.path: ("link" if entry.link else "file", entry.data, entry.executable) for entry in tree.entries}
+
+
+# ---------------------------------------------------------------- pods
+
+
+@dataclass
+class Pod:
+    """A started pod. Every process that descends from it carries `mark` in its environment."""
+
+    process: "subprocess.Popen[bytes]"
+    mark: str
+    scratch: Path
+    output: bytes = field(default=b"")
+
+    def until(self, word: bytes, seconds: float = 20.0) -> None:
+        """Read its output until `word` has come."""
+        deadline = time.monotonic() + seconds
+        assert self.process.stdout
+        while word not in self.output:
+            data = os.read(self.process.stdout.fileno(), 65536)
+            self.output += data
+            assert data and time.monotonic() < deadline, self.output
+
+    def end(self, seconds: float = 30.0) -> int:
+        """Wait for its end; the exit code as a shell gives it."""
+        rest, _ = self.process.communicate(timeout=seconds)
+        self.output += rest or b""
+        code = self.process.returncode
+        return code if code >= 0 else 128 - code
+
+    def signal(self, number: int) -> int:
+        os.kill(self.process.pid, number)
+        return self.end()
+
+    @property
+    def text(self) -> str:
+        return self.output.decode("utf-8", "replace")
+
+    @property
+    def places(self) -> list[Path]:
+        return sorted(self.scratch.glob("airlift-*"))
+
+    @property
+    def code(self) -> Path:
+        return self.scratch / "airlift-t23456" / "code"
+
+    def alive(self) -> list[int]:
+        """Processes that still run and carry the mark."""
+        return [pid for pid in marked(self.mark) if pid != self.process.pid]
+
+
+def marked(mark: str) -> list[int]:
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                if mark.encode() in Path("/proc", entry, "environ").read_bytes():
+                    found.append(int(entry))
+    return found
+
+
+@contextlib.contextmanager
+def started(plan: Plan, scratch: Path, *, env: dict[str, str | None] | None = None, argv: list[str] | None = None,
+            **options: Any) -> Iterator[Pod]:
+    """A pod as a real process. `env` is added to the plan's, None takes a name out. At the end nothing is left of it."""
+    mark = uuid.uuid4().hex
+    whole = plan.env | {"PATH": PATH, "TMPDIR": str(scratch), "TEST_MARK": mark} | (env or {})
+    scratch.mkdir(parents=True, exist_ok=True)
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": "/"} | options
+    process = subprocess.Popen(argv or plan.argv, env={name: value for name, value in whole.items() if value is not None},
+                               **options)
+    pod = Pod(process, mark, scratch)
+    try:
+        yield pod
+    finally:
+        for pid in {process.pid, *pod.alive()} if process.poll() is None else pod.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
+
+
+def ran(plan: Plan, scratch: Path, **options: Any) -> tuple[int, Pod]:
+    """Run a pod to its end: (exit code, pod)."""
+    with started(plan, scratch, **options) as pod:
+        return pod.end(), pod
+
+
+def plan(files: dict[str, bytes] | None = None, executor: str = "local", chunk_bytes: int = 0,
+         visible: dict[str, str] | None = None, **changes: Any) -> Plan:
+    """A plan of a small tree and of a job with the given changes; `visible` is what the platform sees besides."""
+    return transport.plan_for(executor, tree(files), job(**changes), chunk_bytes=chunk_bytes, env=visible)
+
+
+@contextlib.contextmanager
+def tmpfs(place: Path, options: str) -> Iterator[Path]:
+    """A small file system of its own at `place`. Mounting needs root."""
+    place.mkdir(parents=True, exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
+    need(mounted.returncode == 0, "cannot mount a tmpfs here: %s" % mounted.stderr.decode())
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)

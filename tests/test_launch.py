@@ -1,0 +1,600 @@
+"""launch.py: words, refusals as text, dry runs, JSON, the other commands, and where and under what it runs."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from layout import FLAT, REPO, flat_folder, header, launcher, nemotron, recipe, write
+
+import backends
+import launch
+import profiles
+import recipes
+import transport
+
+FAMILY = ["nano3", "sft"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A checkout whose folder the launcher takes for its own, with the shipped profiles and an empty HOME."""
+    root = nemotron(tmp_path / "checkout")
+    shutil.copytree(REPO / "profiles", root / "profiles", ignore=shutil.ignore_patterns("__pycache__"))
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setattr(launch, "HERE", str(root))
+    monkeypatch.setattr(profiles, "FOLDER", root / "profiles")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("AIRLIFT_HOME", str(home / "airlift"))
+    for name in list(os.environ):
+        if name.startswith(("LEPTON_", "RUNAI_", "SLURM_")) or name in backends.TOKENS:
+            monkeypatch.delenv(name)
+    return root
+
+
+@pytest.fixture
+def say(here, capsys):
+    """Runs launch.main in this process: (exit code, stdout, stderr)."""
+
+    def run(*words):
+        code = launch.main([str(word) for word in words])
+        out = capsys.readouterr()
+        assert "Traceback" not in out.out + out.err
+        return code, out.out, out.err
+
+    return run
+
+
+def plan_of(say, *words):
+    code, out, err = say(*words, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+# ---------------------------------------------------------------- refusals: exit code and two lines
+
+CONFIGS = "src/nemotron/recipes/nano3/stage1_sft/config"
+REFUSALS = [
+    # (words, what, fix)
+    ("", "no recipe was named", "python launch.py list shows them; --help shows the rest"),
+    ("--json", "no recipe was named", "python launch.py list shows them; --help shows the rest"),
+    ("nano3", "a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local"),
+    ("nano3 a=1", "a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local"),
+    ("nano3 sft local more", "'more' is one word too many",
+     "overrides are KEY=VALUE; what follows -- goes to the script"),
+    ("nano3 sft --nodes 0", "--nodes is 0", "a job has one node or more"),
+    ("nano3 sft --nodes -3", "--nodes is -3", "a job has one node or more"),
+    ("nano3 sft --nodes two", "argument --nodes: invalid int value: 'two'", "see python launch.py --help"),
+    ("nano3 sft --nodes", "argument --nodes: expected one argument", "see python launch.py --help"),
+    ("nano3 sft -c", "argument -c/--config: expected one argument", "see python launch.py --help"),
+    ("nano3 sft -c -- x", "argument -c/--config: expected one argument", "see python launch.py --help"),
+    ("nano3 sft --dry", "unrecognized arguments: --dry", "see python launch.py --help"),
+    ("nano3 sft --repo .", "unrecognized arguments: --repo .", "see python launch.py --help"),
+    ("nano3 sft --lr=1", "unrecognized arguments: --lr=1", "see python launch.py --help"),
+    ("nano3 sft -x", "unrecognized arguments: -x", "see python launch.py --help"),
+    ("nano3 sft lokal", "profile 'lokal' is not there", "did you mean local?"),
+    ("nano3 sft lokal --dry-run", "profile 'lokal' is not there", "did you mean local?"),
+    ("nano sft", "there is no family 'nano'", "did you mean nano3?"),
+    ("nano3 stf", "nano3 has no stage 'stf'", "did you mean sft?"),
+    ("nano3 data/prep/lr", "nano3 has no stage 'data/prep/lr'", "did you mean data/prep/rl?"),
+    ("nano3 /", "nano3 has no stage ''", "did you mean data/prep/rl or rl or sft?"),
+    ("nano3 sft -c defualt", "nano3/sft has no config 'defualt' in ROOT/" + CONFIGS, "did you mean default?"),
+    ("nano3 sft -c ./x.yaml", "there is no config file ./x.yaml", "name a file, or a config of ROOT/" + CONFIGS),
+    ("nano3 sft =1", "the override '=1' names no setting", "overrides are KEY=VALUE with dots between names"),
+    ("nano3 sft a=[", "an override does not fit the config: ...", "overrides are KEY=VALUE with dots between names"),
+    ("nano3 sft run=1", "ROOT/" + CONFIGS + "/default.yaml: run is 1, not a table", "mend the config's run section"),
+    ("nano3 sft run.env.nodes=two", "nodes is 'two'", "it must be a whole number, 1 or more"),
+    ("nano3 sft run.env.startup_commands=ls", "run.env.startup_commands is 'ls'", "it must be a list of strings"),
+    ("nano3 sft run.env.run_command={x}", "run.env.run_command is ***", "it must be a string"),
+    ("nano3 sft run.env.run_command=go-{x}", "the command 'go-{x}' cannot be filled in: it names {x}",
+     "only {script} and {config} are filled in; double other braces"),
+    ("nano3 sft run.env.compression=zip", "compression 'zip' is not known", 'set compression to "xz" or "gz"'),
+    ("nano3 sft run.env.secrets.T=vault:x", "secrets.T is not a reference that local has", 'write "env"'),
+    ("nano3 sft run.env.secrets.UNSET_HERE=env", "secret UNSET_HERE is not set here",
+     "export it, or take it out of [secrets]"),
+    ("nano3 sft --repo-root /nonexistent", "there is no recipe under /nonexistent/src/*/recipes or steps",
+     "name the source tree with --repo-root"),
+    ("nano3 sft --repo-root", "argument --repo-root: expected one argument", "see python launch.py --help"),
+    ("nano3 rl local --nodes 2", "a Ray recipe on 2 nodes is not supported by executor local",
+     "use --nodes 1, or another executor"),
+    ("list nan", "ROOT has no recipe of family nan", "did you mean nano3?"),
+    ("list a b", "'b' is one word too many", "list takes a family at most"),
+    ("list --repo-root /nonexistent", "/nonexistent has no recipe", "name the source tree with --repo-root"),
+    ("list --nodes 2", "list does not take --nodes", "leave it out"),
+    ("list -- x", "list does not take --", "leave it out"),
+    ("profiles local", "'local' is one word too many", "profiles takes none"),
+    ("profiles -c x", "profiles does not take --config", "leave it out"),
+    ("files nano3", "a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local"),
+    ("files nano3 sft --detach", "files does not take --detach", "leave it out"),
+    ("logs", "name one run", "python launch.py status lists them"),
+    ("logs a b", "name one run", "python launch.py status lists them"),
+    ("logs zzzzzz", "there is no run 'zzzzzz'", "python launch.py status lists them"),
+    ("logs ../x", "there is no run '../x'", "python launch.py status lists them"),
+    ("cancel", "name one run", "python launch.py status lists them"),
+    ("cancel zzzzzz", "there is no run 'zzzzzz'", "python launch.py status lists them"),
+    ("cancel zzzzzz --json", "cancel does not take --json", "leave it out"),
+    ("status zzzzzz", "there is no run 'zzzzzz'", "python launch.py status lists them"),
+    ("status a b", "name one run", "python launch.py status lists them"),
+    ("status --dry-run", "status does not take --dry-run", "leave it out"),
+]
+
+
+@pytest.mark.parametrize(("words", "what", "fix"), REFUSALS, ids=[case[0] for case in REFUSALS])
+def test_a_refusal_is_two_lines_and_exit_code_2(say, here, words, what, fix):
+    code, out, err = say(*words.split())
+    lines = err.splitlines()
+    assert code == 2 and out == "" and len(lines) == 2
+    for line, want in zip(lines, ("airlift: " + what, fix), strict=True):
+        want = want.replace("ROOT", str(here))
+        assert line == want or (want.endswith("...") and line.startswith(want[:-3]))
+    assert not (here.parent / "home/airlift").exists()  # nothing was started
+
+
+POOL = st.sampled_from([
+    "nano3", "sft", "data/prep/rl", "rl", "local", "lepton", "dgxcloud", "nope", "list", "profiles", "files", "status",
+    "logs", "cancel", "launch", "-c", "default", "--config", "--nodes", "2", "0", "--repo-root", ".", "--json",
+    "--detach", "--all-ranks", "--", "--debugging", "a=1", "run.env.nodes=3", "run.env=x", "run.env.env_vars={A: 1}",
+    "a=${", "=", "", "-", "-1", "a.b"])
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(st.lists(POOL | st.text(max_size=5).filter(lambda word: "\0" not in word), max_size=7))
+def test_any_words_end_in_two_lines_at_most(say, monkeypatch, words):
+    monkeypatch.setattr(transport, "compress", lambda data, method: b"x")
+    try:
+        code, _, err = say("--dry-run", *words)
+    except SystemExit as done:
+        assert done.code == 0 and {"-h", "--help"} & set(words)
+        return
+    assert code in (0, 2) and len(err.splitlines()) == (2 if code else 0)
+    assert "a bug" not in err
+
+
+def test_debug_shows_where_a_refusal_comes_from(here):
+    with pytest.raises(transport.Refusal):
+        launch.main(["nano3", "sft", "lokal", "--debug"])
+    with pytest.raises(transport.Refusal):
+        launch.main(["--debug", "nano3"])
+
+
+def test_debug_after_the_dashes_is_the_scripts(say):
+    assert say("nano3", "sft", "lokal", "--", "--debug")[0] == 2
+
+
+@pytest.mark.parametrize(("error", "code", "first"), [
+    (KeyboardInterrupt(), 130, "interrupted"), (ZeroDivisionError("x"), 2, "a bug: ZeroDivisionError('x')"),
+    (PermissionError(13, "Permission denied", "/root/x"), 2, "/root/x: Permission denied"),
+    (transport.Refusal("several\nlines", "to\n do", 5), 5, "several lines")])
+def test_no_error_ends_in_a_traceback(say, monkeypatch, error, code, first):
+    def fail(options):
+        raise error
+
+    monkeypatch.setitem(launch.COMMANDS, "list", fail)
+    found, out, err = say("list")
+    assert (found, out) == (code, "") and len(err.splitlines()) == 2
+    assert err.splitlines()[0] == "airlift: " + first
+    with pytest.raises(type(error)):
+        launch.main(["list", "--debug"])
+
+
+def test_help(here, capsys):
+    for words in (["--help"], ["-h"], ["nano3", "sft", "--help"], ["list", "-h"]):
+        with pytest.raises(SystemExit) as done:
+            launch.main(words)
+        assert done.value.code == 0
+        assert capsys.readouterr().out == launch.USAGE
+    with pytest.raises(SystemExit):
+        launch.main(["--help"])
+    for command in launch.COMMANDS:
+        assert command == "launch" or command in launch.USAGE
+    for code in "012345":
+        assert " %s " % code in launch.USAGE
+
+
+def test_broken_files_are_named_with_their_line(say, here):
+    write(here / "src/nemotron/recipes/nano3/stage1_sft/train.py", header(launch="mpi"))
+    mend = "src/nemotron/recipes/nano3/stage1_sft/train.py:9: launch mode 'mpi' is not known"
+    assert say(*FAMILY, "--dry-run") == (
+        2, "", "airlift: nano3 has no stage 'sft'\ndid you mean data/prep/rl or rl?; or mend %s\n" % mend)
+    code, out, err = say("list")
+    assert code == 2 and "data/prep/rl" in out
+    assert err == "airlift: %s\nuse one of torchrun, ray, direct, python\n" % mend
+
+
+# ---------------------------------------------------------------- dry runs
+
+
+def test_a_dry_run_shows_what_would_happen(say, here):
+    code, out, err = say(*FAMILY, "lepton", "lr=1", "--nodes", "2", "--dry-run", "--", "--flag", "two words")
+    assert (code, err) == (0, "")
+    assert out.startswith("nano3/sft on lepton (lepton): 2 nodes x 8 GPUs, torchrun\n")
+    assert out.endswith("nothing was submitted\n")
+    rows = {}
+    for line in out.splitlines()[1:-1]:
+        rows.setdefault(line[2:11].strip(), []).append(line[11:])
+    assert rows["script"] == ["src/nemotron/recipes/nano3/stage1_sft/train.py"]
+    assert rows["config"] == [str(here / CONFIGS / "default.yaml")]
+    assert rows["image"] == ["nvcr.io/nemo:26.02"]  # the YAML's, not the header's
+    assert rows["command"][0].startswith("torchrun --nnodes 2 --node-rank \"$NODE_RANK\" --nproc-per-node 8 ")
+    assert rows["command"][0].endswith(" --config \"$AIRLIFT_CONFIG\" --flag 'two words'")
+    assert rows["outputs"] == ["/shared/airlift/nano3"]
+    assert " files, " in rows["ships"][0] and " as xz, 1 chunks, sha256 " in rows["ships"][0]
+    budgets = "\n".join(rows["budgets"] + rows[""])
+    for name in ("one string", "environment", "API object"):
+        assert name in budgets
+    assert "% of 1.5 MiB" in budgets and "|#" in budgets
+    assert "WANDB_PROJECT=nano3" in rows["env"]
+
+
+@pytest.mark.parametrize("profile", ["local", "docker", "slurm", "lepton", "lepton_gcp", "dgxcloud"])
+def test_every_profile_plans_a_nemotron_layout(say, profile):
+    for family, stage in [("nano3", "sft"), ("nano3", "data/prep/rl"), ("super3", "rl/stage1_rlvr"), ("steps", "eval")]:
+        assert plan_of(say, family, stage, profile, "--nodes", "1")["payload"]["fits"]
+
+
+KEYS = {
+    "recipe": {"name", "script", "launch", "nodes", "gpus_per_node", "nproc_per_node", "image"},
+    "profile": {"name", "executor", "files"}, "config": {"path", "sha256", "bytes", "text"},
+    "payload": {"files", "tar_bytes", "encoded_chars", "sha256", "compression", "chunks", "chunk_limit", "env_bytes",
+                "env_limit", "object_bytes", "object_limit", "fits"},
+}
+
+
+def check_shape(plan):
+    assert set(plan) == {*KEYS, "env", "argv", "command", "notes"}
+    for name, keys in KEYS.items():
+        assert set(plan[name]) == keys
+    assert all(isinstance(value, str) for value in plan["env"].values())
+
+
+def test_json_has_exactly_the_keys_of_the_design(say, here):
+    plan = plan_of(say, *FAMILY, "dgxcloud")
+    check_shape(plan)
+    assert plan["recipe"] == {
+        "name": "nano3/sft", "script": "src/nemotron/recipes/nano3/stage1_sft/train.py", "launch": "torchrun",
+        "nodes": 1,
+        "gpus_per_node": 8, "nproc_per_node": 8, "image": "nvcr.io/nemo:26.02"}
+    assert plan["profile"] == {"name": "dgxcloud", "executor": "dgxcloud",
+                               "files": [str(here / "profiles/dgxcloud.toml")]}
+    payload = plan["payload"]
+    assert payload["fits"] is True and payload["chunk_limit"] == 9216 and payload["object_limit"] == 1_572_864
+    assert payload["tar_bytes"] < payload["encoded_chars"] <= payload["chunks"] * 9216
+    assert 0 < payload["env_bytes"] < payload["env_limit"]
+    assert plan["config"]["bytes"] == len(plan["config"]["text"].encode())
+    assert "save: \"/nemo_run/nano3-sft-model\"" in plan["config"]["text"]
+    assert "output_dir: \"/nemo_run/output/sft\"" in plan["config"]["text"]
+    assert plan["argv"][:2] == ["python3", "-c"]
+    assert plan["command"].startswith("torchrun ")
+
+
+def test_the_same_tree_has_the_same_digest_from_anywhere(say, here, tmp_path):
+    first = plan_of(say, *FAMILY, "lepton")["payload"]["sha256"]
+    assert plan_of(say, *FAMILY, "dgxcloud")["payload"]["sha256"] == first
+    shutil.copytree(here, tmp_path / "copy")
+    assert plan_of(say, *FAMILY, "--repo-root", tmp_path / "copy")["payload"]["sha256"] == first
+    with open(here / "src/nemotron/kit/io.py", "a") as file:
+        file.write("# uncommitted\n")
+    assert plan_of(say, *FAMILY, "lepton")["payload"]["sha256"] != first
+
+
+def test_chunks_are_shown_by_their_length_only(say):
+    env = plan_of(say, *FAMILY, "dgxcloud")["env"]
+    chunks = {name: value for name, value in env.items() if name.startswith("AIRLIFT_") and name[-1].isdigit()
+              and not name.endswith("SHA256")}
+    assert len(chunks) >= 3
+    assert all(value.startswith("<") and value.endswith(" characters>") for value in chunks.values())
+    assert env["AIRLIFT_TREE_CHUNKS"] == "1"
+    assert max(map(len, env.values())) < 100
+
+
+def test_what_does_not_fit_is_told_in_full_and_exits_3(say, here):
+    (here / "src/nemotron/kit/noise.txt").write_bytes(os.urandom(1_200_000))
+    code, out, err = say(*FAMILY, "lepton", "--json")
+    plan = json.loads(out)
+    check_shape(plan)
+    assert (code, err, plan["payload"]["fits"]) == (3, "", False)
+    assert plan["payload"]["object_bytes"] > plan["payload"]["object_limit"]
+    code, out, err = say(*FAMILY, "lepton", "--dry-run")
+    assert code == 3 and len(err.splitlines()) == 2 and "nothing was submitted" in err.splitlines()[0]
+    assert err.startswith("airlift: the payload does not fit: API object needs ")
+    assert "the biggest are src/nemotron/kit/noise.txt (1.1 MiB), " in err
+    assert "100 %" not in out and "nothing was submitted" in out
+
+
+def test_secrets_and_what_looks_like_one_show_as_stars(say, here, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_value")
+    monkeypatch.setenv("PLAIN", "visible")
+    write(here / "profiles/mine.toml", """\
+        extends = "lepton"
+        [secrets]
+        HF_TOKEN = "env"
+        NGC_API_KEY = "env"
+        WANDB_API_KEY = "lepton:wandb"
+        [env_vars]
+        MY_API_KEY = "in-the-profile"
+        OTHER_TOKEN = "${env:GONE}"
+        PLAIN = "${env:PLAIN}"
+        """)
+    plan = plan_of(say, *FAMILY, "mine")
+    assert {name: plan["env"].get(name) for name in (
+        "HF_TOKEN", "NGC_API_KEY", "WANDB_API_KEY", "MY_API_KEY", "OTHER_TOKEN", "PLAIN")} == {
+        "HF_TOKEN": "***", "NGC_API_KEY": "<unset NGC_API_KEY>", "WANDB_API_KEY": "***", "MY_API_KEY": "***",
+        "OTHER_TOKEN": "<unset GONE>", "PLAIN": "visible"}
+    assert "HF_TOKEN is sent by value, in the job's environment" in plan["notes"]
+    text = json.dumps(plan) + say(*FAMILY, "mine", "--dry-run")[1]
+    assert "hf_secret_value" not in text and "in-the-profile" not in text
+
+
+def test_notes_are_said(say, here, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "x")
+    write(here / "src/nemotron/kit/.env", "A=1\n")
+    write(here / "src/nemotron/kit/model.safetensors", "x")
+    write(here / "src/nemotron/kit/big.bin", "x")
+    recipe(here, path="src/nemotron/recipes/nano3/stage1_sft/train.py",
+           yaml="run: {env: {sandbox: 1, node_group: x}}\na: ${run.wandb.project}\n")
+    notes = plan_of(say, *FAMILY, "docker", "run.env.mounts=[]")["notes"]
+    assert "run.env holds sandbox, which Airlift does not use" in notes
+    assert "HF_TOKEN is set here but not sent; name it under [secrets] to send it" in notes
+    assert "the config still holds ${run.wandb.project}, which nothing sets here" in notes
+    assert "left out, as they look like credentials: src/nemotron/kit/.env" in notes
+    assert "left out, data or model file: 2, like src/nemotron/kit/big.bin" in notes
+    write(here / "profiles/bare.toml", 'executor = "docker"')
+    stays = "no workspace is set: what the job writes stays in the pod and goes with it"
+    assert stays in plan_of(say, *FAMILY, "bare")["notes"]
+    assert "note     " + stays in say(*FAMILY, "bare", "--dry-run")[1]
+
+
+def test_a_stage_of_the_profile_counts(say):
+    plan = plan_of(say, "nano3", "data/prep/rl", "lepton")
+    assert plan["recipe"]["gpus_per_node"] == 0 and plan["recipe"]["nproc_per_node"] == 1
+    assert plan["command"].startswith("python ") and "needs a project and the network" in "\n".join(plan["notes"])
+    assert plan_of(say, "nano3", "data/prep/rl", "slurm")["command"].startswith("uv run --extra xenna python ")
+
+
+def test_repo_root_of_the_command_line_of_the_profile_and_of_the_launcher(say, here, tmp_path):
+    for name in ("one", "two"):
+        recipe(tmp_path / name, "fam/" + name, path="src/p/recipes/fam/x.py")
+    write(here / "profiles/mine.toml", 'executor = "local"\nrepo_root = "../one"\n')
+    assert plan_of(say, "fam", "one", "mine")["recipe"]["name"] == "fam/one"
+    assert plan_of(say, "fam", "two", "mine", "--repo-root", tmp_path / "two")["recipe"]["name"] == "fam/two"
+    assert plan_of(say, "nano3", "sft")["recipe"]["name"] == "nano3/sft"
+
+
+def test_words_may_stand_in_any_order(say):
+    want = plan_of(say, "nano3", "sft", "docker", "a=1", "--nodes", "3")
+    got = plan_of(say, "--nodes", "3", "nano3", "a=1", "sft", "-c", "default", "docker")
+    assert (got["recipe"], got["config"], got["profile"]) == (want["recipe"], want["config"], want["profile"])
+    assert "a: 1" in got["config"]["text"] and got["recipe"]["nodes"] == 3
+    assert plan_of(say, "nano3", "/data/prep/rl/")["recipe"]["name"] == "nano3/data/prep/rl"
+
+
+# ---------------------------------------------------------------- list, profiles, files
+
+
+def test_list(say, here):
+    code, out, err = say("list")
+    assert (code, err) == (0, "")
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == ["nano3", "steps", "super3"]
+    assert ("  sft                          torchrun     1 x 8    src/nemotron/recipes/nano3/stage1_sft/train.py"
+            "  [nvcr.io/nemo:25.11]") in out
+    assert "super3" not in say("list", "nano3")[1]
+    rows = json.loads(say("list", "super3", "--json")[1])
+    assert rows == [{"name": "super3/rl/stage1_rlvr", "launch": "ray", "nodes": 109, "gpus_per_node": 8, "image": None,
+                     "script": "src/nemotron/recipes/super3/stage2_rl/stage1_rlvr/train.py"}]
+    assert json.loads(say("list", "--json", "--repo-root", here)[1])[0]["name"] == "nano3/data/prep/rl"
+
+
+def test_profiles(say):
+    code, out, _ = say("profiles")
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == sorted(
+        path.stem for path in (REPO / "profiles").glob("*.toml"))
+    rows = json.loads(say("profiles", "--json")[1])
+    assert {row["name"]: row["executor"] for row in rows}["lepton_gcp"] == "lepton"
+    assert set(rows[0]) == {"name", "executor", "about"}
+
+
+def test_files(say, here):
+    write(here / "src/nemotron/kit/key.pem", "x")
+    write(here / "src/nemotron/kit/run.sh", "echo\n")
+    code, out, _ = say("files", *FAMILY, "lepton")
+    assert code == 0
+    rows = dict(reversed(line.split(None, 1)) for line in out.splitlines())
+    for path in ("src/nemotron/kit/io.py", "src/nemo_runspec/__init__.py", CONFIGS + "/default.yaml",
+                 "src/nemotron/recipes/_shared/util.py", "src/nemotron/recipes/nano3/stage2_rl/train.py"):
+        assert int(rows[path]) == (here / path).stat().st_size
+    assert not any("super3" in path for path in rows)
+    assert rows["src/nemotron/kit/key.pem (credential)"] == "-"
+    assert rows["src/nemotron/recipes/nano3/README.md (documentation)"] == "-"
+    told = json.loads(say("files", *FAMILY, "--json")[1])
+    assert {"path": "src/nemotron/kit/run.sh", "bytes": 5} in told["files"]
+    assert {"path": "src/nemotron/kit/key.pem", "reason": "credential"} in told["left_out"]
+    assert not any(path.startswith("src/nemotron/steps/env") for path in rows)  # another family
+    assert "src/nemotron/steps/eval/step.py" in say("files", "steps", "eval")[1]
+
+
+def test_status_of_nothing(say, here):
+    assert say("status") == (0, "", "")
+    assert say("status", "--json") == (0, "[]\n", "")
+
+
+def test_a_broken_run_file_is_named(say, here):
+    for number, text in enumerate(["", "[]", "{}", '{"run": 1}', "\xff"]):
+        write(here.parent / ("home/airlift/runs/abcde%d.json" % number), text)
+        code, _, err = say("status", "abcde%d" % number)
+        assert code == 2 and err.startswith("airlift: the file of run abcde%d cannot be read: " % number)
+    assert say("status")[0] == 2
+
+
+# ---------------------------------------------------------------- as a process
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory):
+    """The flat scripts copied next to a checkout, as a person does it: no virtual environment, no git."""
+    return flat_folder(nemotron(tmp_path_factory.mktemp("flat")))
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """An environment with hardly anything in it."""
+    (tmp_path / "home").mkdir()
+    return {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "home")}
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts)
+
+
+def test_a_copied_folder_works_from_any_directory(flat, bare, tmp_path):
+    done = launcher(flat, *FAMILY, "lepton", "--dry-run", env=bare, cwd="/")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("nothing was submitted\n")
+    link = tmp_path / "link"
+    link.symlink_to(flat)
+    there = launcher(link, *FAMILY, "lepton", "--json", env=bare, cwd=tmp_path)
+    assert there.returncode == 0 and json.loads(there.stdout)["recipe"]["name"] == "nano3/sft"
+    assert set(FLAT) < set(os.listdir(flat))
+
+
+def test_a_dry_run_needs_no_network_and_writes_nothing(flat, bare):
+    if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
+        pytest.skip("needs unshare -rn")
+    before = files_below(flat)
+    words = [sys.executable, str(flat / "launch.py"), *FAMILY, "--dry-run"]
+    for profile in ("local", "docker", "slurm", "lepton", "dgxcloud"):
+        done = subprocess.run(["unshare", "-rn", *words, profile], env=bare, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert os.listdir(bare["HOME"]) == []
+    assert files_below(flat) == before
+
+
+def test_a_dry_run_takes_well_under_half_a_second(flat, bare):
+    took = [1.0]
+    while min(took) >= 0.5 and len(took) < 10:  # the machine may be busy with other things
+        started = time.monotonic()
+        assert launcher(flat, *FAMILY, "lepton", "--dry-run", env=bare).returncode == 0
+        took.append(time.monotonic() - started)
+    assert min(took) < 0.5
+
+
+OLD = [(2, 7), (3, 6), (3, 7), (3, 8), (3, 9), (3, 10)]
+
+
+def pyenv(version):
+    found = sorted(Path.home().glob(".pyenv/versions/%d.%d.*/bin/python" % version)) + [
+        Path(place) for place in [shutil.which("python%d.%d" % version)] if place]
+    return found[0] if found else pytest.skip("there is no Python %d.%d here" % version)
+
+
+@pytest.mark.parametrize("version", OLD, ids=["%d.%d" % version for version in OLD])
+def test_an_old_python_is_told_plainly(flat, bare, version):
+    for words in ([], FAMILY, ["--help"], ["nano3", "sft", "--debug"]):
+        done = launcher(flat, *words, python=str(pyenv(version)), env=bare)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.splitlines() == [
+            "airlift: needs Python 3.11 or later, and this is %d.%d" % version,
+            "start it with a newer one, like: python3.11 launch.py ..., or run `make setup`"]
+
+
+def test_an_old_python_hands_over_to_the_virtual_environment(tmp_path, bare):
+    folder = flat_folder(nemotron(tmp_path / "flat"))
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/python").symlink_to(REPO / ".venv/bin/python")
+    if not (REPO / ".venv/bin/python").exists():
+        pytest.skip("there is no .venv in this checkout")
+    (folder / ".venv/pyvenv.cfg").write_text((REPO / ".venv/pyvenv.cfg").read_text())
+    (folder / ".venv/lib").symlink_to(REPO / ".venv/lib")
+    done = launcher(folder, *FAMILY, "lepton", "--json", python=str(pyenv((3, 8))), env=bare)
+    assert done.returncode == 0 and json.loads(done.stdout)["payload"]["fits"]
+
+
+def test_without_omegaconf_two_plain_lines(flat, bare):
+    python = str(pyenv((3, 12)))
+    assert subprocess.run([python, "-c", "import omegaconf"], capture_output=True).returncode, "this one has omegaconf"
+    done = launcher(flat, *FAMILY, "--dry-run", python=python, env=bare)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == ["airlift: configs are read with omegaconf, which this Python does not have",
+                                        "run `make setup`, or pip install -r requirements.txt"]
+    for words in (["list"], ["profiles"], ["status"]):
+        assert launcher(flat, *words, python=python, env=bare).returncode == 0
+
+
+def test_a_reader_that_goes_away_is_no_error(flat, bare, tmp_path):
+    root = tmp_path / "big"
+    for number in range(200):
+        recipe(root, "f/s%d" % number, path="src/p/recipes/f/s%d.py" % number, image="x" * 2000)
+    for words in (["list", "--repo-root", root], ["list", "--json", "--repo-root", root],
+                  ["files", "f", "s1", "--repo-root", root], ["profiles"], ["f", "s1", "--json", "--repo-root", root]):
+        process = subprocess.Popen([sys.executable, str(flat / "launch.py"), *map(str, words)], env=bare,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(30)) == (b"", 0)
+        process.stderr.close()
+
+
+def test_output_that_cannot_be_written_is_an_error(flat, bare):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(flat / "launch.py"), "list"], env=bare, stdout=full,
+                              stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "airlift: No space left on device\nlook whether it is there, yours, and has space\n"
+
+
+def test_any_locale_and_odd_words(flat, bare):
+    for locale in ({"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        words = [sys.executable, str(flat / "launch.py"), *FAMILY, "local", "a=é", "--", "ü"]
+        done = subprocess.run([*words[:4], "--json", *words[4:]], env=bare | locale, capture_output=True, timeout=60)
+        plan = json.loads(done.stdout)
+        assert "a: é\n" in plan["config"]["text"] and plan["command"].endswith(" 'ü'")
+        done = subprocess.run([*words[:4], "--dry-run", *words[4:]], env=bare | locale, capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")
+        done = subprocess.run([*words[:5], b"a=\xff"], env=bare | locale, capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (2, b"airlift: the word 'a=\\udcff' is not UTF-8\nwrite it in UTF-8\n")
+
+
+def test_ctrl_c_while_it_packs(flat, bare, tmp_path):
+    root = nemotron(tmp_path / "slow")
+    os.mkfifo(root / CONFIGS / "wait.yaml")  # reading it blocks
+    process = subprocess.Popen([sys.executable, str(flat / "launch.py"), *FAMILY, "-c",
+                                str(root / CONFIGS / "wait.yaml"), "--repo-root", str(root), "--dry-run"],
+                               env=bare, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out = process.communicate(timeout=20)[1]
+    assert "Traceback" not in out and len(out.splitlines()) == 2
+    assert process.returncode in (2, 130)
+
+
+# ---------------------------------------------------------------- a real checkout
+
+
+@pytest.mark.skipif("NEMOTRON_ROOT" not in os.environ, reason="needs a Nemotron checkout in NEMOTRON_ROOT")
+def test_every_recipe_of_a_real_checkout_plans_on_every_executor(say, monkeypatch):
+    monkeypatch.setattr(transport, "compress", functools.lru_cache(None)(transport.compress))  # one tree, many plans
+    root = os.environ["NEMOTRON_ROOT"]
+    rows = json.loads(say("list", "--json", "--repo-root", root)[1])
+    found, _ = recipes.scan(Path(root))
+    assert len(rows) == len(found) >= 84
+    failed = {}
+    for row in rows:
+        family, stage = row["name"].split("/", 1)
+        for profile in ("local", "docker", "slurm", "lepton", "dgxcloud"):
+            code, out, err = say(family, stage, profile, "--json", "--repo-root", root)
+            if code:
+                failed[row["name"], profile] = err
+                continue
+            plan = json.loads(out)
+            check_shape(plan)
+            assert plan["recipe"]["name"] == row["name"]
+            if plan["recipe"]["launch"] == "torchrun" and not found[row["name"]].cmd:
+                assert plan["command"].startswith("torchrun ")
+    assert failed == {}

@@ -1,0 +1,418 @@
+"""The local backend with real pods: what reaches them, how they end, and that nothing is ever left running."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from layout import flat_folder, launcher, recipe, write
+
+WORDS = ("nano3", "sft", "local")
+
+PROBE = """
+import json, os, sys
+rank, root = os.environ["NODE_RANK"], os.environ["NEMO_RUN_DIR"]
+told = {"env": dict(os.environ), "argv": sys.argv, "cwd": os.getcwd(), "exe": sys.executable, "pid": os.getpid(),
+        "bash": os.getppid(), "config": open(os.environ["AIRLIFT_CONFIG"], encoding="utf-8").read(),
+        "stdin": sys.stdin.read()}
+with open(os.path.join(root, "probe-%s.new" % rank), "w") as file:
+    json.dump(told, file)
+os.rename(file.name, os.path.join(root, "probe-%s.json" % rank))
+print("hello from rank", rank)
+"""
+SLEEP = PROBE + "sys.stdout.flush()\nimport time\ntime.sleep(300)\n"
+STUBBORN = PROBE + """sys.stdout.flush()
+import signal, subprocess, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+subprocess.Popen(["sleep", "300"], start_new_session=True)
+open(os.path.join(root, "stubborn-" + rank), "w").close()
+time.sleep(300)
+"""
+
+
+class Place:
+    """A copied launcher with a source tree of its own, and an account without anything in it."""
+
+    def __init__(self, tmp):
+        self.tmp = tmp
+        self.folder = flat_folder(tmp / "air lift é")
+        self.output = self.folder / "output/nano3"
+        self.state = tmp / "state"
+        for name in ("home", "scratch"):
+            (tmp / name).mkdir()
+        self.env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp / "home"), "AIRLIFT_HOME": str(self.state),
+                    "TMPDIR": str(tmp / "scratch"), "CANARY": "sings"}
+        self.started = []
+
+    def recipe(self, body, **fields):
+        recipe(self.folder, body=body, **{"launch": "direct", "nodes": 2, **fields})
+
+    def run(self, *words, env=None, **options):
+        return launcher(self.folder, *(words or WORDS), env=self.env | (env or {}), cwd=self.tmp, **options)
+
+    def start(self, *words, **options):
+        """The launcher as a process group of its own, as a shell starts it."""
+        process = subprocess.Popen([sys.executable, str(self.folder / "launch.py"), *(words or WORDS)], env=self.env,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   cwd=self.tmp, start_new_session=True, **options)
+        self.started.append(process)
+        return process
+
+    def probes(self, ranks=2, seconds=30):
+        """What the pods told, once all have."""
+        until(lambda: all((self.output / ("probe-%d.json" % rank)).exists() for rank in range(ranks)), seconds)
+        return [json.loads((self.output / ("probe-%d.json" % rank)).read_text()) for rank in range(ranks)]
+
+    def run_file(self, run):
+        path = self.state / "runs" / (run + ".json")
+        assert path.stat().st_mode & 0o777 == 0o600
+        return json.loads(path.read_text())
+
+    def left(self):
+        """Processes of this test that still run: each has a path of it in its environment."""
+        mark, found = str(self.tmp).encode(), []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                ours = mark in (entry / "environ").read_bytes()
+                if ours and (entry / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                    found.append(int(entry.name))
+            except OSError:
+                pass
+        return found
+
+    def nothing_left(self, seconds=15):
+        until(lambda: not self.left(), seconds)
+        assert os.listdir(self.tmp / "scratch") == []
+
+
+@pytest.fixture
+def place(tmp_path):
+    made = Place(tmp_path)
+    yield made
+    for pid in made.left():  # only after a failure
+        os.kill(pid, signal.SIGKILL)
+    for process in made.started:
+        process.communicate()
+
+
+def until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "this took longer than %d s" % seconds
+        time.sleep(0.02)
+
+
+def run_id(out):
+    return re.search(r", run ([a-z0-9]{6})$", out, re.MULTILINE).group(1)
+
+
+def lines_of(out, rank):
+    return [line[4:] for line in out.splitlines() if line.startswith("[%d] " % rank)]
+
+
+# ---------------------------------------------------------------- what reaches the pods
+
+
+def test_two_pods_of_one_tree(place):
+    place.recipe(PROBE, yaml="""\
+        run: {env: {env_vars: {FROM_YAML: "a b"}}}
+        out: /nemo_run/model
+        code: ${oc.env:PWD}/src
+        text: "first\\n/nemo_run/second\\ttab: #1 'quoted'"
+        number: "1e3"
+        """)
+    done = place.run(*WORDS, "lr=1", "--", "--flag", "two words", "$HOME")
+    assert (done.returncode, done.stderr) == (0, "")
+    run = run_id(done.stdout)
+    first, *_, last = done.stdout.splitlines()
+    summary = re.fullmatch(r"nano3/sft on local: 2 nodes, CPU only, (\d+) files, [\d.]+ K?i?B, sha256 ([0-9a-f]{12}), "
+                           r"run \w+", first)
+    assert summary, first
+    assert re.fullmatch(r"done in \d+ s; outputs in " + re.escape(str(place.output)), last)
+    digests = set()
+    for rank in (0, 1):
+        lines = lines_of(done.stdout, rank)
+        said = re.search(r"rank (\d) of 2, sha256 ([0-9a-f]{64}), (\d+) files", lines[0])
+        assert said.group(1) == str(rank) and said.group(3) == summary.group(1)
+        digests.add(said.group(2))
+        assert "hello from rank %d" % rank in lines
+    assert len(digests) == 1 and digests.pop().startswith(summary.group(2))
+
+    told = place.probes()
+    envs = [probe["env"] for probe in told]
+    assert [env["NODE_RANK"] for env in envs] == ["0", "1"]
+    assert envs[0]["MASTER_ADDR"] == envs[1]["MASTER_ADDR"] == "127.0.0.1"
+    assert envs[0]["MASTER_PORT"] == envs[1]["MASTER_PORT"]
+    assert envs[0]["TMPDIR"] != envs[1]["TMPDIR"]
+    for env, probe in zip(envs, told, strict=True):
+        assert env["PATH"].split(":") == [str(Path(sys.executable).parent), "/usr/bin", "/bin"]
+        assert Path(probe["exe"]).parent == Path(sys.executable).parent
+        assert env["NEMO_RUN_DIR"] == str(place.output) and env["AIRLIFT_RUN"] == run and env["NNODES"] == "2"
+        assert env["FROM_YAML"] == "a b" and env["OMP_NUM_THREADS"] == "1" and env["CUDA_VISIBLE_DEVICES"] == ""
+        assert env["PYTHONPATH"].split(":")[0] == env["AIRLIFT_CODE"] + "/src"
+        assert probe["argv"] == [env["AIRLIFT_CODE"] + "/src/nemotron/recipes/nano3/sft/train.py", "--config",
+                                 env["AIRLIFT_CONFIG"], "--flag", "two words", "$HOME"]
+        assert probe["cwd"] == env["AIRLIFT_CODE"] and probe["stdin"] == ""
+        assert yaml.safe_load(probe["config"]) == {
+            "out": str(place.output / "model"), "code": env["AIRLIFT_CODE"] + "/src", "number": "1e3", "lr": 1,
+            "text": "first\n%s/second\ttab: #1 'quoted'" % place.output}
+        # nothing of the launcher's: its own words, the pod's, the recipe's, and what bash adds
+        assert set(env) <= {
+            "PATH", "HOME", "LANG", "TMPDIR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES",
+            "NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", "PYTHONPATH", "NEMO_RUN_DIR",
+            "AIRLIFT_RUN", "AIRLIFT_CODE", "AIRLIFT_CONFIG", "OMP_NUM_THREADS", "FROM_YAML",
+            "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
+    record = place.run_file(run)
+    assert (record["recipe"], record["profile"], record["nodes"]) == ("nano3/sft", "local", 2)
+    assert record["job_exit_code"] == 0
+    for rank in (0, 1):
+        assert "hello from rank %d\n" % rank in (place.output / "runs" / run / ("rank-%d.log" % rank)).read_text()
+        assert (place.output / "runs" / run / ("rank-%d.exit" % rank)).read_text() == "0\n"
+    assert os.listdir(place.tmp / "home") == []
+    again = place.run("logs", run)
+    assert again.returncode == 0 and lines_of(again.stdout, 1) == lines_of(done.stdout, 1)
+    place.nothing_left()
+
+
+def test_one_pod_has_no_prefix_and_an_edit_that_is_not_committed_counts(place):
+    place.recipe("print('one', flush=True)\nimport sys\nsys.stdout.buffer.write(b'\\xff no line end')\n", nodes=1)
+    one = place.run(text=False)
+    assert one.returncode == 0 and b"\none\n\xff no line end" in one.stdout
+    place.recipe("print('two')\n", nodes=1)
+    two = place.run(text=False)
+    assert two.returncode == 0 and b"\ntwo\n" in two.stdout
+    digests = [re.search(rb"sha256 ([0-9a-f]{64})", done.stdout).group(1) for done in (one, two)]
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize(("gpus", "seen"), [(2, ["0,1", "2,3"]), (0, ["", ""]), ("gpu", [None, None])])
+def test_each_pod_has_its_own_gpus(place, gpus, seen):
+    place.recipe(PROBE)
+    assert place.run(*WORDS, "run.env.gpus_per_node=%s" % gpus).returncode == 0
+    assert [probe["env"].get("CUDA_VISIBLE_DEVICES") for probe in place.probes()] == seen
+
+
+def test_setup_run_command_and_workdir_of_the_profile(place):
+    (place.tmp / "work dir").mkdir()
+    write(place.folder / "setup.sh", "export FROM_SETUP='a b'\n")
+    write(place.folder / "profiles/mine.toml", """\
+        extends = "local"
+        nodes = 1
+        workdir = "%s/work dir"
+        startup_commands = [". '%s/setup.sh'", "export COUNT=$((1 + 1))"]
+        run_command = "python -X dev {script} --with {config} '{{braces}}'"
+        """ % (place.tmp, place.folder))
+    place.recipe(PROBE)
+    done = place.run("nano3", "sft", "mine", "--nodes", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = place.probes(1)[0]
+    assert told["cwd"] == str(place.tmp / "work dir")
+    assert (told["env"]["FROM_SETUP"], told["env"]["COUNT"]) == ("a b", "2")
+    assert told["argv"][1:] == ["--with", told["env"]["AIRLIFT_CONFIG"], "{braces}"]
+
+
+def test_a_secret_reaches_the_pod_and_no_file(place):
+    secret = "s3cret-" + os.urandom(8).hex()
+    write(place.folder / "profiles/mine.toml", 'extends = "local"\n[secrets]\nMY_TOKEN = "env"\n')
+    place.recipe("""
+        import os, time
+        print("it has %d characters" % len(os.environ["MY_TOKEN"]))
+        time.sleep(300)
+        """.replace("\n        ", "\n"))
+    process = subprocess.Popen([sys.executable, str(place.folder / "launch.py"), "nano3", "sft", "mine", "--detach"],
+                               env=place.env | {"MY_TOKEN": secret}, stdout=subprocess.PIPE, text=True)
+    out = process.communicate(timeout=30)[0]
+    run = run_id(out)
+    assert "note: MY_TOKEN is sent by value, in the job's environment" in out
+    until(lambda: place.run("logs", run).stdout.count("it has %d characters" % len(secret)) == 2, 20)
+    shown = place.run("status", run, "--json").stdout + place.run("nano3", "sft", "mine", "--json",
+                                                                  env={"MY_TOKEN": secret}).stdout
+    assert secret not in shown + out
+    for path in place.tmp.rglob("*"):  # while the pods run
+        assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+    for pid in place.left():
+        assert secret.encode() not in Path("/proc/%d/cmdline" % pid).read_bytes()
+    assert place.run("cancel", run).returncode == 0
+    place.nothing_left()
+
+
+def test_two_launches_at_once(place):
+    place.recipe("import os, time\nprint('port', os.environ['MASTER_PORT'], flush=True)\ntime.sleep(1)\n")
+    both = [place.start(), place.start()]
+    outs = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert run_id(outs[0]) != run_id(outs[1])
+    ports = [re.findall(r"^\[\d\] port (\d+)$", out, re.MULTILINE) for out in outs]
+    assert [len(found) for found in ports] == [2, 2]
+    assert ports[0][0] == ports[0][1] != ports[1][0] == ports[1][1]
+    assert len(place.run("status").stdout.splitlines()) == 2
+    place.nothing_left()
+
+
+# ---------------------------------------------------------------- how it ends
+
+
+def test_the_first_failure_ends_the_others_and_its_code_is_told(place):
+    place.recipe(PROBE + """
+import time
+while not os.path.exists(os.path.join(root, "probe-%d.json" % (1 - int(rank)))):
+    time.sleep(0.01)
+if rank == "1":
+    sys.exit(7)
+sys.stdout.flush()
+time.sleep(300)
+""")
+    done = place.run()
+    run = run_id(done.stdout)
+    assert done.returncode == 1
+    assert re.fullmatch(r"airlift: the job failed with exit code 7 after \d+ s\n"
+                        r"see python launch\.py logs %s\n" % run, done.stderr)
+    assert place.run_file(run)["job_exit_code"] == 7
+    place.nothing_left()
+    row = json.loads(place.run("status", run, "--json").stdout)[0]
+    assert (row["state"], row["job_exit_code"], row["run"]) == ("failed", 7, run)
+
+
+@pytest.mark.parametrize(("profile", "code", "what"), [
+    ('startup_commands = ["true", "no-such-command"]', 86, "a startup command failed; mend startup_commands"),
+    ('run_command = "no-such-tool {script}"', 87, "the image lacks what the recipe is started with"),
+    ('workdir = "/no/such/folder"', 87, "the image lacks what the recipe is started with"),
+    ('workspace = "/proc/nowhere"', 83, "the pod could not put the files in place"),
+])
+def test_a_failure_of_the_pod_itself_is_explained(place, profile, code, what):
+    write(place.folder / "profiles/mine.toml", 'extends = "local"\n' + profile)
+    place.recipe(PROBE)
+    done = place.run("nano3", "sft", "mine")
+    first, second = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert first.startswith("airlift: the job failed with exit code %d after " % code) and second.startswith(what)
+    place.nothing_left()
+
+
+@pytest.mark.parametrize("body", [SLEEP, STUBBORN], ids=["sleeping", "ignoring-signals"])
+def test_ctrl_c_leaves_nothing_running(place, body):
+    local = place.folder / "backends/local.py"
+    source = local.read_text()
+    assert "\nGRACE = 10.0 " in source
+    local.write_text(source.replace("\nGRACE = 10.0 ", "\nGRACE = 0.5 "))
+    place.recipe(body)
+    process = place.start()
+    place.probes()
+    if body is STUBBORN:
+        until(lambda: all((place.output / ("stubborn-%d" % rank)).exists() for rank in (0, 1)), 10)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (1, "\nending the pods: all pods have ended\n")
+    assert place.left() == []
+    place.nothing_left()
+    assert json.loads(place.run("status", run_id(out), "--json").stdout)[0]["state"] == "cancelled"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_when_the_launcher_dies_so_do_its_pods(place, number):
+    place.recipe(SLEEP)
+    process = place.start()
+    place.probes()
+    process.send_signal(number)
+    assert process.wait(10) == -number
+    place.nothing_left()
+
+
+def test_when_nobody_reads_the_pods_end(place):
+    place.recipe(PROBE + "import time\nwhile True:\n    print('still here', flush=True)\n    time.sleep(0.05)\n")
+    process = place.start()
+    while "still here" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    err = process.stderr.read()
+    assert (process.wait(20), err) == (1, "\nending the pods: all pods have ended\n")
+    process.stderr.close()
+    place.started.remove(process)
+    place.nothing_left()
+
+
+def test_a_pod_that_is_killed_takes_the_job_with_it(place):
+    """As by the kernel for its memory: pod.py dies without a word, and what it ran is left without a parent."""
+    place.recipe(SLEEP)
+    process = place.start()
+    told = place.probes()
+    pod = int(Path("/proc/%d/stat" % told[0]["bash"]).read_text().rpartition(")")[2].split()[1])
+    os.kill(pod, signal.SIGKILL)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 1 and "the job failed with exit code 137 after" in err
+    assert place.run_file(run_id(out))["job_exit_code"] == 137
+    place.nothing_left()
+
+
+def test_detach_status_logs_cancel(place):
+    place.recipe(SLEEP)
+    done = place.run(*WORDS, "--detach")
+    run = run_id(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("started; come back with: python launch.py logs %s\n" % run)
+    place.probes()
+    assert re.match(r"%s  running +\d+ s  nano3/sft on local, 2 nodes" % run, place.run("status").stdout)
+    row = json.loads(place.run("status", run, "--json").stdout)[0]
+    assert (row["state"], row["job_exit_code"], row["nodes"], row["profile"]) == ("running", None, 2, "local")
+    until(lambda: "hello from rank 1" in lines_of(place.run("logs", run).stdout, 1), 10)
+    cancelled = place.run("cancel", run)
+    assert (cancelled.returncode, cancelled.stdout) == (0, "%s: all pods have ended\n" % run)
+    assert place.left() == []
+    assert json.loads(place.run("status", run, "--json").stdout)[0]["state"] == "cancelled"
+    assert place.run("cancel", run).stdout == "%s: it had already ended\n" % run
+    assert place.run_file(run)["record"]["pid"] > 0
+    place.nothing_left()
+
+
+def test_a_detached_job_ends_by_itself_or_with_its_supervisor(place):
+    place.recipe(PROBE)
+    run = run_id(place.run(*WORDS, "--detach").stdout)
+    until(lambda: not place.left(), 20)
+    row = json.loads(place.run("status", run, "--json").stdout)[0]
+    assert (row["state"], row["job_exit_code"]) == ("done", 0)
+
+    place.recipe(SLEEP)
+    for rank in (0, 1):
+        (place.output / ("probe-%d.json" % rank)).unlink()
+    run = run_id(place.run(*WORDS, "--detach").stdout)
+    place.probes()
+    os.kill(place.run_file(run)["record"]["pid"], signal.SIGKILL)
+    until(lambda: not place.left(), 20)
+    row = json.loads(place.run("status", run, "--json").stdout)[0]
+    assert (row["state"], row["detail"], row["job_exit_code"]) == ("failed", "its supervisor was killed", None)
+    assert place.run("cancel", run).stdout == "%s: it had already ended\n" % run
+
+
+def test_a_payload_beyond_the_kernel_is_refused_before_anything_starts(place):
+    place.recipe(PROBE)
+    (place.folder / "src/nemotron/noise.txt").write_bytes(os.urandom(1_600_000))
+    done = place.run()
+    assert (done.returncode, done.stdout) == (3, "")
+    assert re.match(r"airlift: the payload does not fit: environment needs 2,\d+,\d+ of 1,966,080 bytes; "
+                    r"nothing was submitted\n"
+                    r"leave files out with .* the biggest are src/nemotron/noise\.txt \(1\.5 MiB\)", done.stderr)
+    assert len(done.stderr.splitlines()) == 2
+    assert not place.state.exists() and not place.output.exists() and place.left() == []
+
+
+def test_the_largest_payload_that_fits_really_starts(place):
+    """The budget is the kernel's: an environment near its limit starts pods, with room for what the pod adds."""
+    place.recipe(PROBE)
+    (place.folder / "src/nemotron/noise.txt").write_bytes(os.urandom(1_440_000))
+    done = place.run()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(place.probes()) == 2
+
+
+def test_a_state_folder_that_cannot_be_written(place):
+    place.recipe(PROBE)
+    done = place.run(env={"AIRLIFT_HOME": "/proc/nowhere"})
+    assert done.returncode == 2 and done.stderr.splitlines()[0].startswith("airlift: /proc/nowhere")
+    assert len(done.stderr.splitlines()) == 2 and place.left() == []

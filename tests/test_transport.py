@@ -1,0 +1,811 @@
+"""transport.py: what ships and what does not, one tar for one tree, and nothing over a limit, against the real kernel."""
+
+import ast
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import transport
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support import SCRIPT, job, need, plan, plant, tree
+from transport import LIMITS, Entry, Limits, Refusal, Tree, collect, pack, plan_for
+
+ROOT = Path(transport.__file__).parent
+HF_TOKEN = "hf_" + "Ab1" * 12  # put together here, so that no scanner takes this file for a leak
+
+
+def shipped(root: Path, script: str = SCRIPT, exclude: tuple[str, ...] = ()) -> dict[str, Entry]:
+    return {entry.path: entry for entry in collect(root, script, exclude).entries}
+
+
+def refused(root: Path, script: str = SCRIPT, exclude: tuple[str, ...] = ()) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        collect(root, script, exclude)
+    assert caught.value.what and caught.value.fix
+    assert "\n" not in caught.value.what + caught.value.fix, "what is wrong and what to do are one line each"
+    return caught.value
+
+
+@pytest.fixture
+def repo(tmp_path: Path) -> Path:
+    return plant(tmp_path / "repo", {SCRIPT: "print('hello')\n"})
+
+
+# ---------------------------------------------------------------- collect: what ships
+
+
+def test_family_scope(tmp_path: Path) -> None:
+    """Every package; of recipes/ and steps/ the script's family, plain files and folders that begin with `_`."""
+    root = plant(tmp_path, {
+        "src/nemotron/__init__.py": "", "src/nemotron/kit/io.py": "", "src/other/recipes_like.py": "",
+        "src/nemotron/recipes/__init__.py": "", "src/nemotron/recipes/_shared/a.py": "",
+        "src/nemotron/recipes/nano3/stage0/train.py": "", "src/nemotron/recipes/nano3/stage0/config/default.yaml": "",
+        "src/nemotron/recipes/nano3/_shared/b.py": "", "src/nemotron/recipes/super3/stage0/train.py": "",
+        "src/nemotron/recipes/super3/x/y.py": "", "src/other/recipes/super3/z.py": "", "src/other/recipes/nano3/z.py": "",
+        "src/nemotron/steps/__init__.py": "", "src/nemotron/steps/nano3/s.py": "", "src/nemotron/steps/super3/s.py": "",
+        "src/nemotron/kit/recipes/super3/deeper.py": "", "outside.py": "", "tests/test_x.py": "",
+    })
+    script = "src/nemotron/recipes/nano3/stage0/train.py"
+    assert sorted(shipped(root, script)) == [
+        "src/nemotron/__init__.py", "src/nemotron/kit/io.py", "src/nemotron/kit/recipes/super3/deeper.py",
+        "src/nemotron/recipes/__init__.py", "src/nemotron/recipes/_shared/a.py",
+        "src/nemotron/recipes/nano3/_shared/b.py", "src/nemotron/recipes/nano3/stage0/config/default.yaml",
+        "src/nemotron/recipes/nano3/stage0/train.py", "src/nemotron/steps/__init__.py", "src/nemotron/steps/nano3/s.py",
+        "src/other/recipes/nano3/z.py", "src/other/recipes_like.py",
+    ]
+    step = shipped(root, "src/nemotron/steps/super3/s.py")
+    assert "src/nemotron/recipes/super3/stage0/train.py" in step and "src/nemotron/steps/nano3/s.py" not in step
+
+
+def test_script_beside_the_families_ships_all_of_them(tmp_path: Path) -> None:
+    root = plant(tmp_path, {"src/p/recipes/all.py": "", "src/p/recipes/a/x.py": "", "src/p/recipes/b/x.py": ""})
+    assert len(shipped(root, "src/p/recipes/all.py")) == 3
+
+
+@pytest.mark.parametrize("place", [
+    "__pycache__/a.pyc", ".git/config", ".git", ".hg/x", ".svn/x", ".venv/lib/x.py", "venv/x.py", "node_modules/x.js",
+    ".tox/x", ".pytest_cache/x", ".mypy_cache/x", ".ruff_cache/x", ".hypothesis/x", ".cache/x", "p.egg-info/PKG-INFO",
+    "a.pyc", ".a.py.swp", "a.py~", ".DS_Store", ".airliftignore", ".ipynb_checkpoints/x.py",
+])
+def test_caches_never_ship(repo: Path, place: str) -> None:
+    plant(repo, {"src/pkg/" + place: "x"})
+    found = collect(repo, SCRIPT)
+    assert [entry.path for entry in found.entries] == [SCRIPT]
+    assert not found.left_out, "nobody asks about a cache"
+
+
+def test_a_virtual_environment_never_ships_whatever_its_name(repo: Path) -> None:
+    plant(repo, {"src/pkg/my env/pyvenv.cfg": "", "src/pkg/my env/lib/python3/site-packages/x.py": ""})
+    assert list(shipped(repo)) == [SCRIPT]
+
+
+def test_gitignored_source_ships(repo: Path) -> None:
+    plant(repo, {".gitignore": "data/\nbuild\n*.py\n", "src/pkg/.gitignore": "*", "src/pkg/data/prep.py": "",
+                 "src/pkg/build/make.py": ""})
+    assert {"src/pkg/data/prep.py", "src/pkg/build/make.py"} <= set(shipped(repo))
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("weights.safetensors", "data or model file"), ("a.parquet", "data or model file"), ("x.tar", "data or model file"),
+    ("x.jsonl.gz", "data or model file"), ("README.md", "documentation"), ("CLAUDE.md", "documentation"),
+    (".env", "credential"), (".env.local", "credential"), (".netrc", "credential"), ("id_rsa", "credential"),
+    ("id_ed25519.pub", "credential"), ("server.pem", "credential"), ("server.key", "credential"),
+    ("credentials.json", "credential"), ("service-account-7.json", "credential"), ("env.toml", "credential"),
+    (".npmrc", "credential"), ("kubeconfig", "credential"), (".aws/config", "credential"), (".ssh/known_hosts", "credential"),
+    (".kube/x", "credential"), (".docker/config.json", "credential"),
+])
+def test_left_out_and_listed(repo: Path, name: str, reason: str) -> None:
+    plant(repo, {"src/pkg/" + name: "x"})
+    found = collect(repo, SCRIPT)
+    assert [entry.path for entry in found.entries] == [SCRIPT]
+    assert found.left_out == (("src/pkg/" + name.split("/")[0], reason),)
+
+
+KEY_LINE = "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7VJTUt9Us8cKj"
+PEM = "-----BEGIN %sPRIVATE KEY-----"  # put together here as well
+
+
+@pytest.mark.parametrize("secret", [
+    HF_TOKEN, "ghp_" + "a1B2" * 9, "github_pat_" + "a1B2_" * 10, "nvapi-" + "a1-_" * 12, "AKIA" + "IOSFODNN7EXAMPLE",
+    "sk-" + "a1B2" * 10, "xoxb-" + "123-abc" * 4, "glpat-" + "a1B2c" * 4, PEM % "" + "\n" + KEY_LINE,
+    PEM % "RSA " + "\r\n" + KEY_LINE, PEM % "OPENSSH " + "\n" + KEY_LINE,
+    json.dumps({"type": "service_account", "private_key": PEM % "" + "\n" + KEY_LINE + "\n"}),
+], ids=lambda secret: secret[:12].strip())
+def test_tokens_by_their_shape(repo: Path, secret: str) -> None:
+    plant(repo, {"src/pkg/notes.txt": "first line\nkey = '%s'\n" % secret, "src/pkg/clean.txt": "key = os.environ['KEY']"})
+    found = collect(repo, SCRIPT)
+    assert [entry.path for entry in found.entries] == ["src/pkg/clean.txt", SCRIPT]
+    assert found.left_out == (("src/pkg/notes.txt", "credential"),)
+
+
+@pytest.mark.parametrize("text", [
+    "from hf_transfer import x; ghp_ = 1; sk- AKIA xoxb- nvapi-", "task-" + "a" * 40, "hf_home_and_more_words_than_thirty_letters",
+    'PATTERN = "-----BEGIN PRIVATE KEY-----"', "whisk-" + "b" * 40,
+])
+def test_what_only_looks_a_little_like_a_token_ships(repo: Path, text: str) -> None:
+    plant(repo, {"src/pkg/x.py": text})
+    assert "src/pkg/x.py" in shipped(repo)
+
+
+def test_env_examples_ship(repo: Path) -> None:
+    plant(repo, {"src/pkg/.env.example": "A=", "src/pkg/credentials/__init__.py": ""})
+    assert {"src/pkg/.env.example", "src/pkg/credentials/__init__.py"} <= set(shipped(repo))
+
+
+def test_exclude_and_ignore_file(repo: Path) -> None:
+    plant(repo, {"src/pkg/big/a.txt": "", "src/pkg/notes.txt": "", "src/pkg/x.csv": "", "src/pkg/sub/x.csv": "",
+                 "src/pkg/only/here.py": "", "src/pkg/sub/only/here.py": "", "src/pkg/keep.py": ""})
+    (repo / ".airliftignore").write_bytes(b"\xef\xbb\xbfbig/\r\n\r\n# a comment\r\n  notes.* \r\nsrc/pkg/only\r\n")
+    found = collect(repo, SCRIPT, ("*.csv",))
+    assert [e.path for e in found.entries] == ["src/pkg/keep.py", SCRIPT, "src/pkg/sub/only/here.py"]
+    assert dict(found.left_out) == {
+        "src/pkg/big": "excluded by big/", "src/pkg/notes.txt": "excluded by notes.*", "src/pkg/only": "excluded by src/pkg/only",
+        "src/pkg/x.csv": "excluded by *.csv", "src/pkg/sub/x.csv": "excluded by *.csv"}
+
+
+def test_uncommitted_and_executable(repo: Path) -> None:
+    for mode in (0o000, 0o644, 0o755, 0o700, 0o4755, 0o611, 0o066):
+        path = repo / ("src/m%o" % mode)
+        path.write_bytes(b"x")
+        path.chmod(mode | (0 if os.geteuid() == 0 else 0o400))
+    assert {path for path, entry in shipped(repo).items() if entry.executable} == {"src/m755", "src/m700", "src/m4755"}
+
+
+# ---------------------------------------------------------------- collect: links
+
+
+def test_links_in_the_tree(repo: Path) -> None:
+    plant(repo, {
+        "src/pkg/real/a.py": "", "src/pkg/file": "-> real/a.py", "src/pkg/folder": "-> real", "src/pkg/up": "-> ../pkg/real/a.py",
+        "src/pkg/chain": "-> file", "src/pkg/loop": "-> .", "src/pkg/through": "-> folder/a.py",
+        "src/pkg/round": "-> ../../../%s/src/pkg/real/a.py" % repo.name, "src/abs": "-> %s/src/pkg/real" % repo,
+        "src/all": "-> ../src",
+    })
+    links = {path: entry.data.decode() for path, entry in shipped(repo).items() if entry.link}
+    assert links == {
+        "src/pkg/file": "real/a.py", "src/pkg/folder": "real", "src/pkg/up": "real/a.py", "src/pkg/chain": "file",
+        "src/pkg/loop": ".", "src/pkg/through": "folder/a.py", "src/pkg/round": "real/a.py", "src/abs": "pkg/real",
+        "src/all": "."}
+
+
+def test_a_link_whose_way_leads_back_through_another_link(repo: Path) -> None:
+    """The kernel takes `..` from where a link leads to; a path that is only cleaned as text would name another file."""
+    plant(repo, {"src/deep/er/in.py": "right", "src/deep/which.py": "right", "src/which.py": "wrong",
+                 "src/jump": "-> deep/er", "src/odd": "-> jump/../which.py"})
+    assert (repo / "src/odd").read_text() == "right"
+    assert shipped(repo)["src/odd"].data == b"deep/which.py"
+
+
+def test_absolute_links_under_another_name_of_the_tree(tmp_path: Path) -> None:
+    plant(tmp_path / "real", {SCRIPT: "", "src/a.py": ""})
+    (tmp_path / "alias").symlink_to("real")
+    (tmp_path / "real/src/link").symlink_to(tmp_path / "alias/src/a.py")
+    for root in (tmp_path / "real", tmp_path / "alias"):
+        assert shipped(root)["src/link"].data == b"a.py"
+
+
+def test_a_relative_root(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(repo, {"src/a.py": "", "src/link": "-> %s/src/a.py" % repo})
+    monkeypatch.chdir(repo)
+    assert shipped(Path("."))["src/link"].data == b"a.py"
+
+
+@pytest.mark.parametrize("target, word", [
+    ("/etc/passwd", "leaves the tree"), ("../../../outside.txt", "leaves the tree"), ("../../../outside", "leaves the tree"),
+    ("../../../nowhere", "leaves the tree"), ("nowhere.py", "does not ship"), ("real/nowhere", "does not ship"),
+    ("big.parquet", "does not ship"), ("empty", "does not ship"), (".env", "does not ship"), ("__pycache__/x.pyc", "not ship"),
+    ("../../src2/x.py", "leaves the tree"), ("link", "does not ship"), ("other", "does not ship"),
+    ("gone/a.py", "does not ship"),
+])
+def test_links_that_would_be_holes(repo: Path, tmp_path: Path, target: str, word: str) -> None:
+    plant(tmp_path, {"outside.txt": "secret", "outside/x": "", "repo/src2/x.py": "", "repo/src/pkg/real/a.py": "",
+                     "repo/src/pkg/big.parquet": "", "repo/src/pkg/.env": "", "repo/src/pkg/__pycache__/x.pyc": "",
+                     "repo/src/pkg/other": "-> link", "repo/src/pkg/gone": "-> real"})
+    (repo / "src/pkg/empty").mkdir()
+    (repo / "src/pkg/link").symlink_to(target)
+    exclude = ("gone",) if target.startswith("gone") else ("other",) if target != "other" else ()
+    problem = refused(repo, exclude=exclude)
+    assert word in problem.what and problem.code == 2
+    assert re.match("src/pkg/(link|other) is a link", problem.what)
+    assert "exclude" in problem.fix
+    assert SCRIPT in shipped(repo, exclude=(*exclude, "link", "other")), "what the refusal proposes must help"
+
+
+def test_a_link_into_another_family(repo: Path) -> None:
+    plant(repo, {"src/pkg/recipes/other/x.py": "", "src/pkg/recipes/fam/x.py": "-> ../other/x.py"})
+    assert "does not ship" in refused(repo).what
+
+
+# ---------------------------------------------------------------- collect: refusals
+
+
+def test_no_src(tmp_path: Path) -> None:
+    assert "no src" in refused(tmp_path).what
+    assert "no src" in refused(tmp_path / "absent").what
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
+def test_neither_file_nor_folder(repo: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = repo / "src/pkg/odd"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        monkeypatch.chdir(path.parent)
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind("odd")
+    else:
+        need(os.geteuid() == 0, "only root makes devices")
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    problem = refused(repo)
+    assert "src/pkg/odd is neither" in problem.what and problem.code == 2
+    assert SCRIPT in shipped(repo, exclude=("odd",))
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.py", b"\xff\xfe", b"\xed\xa0\x80"])
+def test_names_that_are_not_utf8(repo: Path, name: bytes) -> None:
+    with open(os.fsencode(repo) + b"/src/pkg/" + name, "wb"):
+        pass
+    problem = refused(repo)
+    assert "not UTF-8" in problem.what and "src/pkg" in problem.what
+    problem.what.encode()  # it can be printed
+
+
+def test_link_targets_that_are_not_utf8(repo: Path) -> None:
+    os.symlink(b"/caf\xe9", os.fsencode(repo) + b"/src/pkg/away")
+    problem = refused(repo)
+    assert "leaves the tree" in problem.what
+    problem.what.encode()
+    os.unlink(repo / "src/pkg/away")
+    os.symlink(b"caf\xe9", os.fsencode(repo) + b"/src/pkg/near")
+    refused(repo).what.encode()
+
+
+def test_a_file_that_changes_while_it_is_packed(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = repo / "src/pkg/growing.log"
+    changes = [lambda: path.write_bytes(b"more than before"), lambda: path.write_bytes(b"less"),
+               lambda: (path.write_bytes(b"12345678"), os.utime(path, (1, 1)))]
+    real = os.fstat
+    for change in changes:
+        path.write_bytes(b"12345678")
+        calls = []
+
+        def fstat(number: int, change=change, calls=calls) -> os.stat_result:
+            if os.readlink("/proc/self/fd/%d" % number) != str(path):
+                return real(number)
+            calls.append(number)
+            if len(calls) == 2:
+                change()
+            return real(number)
+
+        monkeypatch.setattr(transport.os, "fstat", fstat)
+        problem = refused(repo)
+        assert "growing.log changed while it was packed" in problem.what
+        assert "launch again" in problem.fix
+
+
+def test_a_file_that_vanishes_meanwhile(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(repo, {"src/pkg/gone.py": ""})
+    real = os.lstat
+
+    def lstat(path: str) -> os.stat_result:
+        if str(path).endswith("gone.py"):
+            os.unlink(path)
+        return real(path)
+
+    monkeypatch.setattr(transport.os, "lstat", lstat)
+    assert "gone.py cannot be read: No such file" in refused(repo).what
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Permissions bind: root's own reading does not tell."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if was == 0:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("place", ["src/pkg/closed.py", "src/pkg/closed", ".airliftignore"])
+def test_what_cannot_be_read(place: str) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # tmp_path lies in a folder that is closed to others
+        root = plant(Path(name), {SCRIPT: "", "src/pkg/closed.py": "", "src/pkg/closed/x.py": "", ".airliftignore": ""})
+        for path in [root, *root.rglob("*")]:
+            path.chmod(0o755)
+        (root / place).chmod(0)
+        with as_nobody():
+            problem = refused(root)
+        assert place in problem.what and "cannot be read" in problem.what
+
+
+def test_an_ignore_file_that_is_not_text(repo: Path) -> None:
+    (repo / ".airliftignore").write_bytes(b"\xff\xfe\x00")
+    assert ".airliftignore cannot be read" in refused(repo).what
+
+
+@pytest.mark.parametrize("exclude, word", [
+    (("train.py",), "excluded by train.py"), (("src/pkg/recipes/fam",), "excluded by src/pkg/recipes/fam"),
+    (("pkg",), "excluded by pkg"),
+])
+def test_a_recipe_that_would_not_ship(repo: Path, exclude: tuple[str, ...], word: str) -> None:
+    problem = refused(repo, exclude=exclude)
+    assert SCRIPT + " is the recipe" in problem.what and word in problem.what
+
+
+def test_a_recipe_with_a_secret_in_it(repo: Path) -> None:
+    (repo / SCRIPT).write_text("TOKEN = '%s'\n" % HF_TOKEN)
+    problem = refused(repo)
+    assert SCRIPT in problem.what and "credential" in problem.what and "secret" in problem.fix
+    assert HF_TOKEN not in problem.what + problem.fix
+
+
+def test_a_recipe_in_a_folder_that_never_ships(tmp_path: Path) -> None:
+    script = "src/pkg/venv/train.py"
+    assert "never ships" in refused(plant(tmp_path, {script: ""}), script).what
+
+
+def test_a_file_too_large_for_source(repo: Path) -> None:
+    with open(repo / "src/pkg/weights", "wb") as file:
+        file.truncate(50 << 30)  # sparse; nobody reads it into memory
+    problem = refused(repo)
+    assert problem.code == 3 and "src/pkg/weights" in problem.what and "exclude" in problem.fix
+
+
+def test_folders_without_end(repo: Path) -> None:
+    folder = repo / "src"
+    for _ in range(18):
+        folder = folder / ("d" * 60)
+    folder.mkdir(parents=True)
+    (folder / "x").touch()
+    assert "path of more than" in refused(repo).what
+
+
+def test_folders_as_deep_as_allowed(repo: Path, tmp_path: Path) -> None:
+    import pod
+
+    deep = "src/" + "d/" * 509 + "x"
+    assert len(deep) == transport.MAX_PATH - 1
+    plant(repo, {deep: "here"})
+    found = collect(repo, SCRIPT)
+    assert deep in {entry.path for entry in found.entries}
+    pod.unpack(pack(found), str(tmp_path / "code"))
+    assert (tmp_path / "code" / deep).read_text() == "here"
+
+
+def test_twenty_thousand_files(tmp_path: Path) -> None:
+    for number in range(200):
+        folder = tmp_path / ("src/pkg/p%03d" % number)
+        folder.mkdir(parents=True)
+        for index in range(100):
+            (folder / ("m%02d.py" % index)).write_bytes(b"value = %d\n" % (number * 100 + index))
+    plant(tmp_path, {SCRIPT: ""})
+    begin = time.monotonic()
+    found = collect(tmp_path, SCRIPT)
+    tar = pack(found)
+    took = time.monotonic() - begin
+    assert len(found.entries) == 20_001 and len(tar) > 20_001 * 1024
+    assert took < 10, "%.1f s; 1.3 s on the machine this was written on" % took
+
+
+# ---------------------------------------------------------------- pack: one tree, one tar
+
+FIXED = {"src/pkg/__init__.py": "", "src/pkg/größe/データ.txt": "ünï", "src/pkg/" + "long" * 40 + ".py": "x" * 1000,
+         "src/pkg/link": "-> größe", "src/a b/'q\"uote.sh": "#!/bin/sh\n", "src/pkg/new\nline": "1", SCRIPT: "pass\n"}
+FIXED_SHA256 = "e62beb72eb53f342f68d5d51295ffa1726e76b90f264cfaaee5e65054226ff8a"
+PRINT_DIGEST = """
+import hashlib, os, random, sys
+sys.path.insert(0, %r)
+import transport
+from pathlib import Path
+real = os.scandir
+class Shuffled(list):
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *rest: None
+def scandir(path):
+    with real(path) as items:
+        found = Shuffled(items)
+    random.shuffle(found)
+    return found
+os.scandir = scandir
+tree = transport.collect(Path(sys.argv[1]), sys.argv[2])
+print(hashlib.sha256(transport.pack(tree)).hexdigest(), hashlib.sha256(ascii(tree).encode()).hexdigest())
+""" % str(ROOT)
+
+
+def digest_in(root: Path, python: str = sys.executable, umask: int = 0o022, **env: str) -> list[str]:
+    done = subprocess.run([python, "-c", PRINT_DIGEST, str(root), SCRIPT], env=env, capture_output=True, umask=umask)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().split()
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = plant(tmp_path_factory.mktemp("fixed"), FIXED)
+    (root / "src/a b/'q\"uote.sh").chmod(0o755)
+    return root
+
+
+def test_the_fixed_tree_has_the_digest_it_had_on_every_machine_before(fixed: Path) -> None:
+    assert digest_in(fixed)[0] == FIXED_SHA256
+
+
+@pytest.mark.parametrize("env", [
+    {"TZ": "Asia/Tokyo"}, {"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2"}, {"LC_ALL": "C", "PYTHONUTF8": "0",
+     "PYTHONCOERCECLOCALE": "0"}, {"LC_ALL": "C.UTF-8"}, {"SOURCE_DATE_EPOCH": "1"},
+], ids=str)
+def test_same_tar_in_another_environment(fixed: Path, env: dict[str, str]) -> None:
+    assert digest_in(fixed, **env) == digest_in(fixed)
+
+
+def test_same_tar_elsewhere_later_and_under_another_umask(fixed: Path, tmp_path: Path) -> None:
+    was = os.umask(0o077)
+    try:
+        names = list(FIXED)
+        random.shuffle(names)
+        plant(tmp_path / "some where 'else'", {name: FIXED[name] for name in names})
+    finally:
+        os.umask(was)
+    copy = tmp_path / "some where 'else'"
+    (copy / "src/a b/'q\"uote.sh").chmod(0o700)
+    for number, path in enumerate(sorted(copy.rglob("*"))):
+        if not path.is_symlink():
+            os.utime(path, (number * 1e6, number * 1e7))
+    assert digest_in(copy, umask=0o077) == digest_in(fixed)
+
+
+def test_same_tar_from_every_python(fixed: Path) -> None:
+    pythons = sorted(Path.home().glob(".pyenv/versions/3.1[1-9]*/bin/python"))
+    for python in pythons:
+        assert digest_in(fixed, str(python))[0] == FIXED_SHA256, python
+
+
+NAMES = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="/\0"), min_size=1, max_size=8)
+FILES = st.dictionaries(NAMES.filter(lambda name: name not in (".", "..")), st.tuples(st.binary(max_size=60), st.booleans()),
+                        min_size=1, max_size=8)
+
+
+@given(FILES, st.randoms())
+def test_order_of_entries_does_not_matter(files: dict[str, tuple[bytes, bool]], chance: random.Random) -> None:
+    entries = [Entry("src/" + name, data, run) for name, (data, run) in files.items()]
+    shuffled = list(entries)
+    chance.shuffle(shuffled)
+    one, two = (pack(Tree(tuple(sorted(some, key=lambda entry: entry.path)))) for some in (entries, shuffled))
+    assert one == two
+
+
+@given(FILES)
+def test_any_change_gives_another_digest(files: dict[str, tuple[bytes, bool]]) -> None:
+    entries = tuple(Entry("src/" + name, data, run) for name, (data, run) in sorted(files.items()))
+    first = entries[0]
+    changed = [Entry(first.path, first.data + b"x", first.executable), Entry(first.path + "x", first.data, first.executable),
+               Entry(first.path, first.data, not first.executable)]
+    tars = {pack(Tree((entry, *entries[1:]))) for entry in [first, *changed]}
+    assert len(tars) == 4
+
+
+@pytest.mark.parametrize("method", ["xz", "gz"])
+def test_compression_holds_no_time(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = transport.compress(b"data" * 1000, method)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    assert transport.compress(b"data" * 1000, method) == first
+
+
+def test_unknown_compression_and_executor() -> None:
+    for executor, compression, word in (("local", "zip", "zip"), ("moon", "xz", "moon")):
+        with pytest.raises(Refusal, match=word):
+            plan_for(executor, tree(), job(), compression=compression)
+
+
+# ---------------------------------------------------------------- pod.py's source
+
+
+def test_the_stripped_program_is_the_same_program() -> None:
+    source, bare = (ROOT / "pod.py").read_text(), transport.pod_program().decode()
+    assert bare.count("\n") == source.count("\n"), "lines keep their numbers"
+    assert len(bare) < len(source) * 0.9
+
+    def code(text: str) -> str:
+        module = ast.parse(text)
+        for node in ast.walk(module):
+            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+                node.body[0] = ast.Pass()
+        return ast.dump(module)
+
+    assert code(source) == code(bare)
+    with open(ROOT / "pod.py", "rb") as file:
+        comments = [token.string for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT]
+    assert len(comments) > 5 and not any(comment in bare for comment in comments)
+
+
+SNIPPETS = ['"""doc"""\nx = "# no comment"  # yes\n', 'def f():\n    """doc\n    more"""\n    return "#"\n',
+            'def f(): "doc"\n', 'class A:\n    "doc"  # here\n    y = """a\n# b\n"""\n', "x = 1 # end", "def f():\n    'é' # ü\n"]
+
+
+@pytest.mark.parametrize("source", SNIPPETS)
+def test_stripping(source: str) -> None:
+    bare = transport._bare(source)
+    namespaces: list[dict[str, object]] = [{}, {}]
+    for text, namespace in zip((source, bare), namespaces, strict=True):
+        exec(compile(text, "x", "exec"), namespace)
+    plain = [{key: value for key, value in space.items() if isinstance(value, str | int) and key != "__doc__"}
+             for space in namespaces]
+    assert plain[0] == plain[1]
+
+
+# ---------------------------------------------------------------- chunk
+
+
+@given(st.text("abc+/=", max_size=300), st.integers(1, 50))
+def test_chunks_join_to_the_text(text: str, size: int) -> None:
+    pieces = transport.chunk(text, size)
+    assert "".join(pieces) == text
+    assert pieces and all(len(piece) == size for piece in pieces[:-1]) and len(pieces[-1]) <= size
+
+
+@given(st.binary(max_size=5000), st.integers(1, 700))
+def test_stream(data: bytes, size: int) -> None:
+    env = transport.stream("TREE", data, size)
+    chunks = {name: value for name, value in env.items() if re.fullmatch(r"AIRLIFT_TREE_\d{4}", name)}
+    assert len(env) == len(chunks) + 2
+    assert env["AIRLIFT_TREE_CHUNKS"] == str(len(chunks))
+    text = "".join(chunks[name] for name in sorted(chunks))
+    assert base64.b64decode(text, validate=True) == data
+    assert hashlib.sha256(text.encode()).hexdigest() == env["AIRLIFT_TREE_SHA256"]
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(["local", "lepton", "dgxcloud", "docker"]), st.integers(0, 40_000), st.text(max_size=50),
+       st.sampled_from([0, 1024, 5000]))
+@example("dgxcloud", 40_000, "$(HOME) $$ `id` \"'", 0)
+def test_what_a_platform_sees(executor: str, size: int, text: str, chunk_bytes: int) -> None:
+    """Base64, digits and hexadecimal only, within the chunk limit; never the user's text."""
+    text = text.replace("\0", "")
+    made = plan_for(executor, tree({"src/data": random.Random(1).randbytes(size)}), chunk_bytes=chunk_bytes,
+                    job=job(config=text, command="echo " + text, env={"A": text}, setup=[text]))
+    limit = chunk_bytes or LIMITS[executor].chunk
+    assert made.fits and made.chunk_limit == limit
+    for name, value in made.env.items():
+        assert re.fullmatch(r"AIRLIFT_(POD|JOB|TREE)_(\d{4}|CHUNKS|SHA256)|AIRLIFT_NODES", name)
+        assert re.fullmatch(r"[A-Za-z0-9+/=]+", value)
+        assert len(value) <= limit
+    trees = [name for name in made.env if re.fullmatch(r"AIRLIFT_TREE_\d+", name)]
+    assert len(trees) == made.chunks == -(-len(base64.b64encode(made.tar)) // limit)
+
+
+def test_argv_survives_splitting() -> None:
+    for executor in ("local", "docker", "lepton", "dgxcloud"):
+        argv = plan(executor=executor).argv
+        assert not re.search(r"[\s\"'$`\\#~!]", "".join(argv))
+        joined = " ".join(argv)
+        assert argv == shlex.split(joined) == joined.split() == shlex.split(joined, comments=True)
+        assert len(joined) < 2_000
+
+
+def test_the_plan_does_not_show_what_may_be_secret() -> None:
+    assert "s3cr3t" not in repr(plan(visible={"TOKEN": "s3cr3t"}))
+
+
+# ---------------------------------------------------------------- limits: the kernel's
+
+
+def execs(env: dict[str, str], argv: list[str], program: str = "/bin/true") -> bool:
+    """Whether the kernel takes argv and environment, at an 8 MiB stack."""
+    def stack() -> None:
+        resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+    try:
+        return subprocess.run(argv, executable=program, env=env, preexec_fn=stack).returncode == 0
+    except OSError as error:
+        assert error.strerror == "Argument list too long"
+        return False
+
+
+def padding(size: int, name: str = "PAD%03d", piece: int = 100_000) -> dict[str, str]:
+    """Variables for which exec_bytes counts exactly `size`."""
+    env = {}
+    head = len(name % 0) + 2 + transport.POINTER
+    while size > 0:
+        take = piece + head if size > piece + 2 * head else size
+        assert take >= head
+        env[name % len(env)] = "x" * (take - head)
+        size -= take
+    return env
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_one_string_against_the_kernel(over: int) -> None:
+    size = transport.MAX_STRING + over
+    assert execs({"A": "x" * (size - 3)}, ["true"]) == (over <= 0)
+    assert execs({}, ["true", "x" * (size - 1)]) == (over <= 0)
+    made = plan(visible={"A": "x" * (size - 3)})
+    assert made.budget("one string") == (size, transport.MAX_STRING)
+    assert made.fits == (over <= 0)
+    unicode = plan(visible={"A": "é" * ((size - 3) // 2) + "x" * ((size - 3) % 2)})
+    assert unicode.fits == (over <= 0), "the kernel counts bytes"
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_the_recipes_own_strings_are_checked_before_anything_is_sent(over: int) -> None:
+    """They travel compressed in the chunks; in the pod they become an environment and an argv again."""
+    size = transport.MAX_STRING + over
+    assert plan_for("local", tree(), job(env={"A": "x" * (size - 3)})).fits == (over <= 0)
+    assert plan_for("local", tree(), job(command="x" * (size - 1))).fits == (over <= 0)
+    many = {"V%02d" % number: "x" * 100_000 for number in range(25)}
+    with pytest.raises(Refusal, match="recipe's environment") as caught:
+        plan_for("local", tree(), job(env=many)).require_fit()
+    assert caught.value.code == 3
+
+
+def test_exec_bytes_counts_what_the_kernel_counts() -> None:
+    """By bisection: the largest environment that this kernel takes. The program's path is all that we do not count."""
+    env, argv, low, high = {"A": "1", "EMPTY": ""}, ["true", "", "some argument"], 0, 3 << 20
+    while high - low > 1:
+        middle = (low + high) // 2
+        if middle < 20 or execs(env | padding(middle), argv):
+            low = middle
+        else:
+            high = middle
+    largest = transport.exec_bytes(env | padding(low), argv)
+    assert largest + len("/bin/true") + 1 == transport.MAX_EXEC
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_the_environment_against_the_kernel(over: int) -> None:
+    """A plan at its limit still leaves room for what platform and image add, to the last byte of the reserve."""
+    base = plan()
+    limit = transport.MAX_EXEC - transport.EXEC_RESERVE
+    made = plan(visible=padding(limit - base.budget("environment")[0] + over))
+    assert made.budget("environment") == (limit + over, limit)
+    assert made.fits == (over <= 0)
+    path = len("/bin/true") + 1
+    added = padding(transport.EXEC_RESERVE - path, "ADD%03d", 50_000)
+    assert execs(made.env | added, made.argv) == (over <= 0)
+
+
+# ---------------------------------------------------------------- limits: the platforms'
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+@pytest.mark.parametrize("executor", ["lepton", "dgxcloud", "local", "docker"])
+def test_chunk_limits(executor: str, over: int) -> None:
+    """A tree whose text just fills a chunk: one chunk more only when it is one character too long."""
+    limit = {"lepton": 98_304, "dgxcloud": 9_216}.get(executor, LIMITS[executor].chunk)
+    assert len(transport.chunk("x" * (limit + over), LIMITS[executor].chunk)) == (2 if over > 0 else 1)
+    made = plan({"src/noise": random.Random(2).randbytes(200_000)}, executor)
+    assert max(len(value) for name, value in made.env.items() if "TREE_0" in name) == limit
+    assert made.fits
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_value_limit(over: int) -> None:
+    made = plan(executor="dgxcloud", visible={"TOKEN": "x" * (10_000 + over)})
+    assert made.budget("one value") == (10_000 + over, 10_000)
+    assert made.fits == (over <= 0)
+    assert plan(executor="lepton", visible={"TOKEN": "x" * (10_000 + over)}).fits, "only run:AI has this limit"
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_argument_limit(over: int) -> None:
+    used = len(" ".join(transport.ARGV))
+    assert plan(executor="dgxcloud").budget("arguments") == (used, 9_500)
+    limits = Limits(chunk=9_216, args=used - over)
+    assert plan_for("dgxcloud", tree(), job(), limits=limits).fits == (over <= 0)
+
+
+def object_size(made: transport.Plan, copies: int) -> int:
+    """What an API object with `copies` copies of the environment is at least, in JSON."""
+    pod = {"env": [{"name": name, "value": value} for name, value in made.env.items()], "command": made.argv}
+    return len(json.dumps({"kind": "Job", "specs": [pod] * copies}))
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+@pytest.mark.parametrize("executor, changes, copies", [
+    ("lepton", {}, 1), ("lepton", {"nodes": 2}, 1), ("lepton", {"nodes": 2, "launch": "ray"}, 2), ("dgxcloud", {}, 1),
+    ("dgxcloud", {"nodes": 2}, 2),
+])
+def test_object_limit(executor: str, changes: dict, copies: int, over: int) -> None:
+    def padded(size: int) -> transport.Plan:
+        """`size` bytes of JSON more, in values that no other limit minds."""
+        env, each = {}, 4_000 + len(json.dumps({"name": "PAD000", "value": ""})) + 2
+        while size > 2 * each:
+            env["PAD%03d" % len(env)] = "x" * 4_000
+            size -= each
+        env["PAD%03d" % len(env)] = "x" * (size - each + 4_000)
+        return plan_for(executor, tree(), job(**changes), env=env)
+
+    limit = 1_572_864
+    used, found = plan_for(executor, tree(), job(**changes)).budget("API object")
+    assert found == limit
+    room = (limit - used) // copies
+    made = padded(room + over)
+    assert 0 <= limit + over * copies - made.budget("API object")[0] < copies
+    assert made.fits == (over <= 0)
+    assert made.budget("environment")[0] <= made.budget("environment")[1]
+    assert object_size(made, copies) <= made.budget("API object")[0] - transport.OBJECT_RESERVE + 100
+
+
+def test_a_lowered_limit_is_used() -> None:
+    used = plan(executor="lepton").budget("API object")[0]
+    for over in (-1, 0, 1):
+        limits = Limits(chunk=98_304, object=used - over)
+        assert plan_for("lepton", tree(), job(), limits=limits).fits == (over <= 0)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    """The sum, the limit, the ten biggest files and what to do; exit code 3."""
+    noise = random.Random(3)
+    files = {"src/n%02d" % number: noise.randbytes(80_000 + number) for number in range(15)}
+    made = plan(files, "lepton")
+    assert not made.fits
+    with pytest.raises(Refusal) as caught:
+        made.require_fit()
+    refusal = caught.value
+    assert refusal.code == 3
+    used, limit = made.budget("API object")
+    assert f"{used:,}" in refusal.what and f"{limit:,}" in refusal.what and "nothing was submitted" in refusal.what
+    assert [name for name in files if name in refusal.fix] == ["src/n%02d" % number for number in range(5, 15)]
+    assert "exclude" in refusal.fix and "\n" not in refusal.what + refusal.fix
+    assert plan(files, "slurm").fits, "nemo-run's packager carries it there"
+
+
+@pytest.mark.parametrize("executor, visible, changes, word", [
+    ("dgxcloud", {"TOKEN": "x" * 10_001}, {}, "shorten the longest variable"),
+    ("local", {"TOKEN": "x" * 131_072}, {}, "shorten the longest variable"),
+    ("local", {}, {"env": {"A": "x" * 131_072}}, "shorten the longest variable"),
+    ("local", {}, {"setup": ["x" * 131_072]}, "startup command"),
+])
+def test_what_to_do_fits_what_is_too_long(executor: str, visible: dict, changes: dict, word: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        plan(executor=executor, visible=visible, **changes).require_fit()
+    assert caught.value.code == 3 and word in caught.value.fix
+
+
+@pytest.mark.parametrize("size", [-5, 1, 100, 1023])
+def test_chunks_too_small_to_count(size: int) -> None:
+    with pytest.raises(Refusal, match="chunk_bytes is %d" % size) as caught:
+        plan(chunk_bytes=size)
+    assert caught.value.code == 2
+    assert int(plan(chunk_bytes=1024).env["AIRLIFT_POD_CHUNKS"]) < 1000, "the bootstrap reads AIRLIFT_POD_0..."
+
+
+@pytest.mark.parametrize("changes", [
+    {"env": {"A": "nul\0here"}}, {"env": {"A=B": ""}}, {"env": {"": ""}}, {"env": {"A\0": ""}}, {"setup": ["a\0"]},
+    {"command": "a\0"}, {"env": {"A": "\udcff"}}, {"command": "\ud800"}, {"config": "\udcff"},
+], ids=ascii)
+def test_text_that_no_environment_holds(changes: dict) -> None:
+    with pytest.raises(Refusal) as caught:
+        plan(**changes)
+    assert caught.value.code == 2
+    str(caught.value).encode()
+
+
+def test_a_tree_for_slurm_travels_outside_the_environment() -> None:
+    made = plan({"src/noise": random.Random(4).randbytes(3_000_000)}, "slurm")
+    assert made.fits and made.chunks == 0 and made.compression == "gz"
+    assert not any("TREE" in name for name in made.env)
+    assert made.digest == plan({"src/noise": random.Random(4).randbytes(3_000_000)}, "local").digest
+
+
+def test_human() -> None:
+    assert [transport.human(size) for size in (0, 1023, 1024, 1_234_567, 5 << 30)] == [
+        "0 B", "1023 B", "1.0 KiB", "1.2 MiB", "5120.0 MiB"]
