@@ -200,7 +200,7 @@ def left_out_notes(tree):
     for reason, paths in sorted(kinds.items()):
         if reason == "credential":
             notes.append("left out, as they look like credentials: " + ", ".join(paths))
-        elif reason != "documentation":
+        elif reason not in ("documentation", "another family"):
             notes.append("left out, %s: %d, like %s" % (reason, len(paths), paths[0]))
     return notes
 

@@ -272,7 +272,7 @@ class Shared:
 
     Under one folder that all pods see:
 
-        trees/000007-<digest>/     a published tree: absent or complete
+        trees/000007-<digest>.../  a published tree: absent or complete; its name is never used again
             code/                  what was sent; never changed
             uses/                  a file of each pod that uses it, from before it looks at the tree until it ends
             told/                  rank 0's word to the others, <attempt>.ready-<n>; n is the number of chunks
@@ -295,7 +295,7 @@ class Shared:
         others do not mind what their own siblings leave in it meanwhile.
       - What stays: a pod that was killed leaves its use behind, and with it the tree; remove the whole folder while
         no job runs, if that is too much. A tree keeps a word for each attempt it served. Of private folders and
-        failures the newest LEFT stay; a full disk brings the folders down to none.
+        failures the newest LEFT stay. A full disk makes all go that is not in use.
       - NFS: a rename that was carried out may be answered ENOENT, so what counts is what is there afterwards. A name
         that was looked up too early stays absent in a cache for a while, so names are read from listings, and a
         folder is touched before it is listed, which makes the client ask the server.
@@ -344,7 +344,7 @@ class Shared:
             self.remove("failed", name)
         known = sorted(self.ours(), key=self.told, reverse=True)  # first what the others may have been told already
         name = next(filter(self.offer, known), None) or self.publish()
-        self.sweep()
+        self.sweep(self.keep, self.LEFT)
         return name
 
     def offer(self, name: str) -> bool:
@@ -362,21 +362,20 @@ class Shared:
         """A new tree. Begun anew when our folder was swept as if left behind, and once when the disk was full."""
         deadline, was_full = time.monotonic() + self.patience, False
         while True:
-            number, begun = self.next_number(), False
-            name = "%06d-%s.%s" % (number, self.attempt, os.urandom(4).hex())
+            name, begun = "%06d-%s.%s" % (self.next_number(), self.digest, os.urandom(4).hex()), False
             try:
                 for folder in ("uses", "told", "code"):
                     os.makedirs(self.path("private", name, folder), exist_ok=True)
                 begun = True
                 self.fill(self.path("private", name))
-                return self.rename(self.path("private", name), number)
+                self.rename(name)
+                return name
             except (Failure, OSError) as error:
                 full = getattr(error, "errno", None) in self.FULL
                 swept = begun and "uses" not in self.listed("private", name)
                 if full and not was_full:
                     was_full = True
-                    for left in self.listed("private"):
-                        self.discard("private", left)
+                    self.sweep(keep=0, left=0)
                 elif full or not swept or time.monotonic() > deadline:
                     raise
             finally:
@@ -389,19 +388,13 @@ class Shared:
         if not all(marked) or not holds(code, self.tar):
             raise Failure(PLACE, "%s does not hold what was written to it" % private)
 
-    def rename(self, private: str, number: int) -> str:
-        while True:
-            self.used = "%06d-%s" % (number, self.digest)
-            try:
-                os.rename(private, self.path("trees", self.used))
-                return self.used
-            except OSError as error:
-                name = self.used
-                if self.offer(name):  # carried out after all, or another launch was faster
-                    return name
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
-                number += 1  # something else has that name
+    def rename(self, name: str) -> None:
+        self.used = name
+        try:
+            os.rename(self.path("private", name), self.path("trees", name))
+        except OSError:
+            if not self.offer(name):  # it may have been carried out after all
+                raise
 
     # the others
 
@@ -447,15 +440,14 @@ class Shared:
                 pass  # there is none; or it is as if this pod had been killed, and the tree stays
             self.used = None
 
-    def sweep(self) -> None:
-        """Remove all but the newest trees, none that is in use. What goes wrong here concerns nobody but the disk."""
+    def sweep(self, keep: int, left: int) -> None:
+        """Remove all but the newest, and no tree in use. What goes wrong here concerns nobody but the disk."""
         try:
-            trees = self.trees()
-            for name in trees[:max(0, len(trees) - self.keep)]:
+            for name in older(self.trees(), keep):
                 self.retire(name)
-            for name in self.listed("private")[:-self.LEFT]:
+            for name in older(self.listed("private"), left):
                 self.discard("private", name)
-            for name in self.listed("failed")[:-self.LEFT]:
+            for name in older(self.listed("failed"), left):
                 self.remove("failed", name)
             for name in self.listed("swept"):
                 shutil.rmtree(self.path("swept", name), ignore_errors=True)
@@ -487,7 +479,7 @@ class Shared:
 
     def trees(self) -> list[str]:
         """Oldest first."""
-        names = [name for name in self.listed("trees") if re.fullmatch("[0-9]{6,18}-[0-9a-f]{64}", name)]
+        names = [name for name in self.listed("trees") if re.fullmatch(r"[0-9]{6,18}-[0-9a-f]{64}\.[0-9a-f]{8}", name)]
         return sorted(names, key=lambda name: int(name.partition("-")[0]))
 
     def next_number(self) -> int:
@@ -495,7 +487,7 @@ class Shared:
 
     def ours(self) -> list[str]:
         """Trees with our digest, newest first."""
-        return [name for name in reversed(self.trees()) if name.endswith("-" + self.digest)]
+        return [name for name in reversed(self.trees()) if self.digest in name]
 
     def told(self, name: str) -> bool:
         try:
@@ -534,6 +526,11 @@ class Shared:
             os.unlink(self.path(folder, name))
         except FileNotFoundError:
             pass
+
+
+def older(names: list[str], keep: int) -> list[str]:
+    """All but the last `keep`."""
+    return names[:max(0, len(names) - keep)]
 
 
 # ---------------------------------------------------------------- places

@@ -125,15 +125,17 @@ class Tree:
 COLLECTIONS = ("recipes", "steps")
 
 
-def family_of(script: str) -> str | None:
-    """The folder under recipes/ or steps/ that a script (a path like src/pkg/recipes/nano3/...) lies in, or None."""
+def family_of(script: str) -> tuple[str, str] | None:
+    """(collection, family) of a script: ("recipes", "nano3") for src/pkg/recipes/nano3/...; None outside of both."""
     parts = PurePosixPath(script).parts
-    return parts[3] if len(parts) > 4 and parts[0] == "src" and parts[2] in COLLECTIONS else None
+    return (parts[2], parts[3]) if len(parts) > 4 and parts[0] == "src" and parts[2] in COLLECTIONS else None
 
 
 def collect(root: Path, script: str, exclude: tuple[str, ...] = ()) -> Tree:
     """The files under root/src that the script (relative to root, posix) may need: every package, but of recipes/ and
-    steps/ only the script's family, the plain files, and the folders whose names begin with `_`.
+    steps/ only the one that the script lies in, and of that only its family, the plain files, and the folders whose
+    names begin with `_`. Where another folder is divided by recipe families too (cli/commands/nano3, …/super3), only
+    the script's family ships from it as well.
 
     Raises Refusal for a link that leaves what ships, a name that is not UTF-8, a device or socket, or a file that
     changes meanwhile.
@@ -173,8 +175,11 @@ class _Walk:
     """One walk over src. Kept as an object because three lists grow together. A path is what stands in the tar; `real`
     is the same on this disk, spelled as this machine's locale wants it."""
 
-    def __init__(self, top: str, family: str | None, exclude: tuple[str, ...]) -> None:
-        self.top, self.family, self.exclude = top, family, exclude
+    def __init__(self, top: str, family: tuple[str, str] | None, exclude: tuple[str, ...]) -> None:
+        self.top, self.exclude = top, exclude
+        self.collection, self.family = family or ("", "")
+        folders = Path(top).glob("*/recipes/*") if self.collection == "recipes" else ()
+        self.others = {path.name for path in folders if path.is_dir()} - {self.family}
         self.entries: list[Entry] = []
         self.left_out: list[tuple[str, str]] = []
         self.folders = [("src", top)]  # still to be walked
@@ -212,11 +217,15 @@ class _Walk:
         for pattern in self.exclude:
             if fnmatch.fnmatchcase(path if "/" in pattern.strip("/") else name, pattern.strip("/")):
                 return "excluded by " + pattern
-        return "" if folder and self._other_family(path.split("/")) else None
+        return "another family" if folder and self.family and self._other_family(path.split("/"), item.path) else None
 
-    def _other_family(self, parts: list[str]) -> bool:
-        return (self.family is not None and len(parts) == 4 and parts[2] in COLLECTIONS
-                and parts[3] != self.family and not parts[3].startswith("_"))
+    def _other_family(self, parts: list[str], real: str) -> bool:
+        name = parts[-1]
+        if len(parts) == 3 and name in COLLECTIONS:
+            return name != self.collection
+        if len(parts) == 4 and parts[2] in COLLECTIONS:
+            return name != self.family and not name.startswith("_")
+        return name in self.others and os.path.isdir(os.path.join(os.path.dirname(real), self.family))
 
     def _file(self, path: str, real: str) -> None:
         info = os.lstat(real)

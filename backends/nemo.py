@@ -163,9 +163,9 @@ class CarriedSlurm(SlurmExecutor):
 
 @dataclass
 class Answer:
-    stdout: str
-    return_code: int
-    stderr: str = ""
+    command: str
+    stdout: str = ""
+    return_code: int = 0
 
 
 class Session:
@@ -183,7 +183,7 @@ class Session:
         if done.returncode and not warn:
             doing = "submit the job" if command.startswith("sbatch") else "run `%s`" % command
             raise Refusal("%s: cannot %s: %s" % (self._host, doing, words(done.stderr)), "mend what it names, then launch again", 4)
-        return Answer(done.stdout.decode("utf-8", "replace"), done.returncode)
+        return Answer(command, done.stdout.decode("utf-8", "replace"), done.returncode)
 
     def local(self, command: str, hide: bool = True) -> Answer:
         """rsync, on this machine. It asks for nothing: the connection has been tried."""
@@ -191,7 +191,7 @@ class Session:
         if done.returncode:
             raise Refusal("the files cannot be copied to %s: %s" % (self._host, words(done.stderr)),
                           "look whether both machines have rsync, and the folder has space", 4)
-        return Answer("", 0)
+        return Answer(command)
 
     def close(self) -> None:
         """The shared connection ends with the launcher."""

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import fnmatch
 import json
 import os
 import random
@@ -56,7 +57,8 @@ def usual(name: str) -> bool:
     """Whether a name is none that collect leaves out, so that the whole tree must come back."""
     return (name not in (".", "..") and len(name.encode()) <= 255 and name not in transport.CACHES
             and not name.endswith((*transport.CACHE_SUFFIXES, *transport.DATA_SUFFIXES)) and not transport._named_secret(name)
-            and name not in transport.CREDENTIAL_FOLDERS and name != "pyvenv.cfg" and not name.startswith("README"))
+            and name not in transport.CREDENTIAL_FOLDERS and name != "pyvenv.cfg"
+            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in transport.DOCUMENTS))
 
 
 NAMES = st.one_of(
