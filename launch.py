@@ -43,9 +43,10 @@ python launch.py profiles                                         where they can
 python launch.py files FAMILY STAGE [PROFILE]                     what would ship, and what would not
 python launch.py status [RUN] | logs RUN | cancel RUN             runs that were launched from here
 
-STAGE is the rest of the recipe's name, like sft or data/prep/rl. KEY=VALUE overrides the recipe's config;
-what follows -- goes to its script. Exit codes: 0 done, 1 the job failed, 2 bad usage, profile, recipe or
-config, 3 the payload does not fit, 4 the platform refused, 5 the platform could not be reached.
+STAGE is the rest of the recipe's name, like sft or data/prep/rl; stages with commas between, like
+data/prep/sft,sft, run in order, each as its own job. KEY=VALUE overrides the recipe's config; what
+follows -- goes to its script. Exit codes: 0 done, 1 the job failed, 2 bad usage, profile, recipe or config, 3 the
+payload does not fit, 4 the platform refused, 5 the platform could not be reached.
 """
 
 
@@ -134,8 +135,8 @@ def one_line(text):
 class Launch(object):
     """One launch, resolved: profile, recipe, config, job, tree and plan. Nothing has been asked of a platform."""
 
-    def __init__(self, options, dry):
-        family, stage, name, overrides = split_words(options.words)
+    def __init__(self, options, dry, family, stage, name, overrides):
+        self.done = False
         self.profile = profiles.load(name, stage)
         if not dry:
             self.profile.require_set()
@@ -181,14 +182,15 @@ class Launch(object):
 
 
 def split_words(words):
-    """FAMILY STAGE [PROFILE] and the KEY=VALUE overrides among the words."""
+    """FAMILY STAGE[,STAGE...] [PROFILE] and the KEY=VALUE overrides among the words."""
     overrides = [word for word in words if "=" in word]
     names = [word for word in words if "=" not in word]
     if len(names) < 2:
         raise Refusal("a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local")
     if len(names) > 3:
         raise Refusal("%r is one word too many" % names[3], "overrides are KEY=VALUE; what follows -- goes to the script")
-    return names[0], names[1].strip("/"), names[2] if len(names) > 2 else "local", overrides
+    stages = [stage.strip("/") for stage in names[1].split(",")]
+    return names[0], stages, names[2] if len(names) > 2 else "local", overrides
 
 
 def left_out_notes(tree):
@@ -206,18 +208,36 @@ def left_out_notes(tree):
 
 
 def launch(options):
+    """One stage, or several with commas between: each its own job, all of them planned before the first is submitted."""
     dry = options.dry_run or options.json
-    plan = Launch(options, dry)
+    family, stages, name, overrides = split_words(options.words)
+    plans = [Launch(options, dry, family, stage, name, overrides) for stage in stages]
     if options.json:
-        print(json.dumps(as_json(plan), indent=1))
-        return 0 if plan.plan.fits else 3
-    if options.dry_run:
-        show(plan)
+        shown = [as_json(plan) for plan in plans]
+        print(json.dumps(shown[0] if len(shown) == 1 else {"stages": shown}, indent=1))
+        return 0 if all(plan.plan.fits for plan in plans) else 3
+    for plan in plans:
+        if options.dry_run:
+            show(plan)
         plan.plan.require_fit()
-        return 0
-    plan.plan.require_fit()
-    backends.require(plan.job, not options.detach)
-    return submit(plan, options)
+        if not options.dry_run:
+            backends.require(plan.job, not options.detach)
+    return 0 if options.dry_run else run_stages(plans, stages, options)
+
+
+def run_stages(plans, stages, options):
+    if options.detach and len(plans) > 1:
+        raise Refusal("a pipeline of stages needs a launcher that stays to start the next one",
+                      "leave --detach out, or launch the stages one by one")
+    for number, plan in enumerate(plans):
+        code = submit(plan, options)
+        if not plan.done:
+            left = ",".join(stages[number:] if code else stages[number + 1:])
+            if len(plans) > 1 and left:
+                print("go on from here with: python launch.py %s %s %s ..." % (plan.recipe.family, left, plan.profile.name),
+                      file=sys.stderr)
+            return code
+    return 0
 
 
 def submit(plan, options):
@@ -260,6 +280,7 @@ def ended(run, status, plan):
     took = "%.0f s" % (time.time() - run.started)
     root = plan.job.description["run_root"]
     if status.state == "done":
+        plan.done = True
         print("done in %s%s" % (took, "; outputs in " + root if root else ""))
         return 0
     code = status.exit_code
@@ -389,7 +410,10 @@ def list_profiles(options):
 
 
 def files(options):
-    plan = Launch(options, True)
+    family, stages, name, overrides = split_words(options.words)
+    if len(stages) > 1:
+        raise Refusal("files shows one stage at a time", "name one of " + ", ".join(stages))
+    plan = Launch(options, True, family, stages[0], name, overrides)
     if options.json:
         print(json.dumps({"files": [{"path": entry.path, "bytes": len(entry.data)} for entry in plan.tree.entries],
                           "left_out": [{"path": path, "reason": reason} for path, reason in plan.tree.left_out]}, indent=1))

@@ -90,7 +90,7 @@ def _sockets() -> str:
 
     def close() -> None:
         for socket in Path(folder).iterdir():
-            subprocess.run(["ssh", "-o", "ControlPath=%s" % socket, "-O", "exit", "-"], capture_output=True)
+            subprocess.run(["ssh", "-o", "ControlPath=%s" % socket, "-O", "exit", "there"], capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(close)
