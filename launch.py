@@ -146,7 +146,8 @@ class Launch(object):
         notes = []
         self.config = recipes.compile_config(
             self.recipe, options.config, overrides,
-            lambda yaml, forced: backends.settle(self.recipe, self.profile, options.nodes, yaml, forced, notes))
+            lambda yaml, forced: backends.settle(self.recipe, self.profile, options.nodes, yaml, forced, notes),
+            profiles.shared("wandb"), profiles.shared("artifacts"))
         self.job = self.make_job(options.args, notes)
         settings = self.job.settings
         self.tree = transport.collect(self.root, self.job.description["script"], tuple(settings.get("exclude", ())))
@@ -475,5 +476,6 @@ TAKES = {"list": ("repo_root", "json"), "profiles": ("json",), "files": ("config
          "status": ("json",), "logs": ("all_ranks",), "cancel": ()}  # launch takes all
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a locale without the letters of a path is no reason to fail
+    # A locale that lacks the letters of a path is no reason to fail.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

@@ -447,7 +447,7 @@ class Shared:
                 self.retire(name)
             for name in older(self.listed("private"), left):
                 self.discard("private", name)
-            for name in older(self.listed("failed"), left):
+            for name in older(self.listed("failed"), self.LEFT):
                 self.remove("failed", name)
             for name in self.listed("swept"):
                 shutil.rmtree(self.path("swept", name), ignore_errors=True)

@@ -236,9 +236,10 @@ def config_file(recipe: Recipe, name: str | None) -> Path:
                   "did you mean %s?" % nearest(name, known) if known else "write one there")
 
 
-def compile_config(recipe: Recipe, name: str | None, overrides: list[str], settings: Any) -> Config:
+def compile_config(recipe: Recipe, name: str | None, overrides: list[str], settings: Any,
+                   wandb: dict[str, Any] | None = None, artifacts: dict[str, Any] | None = None) -> Config:
     """Read, merge and override the YAML. `settings(env, forced)` merges the profile over its run.env and gives the
-    result; `forced` is what KEY=VALUE says of run.env.
+    result; `forced` is what KEY=VALUE says of run.env. `wandb` replaces run.wandb, `artifacts` goes below the YAML's.
 
     Raises Refusal for a file that is not YAML, a cycle in `defaults:`, or an override that does not parse.
     """
@@ -250,6 +251,10 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
     forced = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(overrides)).get("run") or {}
     yaml_env = _table(run.get("env"), "run.env", path)
     env = settings(yaml_env, forced.get("env") or {})
+    if wandb:
+        run = run | {"wandb": wandb | (forced.get("wandb") or {})}
+    if artifacts:
+        plain["artifacts"] = artifacts | _table(plain.get("artifacts"), "artifacts", path)
     run = run | {"env": env, "recipe": {"name": recipe.name, "script": recipe.script}}
     known = run | {"env": yaml_env | env}  # what a config may name also holds what this executor has no use for
     plain = _places(_replace_run(plain, _replace_run(known, known)), recipe.root)

@@ -179,7 +179,7 @@ class _Walk:
         self.top, self.exclude = top, exclude
         self.collection, self.family = family or ("", "")
         folders = Path(top).glob("*/recipes/*") if self.collection == "recipes" else ()
-        self.others = {path.name for path in folders if path.is_dir()} - {self.family}
+        self.others = {path.name for path in folders if path.is_dir() and path.name[0] != "_"} - {self.family}
         self.entries: list[Entry] = []
         self.left_out: list[tuple[str, str]] = []
         self.folders = [("src", top)]  # still to be walked

@@ -43,7 +43,10 @@ class Retry(urllib3.Retry):
 
     def get_retry_after(self, response: Any) -> float | None:
         """What Retry-After says, but never a wait that a person would take for a hang."""
-        seconds = super().get_retry_after(response)
+        try:
+            seconds = super().get_retry_after(response)
+        except urllib3.exceptions.InvalidHeader:  # "0.5", say
+            return None
         return None if seconds is None else min(seconds, LONGEST_WAIT_S)
 
 
@@ -52,7 +55,7 @@ class Adapter(HTTPAdapter):
     timeout for logs, and REQUESTS_CA_BUNDLE would win over the session's own CA."""
 
     def __init__(self, ca_bundle: str | None, safe: frozenset[str] = ASKING) -> None:
-        self.ca_bundle = ca_bundle
+        self.ca_bundle, self.safe = ca_bundle, safe
         super().__init__(pool_maxsize=64, max_retries=Retry(
             total=RETRIES, read=READ_RETRIES, other=0, redirect=0, backoff_factor=BACKOFF_S, allowed_methods=safe,
             raise_on_status=False))
@@ -60,7 +63,15 @@ class Adapter(HTTPAdapter):
     def send(self, request: Any, stream: bool = False, timeout: Any = None, verify: Any = True, cert: Any = None,
              proxies: Any = None) -> requests.Response:
         limits = (CONNECT_S, LOG_READ_S if stream else READ_S)
-        return super().send(request, stream, limits, self.ca_bundle or verify, cert, proxies)
+        for left in range(READ_RETRIES, -1, -1):
+            response = super().send(request, stream, limits, self.ca_bundle or verify, cert, proxies)
+            try:
+                if stream or response.content is not None:  # read now, where an answer that breaks can be asked for again
+                    break
+            except requests.RequestException:
+                if request.method not in self.safe or not left:
+                    raise
+        return response
 
 
 def harden(session: requests.Session, ca_bundle: str | None) -> requests.Session:
@@ -184,8 +195,8 @@ class Follower:
         told = [code for code in codes if code not in ECHOES]
         if told or (codes and not silent):
             return Status("failed", status.detail, (told or codes)[0])
-        words = [status.detail] + ["rank %s ended without a word" % ", ".join(map(str, silent))] * bool(silent)
-        return Status("failed", "; ".join(word for word in [*words, self._trouble()] if word))
+        quiet = "rank %s ended without a word" % ", ".join(map(str, silent)) if silent else ""
+        return Status("failed", "; ".join(filter(None, (status.detail, quiet, self._trouble()))))
 
     def _watch(self) -> Status:
         last, warned = "", False

@@ -297,8 +297,8 @@ def _status(client: Client, run: Run) -> Status:
 def trouble(client: Client, run: Run) -> str:
     """The workload's warnings, newest first. Raises Refusal where this installation has no route for events."""
     page = client.call("GET", "/workloads/%s/events" % run.record["id"], "read the events", limit="20")
-    return "; ".join("%s: %s" % (event.get("reason"), event.get("message")) for event in page.get("events", [])
-                     if event.get("type") == "Warning")
+    warnings = [event for event in page.get("events", []) if event.get("type") == "Warning"]
+    return "; ".join(dict.fromkeys("%s: %s" % (event.get("reason"), event.get("message")) for event in warnings))
 
 
 # ---------------------------------------------------------------- logs

@@ -247,7 +247,7 @@ def _status(client: Any, run: Run) -> Status:
 def trouble(client: Any, run: Run) -> str:
     """The job's warnings, newest first: only its events tell that an image cannot be pulled."""
     events = asked("read the job's events", client, lambda: client.job.get_events(run.record["job"]))
-    return ", ".join(event.reason for event in reversed(events) if event.type_ == "Warning")
+    return ", ".join(dict.fromkeys(event.reason for event in reversed(events) if event.type_ == "Warning"))
 
 
 def open_log(client: Any, run: Run, rank: int) -> Iterator[str] | None:

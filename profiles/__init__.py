@@ -1,5 +1,9 @@
 """Profiles: where and how jobs run. One TOML file each in this folder; `load` gives one, checked and resolved.
 
+An env.toml, as NVIDIA's launcher has it, holds profiles as well, one section each: NEMOTRON_ENV_FILE names it, else it is
+looked for from the working directory upwards to the first pyproject.toml. A section there wins over a file of the same
+name here. Its [wandb], [artifacts], [cache] and [cli] are no profiles; the first two go into the recipe's config.
+
 `extends = "parent"` merges tables deeply and replaces lists. `[stages.rl]` and `[stages."data/prep"]` override for the
 stages with that prefix, longest last. `${env:NAME}` reads the environment of the launcher. Every key has a type and the
 executors that it is for; an unknown key, a wrong type, or a key of another executor is an error.
@@ -17,6 +21,7 @@ from recipes import VARIABLE, nearest, variable
 from transport import LIMITS, Refusal
 
 FOLDER = Path(__file__).parent
+NOT_PROFILES = ("wandb", "artifacts", "cache", "cli")
 CLOUDS = ("lepton", "dgxcloud")
 
 
@@ -97,9 +102,43 @@ class Profile:
                 "export it, or write the value into %s" % self.files[0])
 
 
+def env_file() -> Path | None:
+    """The env.toml that counts here. Raises Refusal if NEMOTRON_ENV_FILE names one that is not there."""
+    named = os.environ.get("NEMOTRON_ENV_FILE")
+    if named:
+        if not Path(named).expanduser().is_file():
+            raise Refusal("NEMOTRON_ENV_FILE names %s, which is not there" % named, "mend it, or unset it")
+        return Path(named).expanduser().resolve()
+    for folder in (Path.cwd(), *Path.cwd().parents):
+        if (folder / "env.toml").is_file():
+            return folder / "env.toml"
+        if (folder / "pyproject.toml").exists():
+            break
+    return None
+
+
+def sections() -> dict[str, dict[str, Any]]:
+    """The sections of env.toml, {} without one. Raises Refusal for what is not a section."""
+    path = env_file()
+    found = _read(path) if path else {}
+    for name, section in found.items():
+        if not isinstance(section, dict):
+            raise Refusal("%s: %s stands in no section" % (path, name), "put it below a [profile]")
+    return found
+
+
+def shared(name: str) -> dict[str, Any]:
+    """env.toml's [wandb], [artifacts] or [cache], with variables read; {} where there is none."""
+    unset: list[str] = []
+    found = _resolve(sections().get(name, {}), unset)
+    if unset:
+        raise Refusal("[%s] of %s reads %s, which is not set" % (name, env_file(), unset[0]), "export it, or write it there")
+    return dict(found)
+
+
 def names() -> list[str]:
-    """The profiles of this folder."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    """The profiles of this folder and of env.toml."""
+    return sorted({path.stem for path in FOLDER.glob("*.toml")} | (set(sections()) - set(NOT_PROFILES)))
 
 
 def load(name: str, stage: str = "") -> Profile:
@@ -136,31 +175,29 @@ def load(name: str, stage: str = "") -> Profile:
     if missing:
         raise Refusal("profile %s lacks %s" % (name, ", ".join(missing)), "executor %s needs it; see profiles/%s.toml"
                       % (executor, executor))
+    base = Path(files[0]).parent
     for table in (keys, overrides):
-        anchor(table, executor)
+        anchor(table, executor, FOLDER.parent if base == FOLDER else base)
     return Profile(name, executor, files, keys, overrides, tuple(dict.fromkeys(unset)))
 
 
-def anchor(table: dict[str, Any], executor: str) -> None:
-    """Relative paths of this machine begin at launch.py's folder."""
+def anchor(table: dict[str, Any], executor: str, base: Path | None = None) -> None:
+    """Relative paths of this machine begin at launch.py's folder, or at env.toml's."""
     for key in ("repo_root", "workspace" if executor == "local" else "ca_bundle"):
         if key in table:
-            table[key] = os.path.normpath(FOLDER.parent / os.path.expanduser(table[key]))
+            table[key] = os.path.normpath((base or FOLDER.parent) / os.path.expanduser(table[key]))
 
 
 def _extended(name: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
     if name in seen:
         raise Refusal("profiles extend each other in a circle: " + " -> ".join((*seen, name)), "take one extends out")
-    path = FOLDER / (name + ".toml")
     if name not in names():
         asked = "profile %s extends %r, which" % (seen[-1], name) if seen else "profile %r" % name
         raise Refusal("%s is not there" % asked, "did you mean %s?" % nearest(name, names()))
-    try:
-        keys = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refusal("%s cannot be read: %s" % (path, error.strerror), "make it readable, or remove it") from None
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number or a nesting beyond all bounds
-        raise Refusal("%s is not TOML: %s" % (path, error), "mend the file") from None
+    in_env = name in sections()
+    path = env_file() if in_env else FOLDER / (name + ".toml")
+    assert path is not None
+    keys = _canonical(dict(sections()[name]) if in_env else _read(path), "profile " + name)
     parent = keys.pop("extends", None)
     if parent is None:
         return keys, (str(path),)
@@ -168,6 +205,26 @@ def _extended(name: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], tuple[s
         raise Refusal("%s: extends is %r" % (path, parent), 'write extends = "name"')
     above, files = _extended(parent, (*seen, name))
     return _merge(above, keys), (str(path), *files)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refusal("%s cannot be read: %s" % (path, error.strerror), "make it readable, or remove it") from None
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number or a nesting beyond all bounds
+        raise Refusal("%s is not TOML: %s" % (path, error), "mend the file") from None
+
+
+def _canonical(table: dict[str, Any], where: str) -> dict[str, Any]:
+    """Aliases under their own names, before tables are merged: a child's `container` replaces a parent's image."""
+    result: dict[str, Any] = {}
+    for key, value in table.items():
+        name = KEYS[key].alias or key if key in KEYS else key
+        if name in result:
+            raise Refusal("%s: %s is set twice, once as an alias" % (where, name), "keep one of them")
+        result[name] = value
+    return result
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +258,7 @@ def _resolve(value: Any, unset: list[str]) -> Any:
 def _checked(table: dict[str, Any], executor: str, where: str) -> dict[str, Any]:
     """The table with aliases under their own names. Raises Refusal for an unknown key, a wrong type or executor."""
     result: dict[str, Any] = {}
-    for key, value in table.items():
+    for key, value in _canonical(table, where).items():
         known = KEYS.get(key)
         if known is None:
             raise Refusal("%s: there is no key %r" % (where, key), "did you mean %s?" % nearest(key, KEYS))
@@ -214,10 +271,7 @@ def _checked(table: dict[str, Any], executor: str, where: str) -> dict[str, Any]
             raise Refusal("%s: %s is %s" % (where, key, shown), "it must be " + problem)
         if key in CHOICES and value not in CHOICES[key]:
             raise Refusal("%s: %s is %r" % (where, key, value), "it must be " + " or ".join(CHOICES[key]))
-        name = known.alias or key
-        if name in result:
-            raise Refusal("%s: %s is set twice, once as an alias" % (where, name), "keep one of them")
-        result[name] = value
+        result[key] = value
     return result
 
 
@@ -246,9 +300,10 @@ def wrong(kind: str, value: Any) -> str:
 def overview() -> Iterator[tuple[str, str, str]]:
     """(name, executor, what its file says of it in its first comment) of every profile; "?" where it does not load."""
     for name in names():
-        executor, first = "?", ""
+        executor, first = "?", "# from %s" % env_file()
         try:
-            first = (FOLDER / (name + ".toml")).read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
+            if name not in sections():
+                first = (FOLDER / (name + ".toml")).read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
             executor = load(name).executor
         except (Refusal, OSError):
             pass  # `?` says it; a launch says why

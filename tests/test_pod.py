@@ -783,29 +783,20 @@ def daemon(*, ignore):
 """
 
 
-def test_nothing_the_recipe_starts_is_left(tmp_path: Path) -> None:
-    """Children in the background, daemons that forked twice in sessions of their own, with stopped ones among them."""
-    recipe = DAEMON + "daemon(ignore=False); daemon(ignore=False); time.sleep(0.3); sys.exit(3)"
-    command = ('sleep 61 & setsid sleep 62 & (sleep 63 &) ; nohup sleep 64 >/dev/null 2>&1 & sleep 65 & kill -STOP $!; '
-               'python "$AIRLIFT_CODE"/' + SCRIPT)
-    for workspace in (None, str(tmp_path / "ws")):
-        begin = time.monotonic()
-        with started(plan({SCRIPT: recipe.encode()}, command=command, run_root=workspace), tmp_path / "scratch") as running:
-            assert running.end() == 3
-            assert running.text.count("DAEMON") == 2
-            assert not running.alive()
-            if workspace is None:
-                assert time.monotonic() - begin > 4, "the stopped one needed KILL"
-                command = command.replace("kill -STOP $!", "true")
-            else:
-                assert time.monotonic() - begin < 4, "TERM was enough"
-
-
-def test_a_daemon_that_ignores_term_is_killed(tmp_path: Path) -> None:
-    recipe = DAEMON + "daemon(ignore=True); time.sleep(0.3); sys.exit(3)"
-    with started(plan({SCRIPT: recipe.encode()}, command='python "$AIRLIFT_CODE"/' + SCRIPT), tmp_path) as running:
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_nothing_the_recipe_starts_is_left(tmp_path: Path, stubborn: bool) -> None:
+    """Children in the background and daemons that forked twice, in sessions of their own. TERM is enough for most; what
+    ignores it, or was stopped, is killed after five seconds."""
+    recipe = DAEMON + "daemon(ignore=False); daemon(ignore=%r); time.sleep(0.3); sys.exit(3)" % stubborn
+    command = ("sleep 61 & setsid sleep 62 & (sleep 63 &) ; nohup sleep 64 >/dev/null 2>&1 & sleep 65 & %s\n"
+               'python "$AIRLIFT_CODE"/%s' % ("kill -STOP $!" if stubborn else "", SCRIPT))
+    begin = time.monotonic()
+    root = str(tmp_path / "ws") if stubborn else None
+    with started(plan({SCRIPT: recipe.encode()}, command=command, run_root=root), tmp_path / "scratch") as running:
         assert running.end() == 3
+        assert running.text.count("DAEMON") == 2
         assert not running.alive()
+        assert (time.monotonic() - begin > 4.5) == stubborn
 
 
 def test_orphans_are_reaped_while_the_recipe_runs(tmp_path: Path) -> None:

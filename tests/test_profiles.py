@@ -219,7 +219,7 @@ BAD = [
     ('executor = "slurm"\nmounts = [1]', "mounts is [1]", "it must be a list of strings or tables"),
     ('executor = "dgxcloud"\npvcs = ["a"]', "pvcs is ['a']", "it must be a list of tables"),
     ('executor = "dgxcloud"\nclient_secret = 12345', "client_secret is ***", "it must be a string"),
-    ('executor = "dgxcloud"\napp_secret = 12345', "app_secret is ***", "it must be a string"),
+    ('executor = "dgxcloud"\napp_secret = 12345', "client_secret is ***", "it must be a string"),
     ('executor = "local"\nnode_group = "x"', "profile p: node_group is not for executor local",
      "it is for lepton; take"),
     ('executor = "lepton"\naccount = "x"', "profile p: account is not for executor lepton",

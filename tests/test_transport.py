@@ -52,31 +52,29 @@ def repo(tmp_path: Path) -> Path:
 
 
 def test_family_scope(tmp_path: Path) -> None:
-    """Every package; of the script's collection its family, plain files and folders that begin with `_`; of the other
-    collection nothing; of a folder that is divided by families too, the script's."""
-    root = plant(tmp_path, {
-        "src/nemotron/__init__.py": "", "src/nemotron/kit/io.py": "", "src/other/recipes_like.py": "",
-        "src/nemotron/recipes/__init__.py": "", "src/nemotron/recipes/_shared/a.py": "",
-        "src/nemotron/recipes/nano3/stage0/train.py": "", "src/nemotron/recipes/nano3/stage0/config/default.yaml": "",
-        "src/nemotron/recipes/nano3/_shared/b.py": "", "src/nemotron/recipes/super3/stage0/train.py": "",
-        "src/nemotron/recipes/super3/x/y.py": "", "src/other/recipes/super3/z.py": "", "src/other/recipes/nano3/z.py": "",
-        "src/nemotron/steps/__init__.py": "", "src/nemotron/steps/nano3/s.py": "", "src/nemotron/steps/super3/s.py": "",
-        "src/nemotron/kit/recipes/super3/deeper.py": "", "outside.py": "", "tests/test_x.py": "",
-        "src/nemotron/cli/commands/nano3/sft.py": "", "src/nemotron/cli/commands/super3/sft.py": "",
-        "src/nemotron/cli/commands/other/x.py": "",
-    })
-    script = "src/nemotron/recipes/nano3/stage0/train.py"
-    assert sorted(shipped(root, script)) == [
-        "src/nemotron/__init__.py", "src/nemotron/cli/commands/nano3/sft.py", "src/nemotron/cli/commands/other/x.py",
-        "src/nemotron/kit/io.py", "src/nemotron/kit/recipes/super3/deeper.py",
+    """Every package; of recipes/ the script's family, plain files and folders that begin with `_`; nothing of steps/."""
+    root = plant(tmp_path, dict.fromkeys([
+        "src/nemotron/__init__.py", "src/nemotron/kit/io.py", "src/other/recipes_like.py",
+        "src/nemotron/recipes/__init__.py", "src/nemotron/recipes/_shared/a.py",
+        "src/nemotron/recipes/nano3/stage0/train.py", "src/nemotron/recipes/nano3/stage0/config/default.yaml",
+        "src/nemotron/recipes/nano3/_shared/b.py", "src/nemotron/recipes/super3/stage0/train.py",
+        "src/nemotron/recipes/super3/x/y.py", "src/other/recipes/super3/z.py", "src/other/recipes/nano3/z.py",
+        "src/nemotron/steps/__init__.py", "src/nemotron/steps/nano3/s.py", "src/nemotron/steps/super3/s.py",
+        "src/nemotron/cli/nano3/c.py", "src/nemotron/cli/super3/c.py", "src/nemotron/cli/_shared/c.py",
+        "src/nemotron/cli/common/c.py", "src/nemotron/plots/super3/p.py", "outside.py", "tests/test_x.py"], ""))
+    found = collect(root, "src/nemotron/recipes/nano3/stage0/train.py")
+    assert [entry.path for entry in found.entries] == [
+        "src/nemotron/__init__.py", "src/nemotron/cli/_shared/c.py", "src/nemotron/cli/common/c.py",
+        "src/nemotron/cli/nano3/c.py", "src/nemotron/kit/io.py", "src/nemotron/plots/super3/p.py",
         "src/nemotron/recipes/__init__.py", "src/nemotron/recipes/_shared/a.py",
         "src/nemotron/recipes/nano3/_shared/b.py", "src/nemotron/recipes/nano3/stage0/config/default.yaml",
-        "src/nemotron/recipes/nano3/stage0/train.py",
-        "src/other/recipes/nano3/z.py", "src/other/recipes_like.py",
+        "src/nemotron/recipes/nano3/stage0/train.py", "src/other/recipes/nano3/z.py", "src/other/recipes_like.py",
     ]
+    assert found.left_out == tuple((path, "another family") for path in (
+        "src/nemotron/cli/super3", "src/nemotron/recipes/super3", "src/nemotron/steps", "src/other/recipes/super3"))
     step = shipped(root, "src/nemotron/steps/super3/s.py")
-    assert "src/nemotron/steps/__init__.py" in step and "src/nemotron/steps/nano3/s.py" not in step
-    assert not any(path.startswith("src/nemotron/recipes/") for path in step)
+    assert "src/nemotron/steps/__init__.py" in step
+    assert not [path for path in step if "/recipes/" in path or "/steps/nano3/" in path]
 
 
 def test_script_beside_the_families_ships_all_of_them(tmp_path: Path) -> None:

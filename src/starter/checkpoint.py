@@ -13,40 +13,15 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
 from starter.config import RecipeError
+from starter.files import write_atomically
 
 NAME = re.compile(r"step-(\d{8})\.pt")
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Have ``write`` fill a file that appears at ``path`` complete and on the disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise RecipeError(f"cannot write {path}: {error}\nFree space there, or set output=FOLDER.") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk: a rename is not durable before that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

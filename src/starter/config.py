@@ -37,6 +37,14 @@ class DataConfig:
     train: str
     seq_length: int
     val: str | None = None
+    verify: bool = False  # compare prepared data with the SHA-256 in its manifest
+
+
+@dataclass(frozen=True)
+class TokenDataConfig:
+    blend: str  # blend.json of data/prep/pretrain
+    seq_length: int
+    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,15 @@ class SFTConfig:
     seed: int = 1234
 
 
+@dataclass(frozen=True)
+class PretrainConfig:
+    output: str
+    model: ModelConfig
+    data: TokenDataConfig
+    train: TrainConfig
+    seed: int = 1234
+
+
 def parse_args(cls: type[T], argv: Sequence[str]) -> T:
     """Read the YAML that `--config` names, put the overrides over it, and build a ``cls`` from the result."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -83,7 +100,7 @@ def parse_args(cls: type[T], argv: Sequence[str]) -> T:
     values.pop("run", None)  # for the launcher, not for us
     for override in args.overrides:
         apply_override(values, override)
-    return build(cls, fill_env(values))
+    return build(cls, fill_references(values))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -116,12 +133,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"{key}: {text!r} is not a YAML value.\nQuote it, as in {key}='\"text\"'.") from error
 
 
-def fill_env(value: Any, where: str = "") -> Any:
-    """Replace ``${oc.env:NAME}`` and ``${oc.env:NAME,default}`` in all strings."""
+def fill_references(value: Any, where: str = "") -> Any:
+    """Replace ``${oc.env:NAME}``, ``${oc.env:NAME,default}`` and ``${manifest:DIR,key}`` in all strings."""
+    from starter import manifest  # which stands on this module
+
     if isinstance(value, dict):
-        return {key: fill_env(item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+        return {key: fill_references(item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
     if isinstance(value, list):
-        return [fill_env(item, where) for item in value]
+        return [fill_references(item, where) for item in value]
     if not isinstance(value, str):
         return value
 
@@ -135,10 +154,12 @@ def fill_env(value: Any, where: str = "") -> Any:
             )
         return found
 
-    text = ENV_REFERENCE.sub(lookup, value)
-    if "${" in text:
-        raise RecipeError(f"{where}: cannot resolve {text!r}.\nThis recipe knows ${{oc.env:NAME}} only.")
-    return text
+    filled = manifest.fill(ENV_REFERENCE.sub(lookup, value), where)
+    if isinstance(filled, str) and "${" in filled:
+        raise RecipeError(
+            f"{where}: cannot resolve {filled!r}.\nThis recipe knows ${{oc.env:NAME}} and ${{manifest:DIR,key}} only."
+        )
+    return filled
 
 
 def build(cls: type[T], values: Any, where: str = "") -> T:

@@ -12,9 +12,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from starter.chat import END, first_line, pad_id, token_id
-from starter.checkpoint import sync_folder
+from starter.chat import end_id, first_line, pad_id
 from starter.config import ModelConfig, RecipeError, unknown_key
+from starter.files import sync_folder
 
 try:
     from transformers import NemotronHConfig
@@ -60,7 +60,7 @@ def new_config(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> Ne
     for name in fields:
         if name not in known:
             raise unknown_key(f"model.config.{name}", [f"model.config.{key}" for key in known])
-    ids = {"pad_token_id": pad_id(tokenizer), "eos_token_id": token_id(tokenizer, END)}
+    ids = {"pad_token_id": pad_id(tokenizer), "eos_token_id": end_id(tokenizer)}
     try:
         return NemotronHConfig(**{"bos_token_id": None, **ids, **fields})
     except Exception as error:  # the library's validators raise classes of their own

@@ -12,7 +12,7 @@ import gc
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,26 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from starter import checkpoint
-from starter.chat import IGNORE, Packed
+from starter.chat import IGNORE
 from starter.config import RecipeError, TrainConfig
 from starter.distributed import StopSignal, World, leave
 
 MIN_LR_RATIO = 0.1  # the learning rate ends at this share of its peak
+
+
+class Sequences(Protocol):
+    """Training data: sequences of one length. A label is its token's id, or IGNORE where it is no target."""
+
+    @property
+    def seq_length(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and labels of these sequences, int64, [len(indices), seq_length]."""
+
+    def tokens(self, indices: list[int]) -> int:
+        """How many tokens of these sequences are no padding."""
 
 
 def learning_rate(step: int, cfg: TrainConfig) -> float:
@@ -82,8 +97,8 @@ class Trainer:
     def __init__(
         self,
         model: PreTrainedModel,
-        data: Packed,
-        val: Packed | None,
+        data: Sequences,
+        val: Sequences | None,
         cfg: TrainConfig,
         seed: int,
         output: Path,
@@ -175,7 +190,7 @@ class Trainer:
         """One optimizer step. Returns this rank's share of the mean loss, and the norm of the gradient."""
         cfg, world = self.cfg, self.world
         indices = batch_indices(len(self.data), self.seed, self.samples, cfg.global_batch_size)
-        targets = max(1, count_targets(self.data.labels[indices]))
+        targets = max(1, count_targets(self.data.batch(indices)[1]))
         lr = learning_rate(self.step, cfg)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -201,7 +216,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.samples += cfg.global_batch_size
-        self.tokens += int(self.data.lengths[indices].sum())
+        self.tokens += self.data.tokens(indices)
         return total, norm
 
     def _gradient_sync(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
@@ -210,18 +225,22 @@ class Trainer:
             return contextlib.nullcontext()
         return self.ddp.no_sync()
 
-    def _to_device(self, data: Packed, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return data.input_ids[indices].to(self.world.device), data.labels[indices].to(self.world.device)
+    def _to_device(self, data: Sequences, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, labels = data.batch(indices)
+        return ids.to(self.world.device), labels.to(self.world.device)
 
     @torch.no_grad()
-    def evaluate(self, val: Packed) -> float:
+    def evaluate(self, val: Sequences) -> float:
         """Mean loss over the targets of ``val``, in nats per token."""
         self.model.eval()
         mine = shard(list(range(len(val))), self.world)
-        total = torch.zeros((), device=self.world.device)
+        total, targets = torch.zeros((), device=self.world.device), 0
         for start in range(0, len(mine), self.cfg.micro_batch_size):
-            total += loss_sum(self.model, *self._to_device(val, mine[start : start + self.cfg.micro_batch_size]))
-        return self.world.total(total.item())[0] / max(1, count_targets(val.labels))
+            ids, labels = self._to_device(val, mine[start : start + self.cfg.micro_batch_size])
+            total += loss_sum(self.model, ids, labels)
+            targets += count_targets(labels)
+        loss, count = self.world.total(total.item(), targets)
+        return loss / max(1, count)
 
     def _log(self, loss: torch.Tensor, grad_norm: float, evaluate: bool, clock: Clock) -> None:
         mean_loss = self.world.total(loss.item())[0]

@@ -1,0 +1,261 @@
+"""What the three data preps share: scan the splits of a blend, build what is new, publish it with a manifest.
+
+    <output>/<split>/…             what a split became, with .receipt.json: from what it was made, and its files
+    <output>/manifest.json         written last (see manifest.py); absent while a split is being replaced
+    <output>/.work, .lock          of the run at work
+
+A split is built in .work and renamed into place with its receipt, so that it is there whole or not at all. Nothing
+else is remembered: a run after a kill keeps the splits whose receipt fits (the same rows, the same config, files with
+the SHA-256 they had) and builds the others anew. The files depend on rows and config alone, not on the machine, the
+number of workers or the time, so that they come out the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TypeVar
+
+from starter import shards
+from starter.config import RecipeError, parse_args
+from starter.files import only_run, sha256, sync_folder, write_json
+from starter.manifest import say
+from starter.pool import parallel
+from starter.progress import Progress
+from starter.shards import Held, Range, Scan, Shard
+
+T = TypeVar("T")
+RECEIPT = ".receipt.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepConfig:
+    output: str
+    blend: str
+    holdout: int = 100  # rows of each split that are kept for validation
+    seed: int = 1234
+    force: bool = False  # build anew what is there already
+    workers: int | None = None  # processes; by default the cores of this machine
+
+    def __post_init__(self) -> None:
+        if self.holdout < 0:
+            raise RecipeError(f"holdout is {self.holdout}.\nGive the number of rows to hold out, 0 for none.")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of the source. ``part`` is "train" where rows are held out of it, else what it is passed through as."""
+
+    source: str
+    shards: list[Shard]
+
+    @property
+    def part(self) -> str:
+        return shards.PASSED_THROUGH.get(self.source, "train")
+
+    @property
+    def name(self) -> str:
+        return self.source if self.part == "train" else self.part
+
+
+@dataclass(frozen=True)
+class Built:
+    """Where a split's parts lie in its folder (train, val, test), and its files: name -> rows, bytes, sha256."""
+
+    parts: dict[str, str]
+    files: dict[str, dict[str, Any]]
+
+
+class Prep(Protocol):
+    """What is special to one data prep."""
+
+    mode: str
+    range_size: int
+
+    def begin(self, scratch: Path) -> None:
+        """Get ready, before the first scan."""
+
+    def ingredients(self) -> Any:
+        """What decides the output besides rows, holdout and seed, for JSON."""
+
+    def scanner(self, scratch: Path, check: bool) -> Callable[[Range], Scan]:
+        """What looks at a range; with ``check`` also at all that can be wrong with a row."""
+
+    def build(self, split: Split, ranges: list[Range], scans: list[Scan], held: list[Held], folder: Path) -> Built:
+        """Fill ``folder``."""
+
+    def finish(self, output: Path, manifest: dict[str, Any], splits: list[Split]) -> None:
+        """Add to the manifest, and write what belongs to no split."""
+
+
+def main(recipe: Path, config: type[T], start: Callable[[T, Path], Prep]) -> NoReturn:
+    """Run with the arguments of this process. ``recipe`` is the folder that relative paths of the config start from."""
+    try:
+        cfg = parse_args(config, sys.argv[1:])
+        run(cfg, recipe, start(cfg, recipe))  # type: ignore[arg-type]
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except OSError as error:
+        what = f"{error.filename or 'the output'}: {error.strerror}"
+        print(f"error: {what}\nFree space there, or mend its rights; then start again.", file=sys.stderr, flush=True)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def run(cfg: PrepConfig, recipe: Path, prep: Prep) -> Path:
+    """Prepare all splits. Returns the manifest's path."""
+    output = Path(os.environ.get("NEMO_RUN_DIR", "."), cfg.output)
+    splits = [Split(source, files) for source, files in shards.read_blend(recipe / cfg.blend).items()]
+    if len({split.name for split in splits}) < len(splits):
+        raise RecipeError(f"two splits of {recipe / cfg.blend} mean the same.\nGive them one name there.")
+    with only_run(output):
+        for split in splits:
+            refuse_foreign(output / split.name)
+        scratch = output / ".work"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        prep.begin(scratch)
+        receipts = [prepare(cfg, prep, split, output, scratch) for split in splits]
+        manifest = describe(prep, splits, receipts)
+        drop_others(output, {split.name for split in splits})
+        prep.finish(output, manifest, splits)
+        path = output / "manifest.json"
+        if not path.is_file() or json.loads(path.read_bytes()) != manifest:
+            write_json(path, manifest)
+        shutil.rmtree(scratch)
+    say(f"prepared: {path}")
+    return path
+
+
+def prepare(cfg: PrepConfig, prep: Prep, split: Split, output: Path, scratch: Path) -> dict[str, Any]:
+    """Build one split, unless what is there fits. Returns its receipt."""
+    folder, holdout = output / split.name, cfg.holdout if split.part == "train" else 0
+    ranges = shards.cut(split.shards, prep.range_size)
+    before = stamps(split)
+
+    def scan(check: bool) -> list[Scan]:
+        return watched(f"{split.name}: read", prep.scanner(scratch, check), ranges, cfg.workers)
+
+    old = None if cfg.force else read_receipt(folder)
+    if old:
+        scans = scan(check=False)
+        if old["key"] == split_key(cfg, prep, split, holdout, scans) and intact(folder, old, cfg.workers):
+            say(f"{split.name}: unchanged, {sum(scan.rows for scan in scans):,} rows")
+            return old
+        say(f"{split.name}: not what is there now: built anew")
+    scans = scan(check=True)
+    rows = sum(scan.rows for scan in scans)
+    held = shards.choose(scans, holdout)
+    if holdout and not held:
+        say(f"{split.name}: only {rows} rows, and {holdout} were to be held out: all of them go to train")
+    new = scratch / split.name
+    new.mkdir()
+    built = prep.build(split, ranges, scans, held, new)
+    if stamps(split) != before:
+        raise RecipeError(f"a shard of {split.name} changed while it was read.\nWait until it is written, then again.")
+    receipt = {"key": split_key(cfg, prep, split, holdout, scans), "parts": built.parts, "files": built.files}
+    write_json(new / RECEIPT, receipt)
+    publish(new, folder, scratch)
+    say(f"{split.name}: {rows - len(held):,} rows for {split.part}" + (f", {len(held):,} for val" if held else ""))
+    return receipt
+
+
+def watched(what: str, work: Callable[[Range], T], ranges: Sequence[Range], workers: int | None) -> list[T]:
+    """The results of ``work`` on all ranges, in parallel, with progress."""
+    progress = Progress(what, sum(part.end - part.start for part in ranges))
+    results = []
+    for part, result in zip(ranges, parallel(work, ranges, workers), strict=True):
+        progress.add(part.end - part.start, getattr(result, "rows", 0))
+        results.append(result)
+    progress.end()
+    return results
+
+
+def stamps(split: Split) -> list[tuple[int, int, int]]:
+    found = [shard.path.stat() for shard in split.shards]
+    return [(info.st_ino, info.st_size, info.st_mtime_ns) for info in found]
+
+
+def split_key(cfg: PrepConfig, prep: Prep, split: Split, holdout: int, scans: list[Scan]) -> str:
+    """What the output of a split depends on, hashed."""
+    names = [(s.dataset.name, s.dataset.text_field, s.dataset.weight) for s in split.shards]
+    facts = [prep.mode, prep.ingredients(), split.source, names, holdout, cfg.seed, [s.digest.hex() for s in scans]]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def held_places(held: list[Held], scans: list[Scan]) -> list[frozenset[int]]:
+    """For each range, where the rows begin that are held out of it."""
+    places: list[set[int]] = [set() for _ in scans]
+    for row in held:
+        places[row.scan].add(row.offset)
+    return [frozenset(found) for found in places]
+
+
+# ---------------------------------------------------------------- what lies in the output folder
+
+
+def read_receipt(folder: Path) -> dict[str, Any] | None:
+    """The receipt of a split that was published here, and is so whole."""
+    path = folder / RECEIPT
+    return json.loads(path.read_bytes()) if path.is_file() else None
+
+
+def refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not (folder / RECEIPT).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise RecipeError(f"{folder} is there, and no data prep wrote it.\nMove it, or set output=FOLDER.")
+
+
+def _same(item: tuple[Path, str]) -> bool:
+    return item[0].is_file() and sha256(item[0]) == item[1]
+
+
+def intact(folder: Path, receipt: dict[str, Any], workers: int | None) -> bool:
+    """Whether the files are still what was written."""
+    return all(parallel(_same, [(folder / name, facts["sha256"]) for name, facts in receipt["files"].items()], workers))
+
+
+def publish(new: Path, folder: Path, scratch: Path) -> None:
+    """Put a finished split in its place. No manifest tells of it before all splits are there."""
+    (folder.parent / "manifest.json").unlink(missing_ok=True)
+    sync_folder(new)
+    if folder.exists():
+        folder.rename(scratch / f"{folder.name}.old")
+    new.rename(folder)
+    sync_folder(folder.parent)
+
+
+def drop_others(output: Path, names: set[str]) -> None:
+    """Remove splits of an earlier blend, which the new manifest does not name."""
+    for path in output.glob("*/" + RECEIPT):
+        if path.parent.name not in names:
+            (output / "manifest.json").unlink(missing_ok=True)
+            shutil.rmtree(path.parent)
+
+
+def describe(prep: Prep, splits: Iterable[Split], receipts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The manifest. ``train`` is the split of that name, else the first; the source's own val goes before a holdout."""
+    places: dict[str, dict[str, str]] = {}
+    files = {}
+    for split, receipt in zip(splits, receipts, strict=True):
+        places[split.name] = {part: f"{split.name}/{path}" for part, path in receipt["parts"].items()}
+        files |= {f"{split.name}/{name}": facts for name, facts in receipt["files"].items()}
+    trained = {split.name: places[split.name] for split in splits if split.part == "train"}
+    primary = trained.get("train") or next(iter(trained.values()), {})
+    keys = hashlib.sha256(json.dumps([receipt["key"] for receipt in receipts]).encode()).hexdigest()
+    return {
+        "train": primary.get("train"),
+        "val": places.get("val", {}).get("val") or primary.get("val"),
+        "test": places.get("test", {}).get("test"),
+        "mode": prep.mode,
+        "source_splits": [split.source for split in splits],
+        "run_hash": keys[:16],
+        "splits": {name: {"train": None, "val": None} | parts for name, parts in places.items()},
+        "files": files,
+    }

@@ -1,0 +1,34 @@
+"""Progress of long work: a line that moves on a terminal, and one line at the end anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.bytes, self.rows = what, total, 0, 0
+        self.began = self.shown = time.monotonic()
+        self.live = sys.stdout.isatty()
+
+    def add(self, size: int, rows: int) -> None:
+        self.bytes, self.rows = self.bytes + size, self.rows + rows
+        now = time.monotonic()
+        if self.live and now - self.shown >= 0.2:
+            self.shown = now
+            left = (now - self.began) * max(0, self.total - self.bytes) / max(1, self.bytes)
+            print(f"\r{self.told(now)}  {int(left) // 60}:{int(left) % 60:02d} left\x1b[K", end="", flush=True)
+
+    def told(self, now: float) -> str:
+        rate = self.bytes / max(1e-9, now - self.began) / 1e6
+        return f"{self.what}: {self.rows:,} rows, {self.bytes / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {rate:,.0f} MB/s"
+
+    def clear(self) -> None:
+        if self.live:
+            print("\r\x1b[K", end="", flush=True)
+
+    def end(self) -> None:
+        self.clear()
+        seconds = time.monotonic() - self.began
+        print(f"{self.what}: {self.rows:,} rows, {self.bytes / 1e6:,.1f} MB in {seconds:.1f} s", flush=True)

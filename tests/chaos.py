@@ -1,0 +1,630 @@
+"""Storms on pod.py's shared unpack: pods as real processes that are killed, starved, lied to and started again.
+
+    python -m tests.chaos --kills 5000 --pods 32 --seed 7
+
+A pod here is a fork that calls pod.put, reads its tree for a while as a recipe would, and gives it up. Faults stand
+between pod.py and the file system: SIGKILL before, after or in the middle of the k-th call, a quota that fails a
+rename, a rename that is carried out and answered ENOENT, a listing that is out of date. Others kill from outside, at
+any time. Meanwhile an observer reads whatever is published and never stops.
+
+What must hold at every moment is in `Storm.check` and `looked`; a breach is a line of text in `violations`.
+"""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pod
+import transport
+from transport import Entry, Tree
+
+NAME = re.compile(r"[0-9]{6,18}-([0-9a-f]{64})\.[0-9a-f]{8}")
+SLACK = 5.0  # seconds a waiter may take beyond its deadline on a machine with far more pods than cores
+REAL_OPEN, REAL_RENAME, REAL_LISTDIR = open, os.rename, os.listdir
+
+
+# ---------------------------------------------------------------- launches
+
+
+@dataclass(frozen=True)
+class Source:
+    """A small tree: its tar, its digest, and what its files hold."""
+
+    tar: bytes
+    digest: str
+    files: dict[str, bytes]
+
+
+def source(number: int) -> Source:
+    files = {"src/pkg/train.py": b"number = %d\n" % number * 40, "src/pkg/__init__.py": b"",
+             "src/pkg/recipes/a.yaml": b"a: %d\n" % number, "src/deep/er/still/x.bin": bytes(range(256)) * 8}
+    tar = transport.pack(Tree(tuple(Entry(path, data) for path, data in sorted(files.items()))))
+    return Source(tar, hashlib.sha256(tar).hexdigest(), files)
+
+
+@dataclass
+class Pod:
+    """What one process is to do. `plan` is the faults it meets."""
+
+    run: str
+    source: Source
+    attempt: int = 0
+    rank: int = 0
+    keep: int = 1
+    patience: float = 1.0
+    hold: float = 0.05
+    uid: int = 0
+    plan: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return "%s-%d" % (self.run, self.attempt)
+
+
+# ---------------------------------------------------------------- faults
+
+
+class Faults:
+    """Stands between pod.py and the file system, in a process that is pod.py's alone.
+
+    kill: (k, "before" | "after" | "half") of the k-th call. quota: renames into trees/ fail with EDQUOT, with `quota`
+    as the reason. lost: so many renames are carried out and answered ENOENT. stale: so many listings of each folder
+    are answered as the first was. slow: seconds before each call.
+    """
+
+    CALLS = ("mkdir", "rename", "unlink", "rmdir", "listdir", "open", "utime", "chmod", "symlink", "scandir", "lstat")
+
+    def __init__(self, top: str, plan: dict[str, Any]) -> None:
+        self.top, self.plan, self.calls, self.armed = top, dict(plan), 0, True
+        self.kill = tuple(plan.get("kill", (0, "")))
+        self.lists: dict[str, tuple[int, list[str]]] = {}
+        for call in self.CALLS:
+            setattr(os, call, self.wrapped(call, getattr(os, call)))
+        pod.open = self.opened  # type: ignore[attr-defined]
+
+    def wrapped(self, call: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def instead(*args: Any, **options: Any) -> Any:
+            if not self.armed:
+                return real(*args, **options)
+            self.point("before")
+            answer = getattr(self, call, real)(*args, **options)
+            self.point("after")
+            return answer
+
+        return instead
+
+    def point(self, when: str) -> None:
+        self.calls += when == "before"
+        if when == "before" and self.plan.get("slow"):
+            time.sleep(self.plan["slow"])
+        if self.kill == (self.calls, when):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def rename(self, old: Any, new: Any, **options: Any) -> None:
+        if "quota" in self.plan and os.path.join(self.top, "trees") in str(new):
+            raise OSError(errno.EDQUOT, self.plan["quota"], new)
+        REAL_RENAME(old, new, **options)
+        if self.plan.get("lost", 0) > 0:
+            self.plan["lost"] -= 1
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), old)
+
+    def listdir(self, path: Any) -> list[str]:
+        answer = REAL_LISTDIR(path)
+        count, old = self.lists.setdefault(str(path), (0, answer))
+        self.lists[str(path)] = count + 1, old
+        return old if count < self.plan.get("stale", 0) else answer
+
+    def opened(self, *args: Any, **options: Any) -> Any:
+        if not self.armed:
+            return REAL_OPEN(*args, **options)
+        self.point("before")
+        file = Slow(REAL_OPEN(*args, **options), self)
+        self.point("after")
+        return file
+
+
+class Slow:
+    """A file whose writes are two writes, with a place to be killed between them."""
+
+    def __init__(self, file: Any, faults: Faults) -> None:
+        self.file, self.faults = file, faults
+
+    def __enter__(self) -> "Slow":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, data: Any) -> None:
+        self.faults.point("before")
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        self.faults.point("half")
+        self.file.write(data[len(data) // 2 :])
+        self.file.flush()
+        self.faults.point("after")
+
+    def read(self, *args: int) -> Any:
+        return self.file.read(*args)
+
+
+# ---------------------------------------------------------------- one process
+
+
+class Ground:
+    """The folder of a test: `top` is the shared one, the rest is the tests' own memory."""
+
+    def __init__(self, place: str | Path, sources: list[Source], top: str | Path | None = None) -> None:
+        self.place = str(place)
+        self.top = str(top or os.path.join(self.place, "shared"))
+        self.sources = {source.digest: source for source in sources}
+        for folder in ("spoiled", "spoilt", "strayed", "planted", "scratch"):
+            os.makedirs(os.path.join(self.place, folder), exist_ok=True)
+        self.book = os.path.join(self.place, "book")
+        self.read = 0
+        self.started = 0
+
+    def path(self, *parts: str) -> str:
+        return os.path.join(self.top, *parts)
+
+    def note(self, folder: str, name: str) -> None:
+        with REAL_OPEN(os.path.join(self.place, folder, name), "w") as file:
+            file.write(repr(time.monotonic()))
+
+    def noted(self, folder: str, name: str, before: float = float("inf")) -> bool:
+        try:
+            with REAL_OPEN(os.path.join(self.place, folder, name)) as file:
+                return float(file.read() or "inf") <= before
+        except FileNotFoundError:
+            return False
+
+    def write(self, entry: dict[str, Any]) -> None:
+        descriptor = os.open(self.book, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        os.write(descriptor, (json.dumps(entry) + "\n").encode())
+        os.close(descriptor)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """What has been written since it was last asked."""
+        with contextlib.suppress(FileNotFoundError), REAL_OPEN(self.book) as file:
+            file.seek(self.read)
+            text = file.read()
+            self.read += len(text.encode())
+            return [json.loads(line) for line in text.splitlines()]
+        return []
+
+    def published(self) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(name for name in REAL_LISTDIR(self.path("trees")) if NAME.fullmatch(name))
+        return []
+
+    def start(self, wanted: Pod) -> int:
+        """The pod's process id."""
+        self.started += 1
+        scratch = os.path.join(self.place, "scratch", str(self.started))
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os._exit(self.live(wanted, scratch))
+            except BaseException as error:
+                self.write({"violations": ["%r of %s rank %d" % (error, wanted.name, wanted.rank)]})
+                os._exit(99)
+        return pid
+
+    def finish(self, pid: int, scratch: bool = True) -> int:
+        """Wait for its end; the exit code as a shell gives it."""
+        status = os.waitpid(pid, 0)[1]
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+    def run(self, wanted: Pod) -> int:
+        return self.finish(self.start(wanted))
+
+    def live(self, wanted: Pod, scratch: str) -> int:
+        job = {"run": wanted.run, "shared": self.top, "keep": wanted.keep, "patience": wanted.patience, "config": "",
+               "unpack": "shared", "tree": {"sha256": wanted.source.digest}}
+        env = {"AIRLIFT_TREE_CHUNKS": "3", "LEPTON_JOB_FAILURE_COUNT": str(wanted.attempt), "TMPDIR": scratch}
+        if wanted.uid:
+            os.makedirs(scratch)
+            os.chown(scratch, wanted.uid, wanted.uid)
+            os.setgid(wanted.uid)
+            os.setuid(wanted.uid)
+        entry: dict[str, Any] = {"name": wanted.name, "rank": wanted.rank, "pid": os.getpid(), "code": 0, "seen": "",
+                                 "patience": wanted.patience, "faulty": bool(set(wanted.plan) - {"kill", "slow"})}
+        faults = Faults(self.top, wanted.plan)
+        places = pod.Places(job, env)
+        begin = time.monotonic()
+        try:
+            shared = pod.put(wanted.source.tar, job, places, env, wanted.rank)
+        except pod.Failure as failure:
+            entry |= {"code": failure.code, "seen": failure.seen}
+        faults.armed = False
+        entry |= {"begin": begin, "waited": time.monotonic() - begin, "calls": faults.calls}
+        if entry["code"] == 0:
+            entry |= {"path": places.code} | self.use(wanted, places.code, begin)
+            assert shared
+            shared.release()
+        self.write(entry)
+        return int(entry["code"])
+
+    def use(self, wanted: Pod, code: str, begin: float) -> dict[str, Any]:
+        """Read the tree as long as the pod is to live: it must be whole and stay as it is."""
+        name = os.path.basename(os.path.dirname(code))
+        found, looks, end = [], 0, time.monotonic() + wanted.hold
+        if self.noted("spoilt", name, begin):
+            found.append("rank %d of %s uses %s, which was spoilt before" % (wanted.rank, wanted.name, name))
+        if wanted.rank == 0 and self.noted("strayed", name, begin):
+            found.append("rank 0 of %s uses %s, which holds more than was sent" % (wanted.name, name))
+        while not found:
+            wrong = whole(code, wanted.source)
+            if wrong and not self.noted("spoiled", name):
+                found.append("rank %d of %s holds %s, but %s" % (wanted.rank, wanted.name, name, wrong))
+            looks += 1
+            if time.monotonic() > end:
+                break
+            time.sleep(0.01)
+        return {"looks": looks, "violations": found}
+
+
+def whole(code: str, wanted: Source) -> str:
+    """What is wrong with a tree, read without pod.py's help."""
+    for path, data in wanted.files.items():
+        try:
+            with REAL_OPEN(os.path.join(code, path), "rb") as file:
+                if file.read() != data:
+                    return path + " differs"
+        except OSError as error:
+            return "%s: %s" % (path, error.strerror)
+    return ""
+
+
+def looked(ground: Ground) -> list[str]:
+    """What is wrong with what is published: a name is absent, or its tree is complete."""
+    found = []
+    for name in ground.published():
+        wanted = ground.sources.get(name.partition("-")[2].partition(".")[0])
+        if wanted is None or ground.noted("planted", name):
+            continue
+        wrong = whole(ground.path("trees", name, "code"), wanted)
+        if wrong and os.path.lexists(ground.path("trees", name)) and not ground.noted("spoiled", name):
+            found.append("%s is published, but %s" % (name, wrong))
+    return found
+
+
+# ---------------------------------------------------------------- misfortune
+
+
+def spoil(ground: Ground, dice: random.Random, name: str) -> None:
+    """Damage a published tree."""
+    ground.note("spoiled", name)
+    file = Path(ground.path("trees", name, "code", dice.choice(sorted(next(iter(ground.sources.values())).files))))
+    how = dice.choice(["flip", "miss", "cut", "folder", "fifo", "unreadable"])
+    try:
+        data = bytearray(file.read_bytes())
+        if how == "flip" and data:
+            data[dice.randrange(len(data))] ^= 1
+            file.write_bytes(bytes(data))
+        elif how == "cut" and data:
+            file.write_bytes(bytes(data[:-1]))
+        else:
+            file.unlink()
+            if how == "folder":
+                file.mkdir()
+            elif how == "fifo":
+                os.mkfifo(file)
+        ground.note("spoilt", name)
+    except OSError:  # it has just been swept
+        pass
+
+
+def stray(ground: Ground, name: str) -> None:
+    """Put something into a published tree that was not sent."""
+    with contextlib.suppress(OSError):
+        Path(ground.path("trees", name, "code/src/json.py")).write_text("raise SystemExit('not the real one')\n")
+        ground.note("strayed", name)
+
+
+def plant(ground: Ground, dice: random.Random, digest: str, number: int) -> None:
+    """Put something foreign where a tree could be."""
+    name = "%06d-%s.%08x" % (number, digest, dice.getrandbits(32))
+    ground.note("planted", name)
+    path = Path(ground.path("trees", name))
+    with contextlib.suppress(OSError):
+        how = dice.choice(["file", "empty", "folder", "like", "link"])
+        if how == "file":
+            path.write_text("mine")
+        elif how == "link":
+            path.symlink_to("/nowhere")
+        else:
+            path.mkdir(parents=True)
+            if how == "folder":
+                (path / "mine").write_text("mine")
+            if how == "like":  # as if published, and swept by half
+                (path / "code").mkdir()
+
+
+# ---------------------------------------------------------------- storm
+
+
+@dataclass
+class Storm:
+    """Many pods of several launches and attempts on one folder, until so many have been killed."""
+
+    ground: Ground
+    kills: int
+    pods: int
+    seed: int
+    patience: float = 1.0
+    calls: int = 130  # file-system calls among which a killed pod dies; a pod makes some 90, more when it sweeps
+
+    def __post_init__(self) -> None:
+        self.dice = random.Random(self.seed)
+        self.alive: dict[int, tuple[Pod, float]] = {}  # pid -> what it is, when it must be gone at the latest
+        self.doom: dict[int, float] = {}  # pid -> when it is killed from outside
+        self.launches: list[Pod] = []
+        self.may_fail: set[str] = set()  # attempts of which a rank 0 had a reason to fail
+        self.figures: Counter[str] = Counter()
+        self.violations: list[str] = []
+        self.longest = -self.patience
+        self.sources = list(self.ground.sources.values())
+        self.number = 0
+
+    def launch(self) -> Pod:
+        self.number += 1
+        return Pod("r%05d" % self.number, self.dice.choice(self.sources), keep=self.dice.choice([0, 1, 1, 2]),
+                   patience=self.patience)
+
+    def rage(self) -> None:
+        """Until so many have been killed; then all that still live come to their end."""
+        observer = self.observe()
+        self.launches = [self.launch() for _ in range(6)]
+        began = time.monotonic()
+        try:
+            while self.figures["kills"] < self.kills:
+                while len(self.alive) < self.pods:
+                    self.spawn()
+                if self.dice.random() < 0.02:
+                    self.misfortune()
+                self.step()
+            while self.alive:
+                self.step()
+        finally:
+            for pid in [*self.alive, observer]:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        self.check()
+        self.figures["seconds"] = int(time.monotonic() - began)
+
+    def observe(self) -> int:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                looks = 0
+                while True:
+                    found = looked(self.ground)
+                    looks += 1
+                    if found or looks % 50 == 0:
+                        self.ground.write({"observed": 0 if looks % 50 else 50, "violations": found})
+                    time.sleep(0.002)
+            finally:
+                os._exit(99)
+        return pid
+
+    def spawn(self) -> None:
+        dice = self.dice
+        at = dice.randrange(len(self.launches))
+        if dice.random() < 0.04:
+            self.launches[at] = self.launch()
+        elif dice.random() < 0.05:
+            self.launches[at].attempt += 1
+        launch = self.launches[at]
+        attempt = max(0, launch.attempt - (dice.random() < 0.1))  # sometimes one that was cut off, and lives on
+        rank = 0 if dice.random() < 0.45 else dice.randrange(1, 8)
+        plan: dict[str, Any] = {}
+        chance = dice.random()
+        if chance < 0.5:
+            plan["kill"] = dice.randrange(1, self.calls), dice.choice(["before", "after", "half"])
+        chance = dice.random()
+        if chance < 0.06:
+            plan["quota"] = "no quota for " + launch.name
+        elif chance < 0.16:
+            plan["lost"] = dice.choice([1, 2, 99])
+        elif chance < 0.26:
+            plan["stale"] = dice.choice([1, 3, 9])
+        elif chance < 0.36:
+            plan["slow"] = dice.choice([0.001, 0.01])
+        wanted = Pod(launch.run, launch.source, attempt, rank, launch.keep, self.patience,
+                     dice.choice([0, 0.02, 0.1, 0.5]), 0, plan)
+        if rank == 0 and "quota" in plan:
+            self.may_fail.add(wanted.name)
+        now = time.monotonic()
+        pid = self.ground.start(wanted)
+        self.figures["runs"] += 1
+        # the last of a slow pod's calls may come after its deadline
+        self.alive[pid] = wanted, now + self.patience + wanted.hold + SLACK + plan.get("slow", 0) * 3000
+        if dice.random() < 0.35:
+            self.doom[pid] = now + dice.choice([0.005, 0.02, 0.1, 0.5, 1]) * dice.random()
+
+    def misfortune(self) -> None:
+        there = self.ground.published()
+        chance = self.dice.random()
+        if chance < 0.5 and there:
+            spoil(self.ground, self.dice, self.dice.choice(there))
+            self.figures["spoilt"] += 1
+        elif chance < 0.75 and there:
+            stray(self.ground, self.dice.choice(there))
+            self.figures["strays"] += 1
+        elif chance < 0.9:
+            newest = int(there[-1][:6]) if there else 0
+            plant(self.ground, self.dice, self.dice.choice(self.sources).digest,
+                  max(1, newest + self.dice.randrange(-2, 3)))
+            self.figures["planted"] += 1
+
+    def step(self) -> None:
+        now = time.monotonic()
+        for pid in [pid for pid, moment in self.doom.items() if moment < now]:
+            del self.doom[pid]
+            os.kill(pid, signal.SIGKILL)  # ours, and not yet waited for
+        ended = [(pid, status) for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in list(self.alive)) if pid]
+        for pid, status in ended:
+            self.alive.pop(pid)
+            self.doom.pop(pid, None)
+            code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+            self.figures["kills"] += code == 137
+            self.figures["code %d" % code] += code != 137
+        for pid, (wanted, latest) in list(self.alive.items()):
+            if now > latest:
+                self.violations.append("rank %d of %s outlives its deadline" % (wanted.rank, wanted.name))
+                os.kill(pid, signal.SIGKILL)
+                self.alive[pid] = wanted, float("inf")
+        if not ended:
+            time.sleep(0.002)
+
+    def check(self) -> None:
+        """What each pod wrote into the book, against what it may have met."""
+        for entry in self.ground.entries():
+            self.violations += entry.get("violations", [])
+            self.figures["looks of the observer"] += entry.get("observed", 0)
+            self.figures["looks of readers"] += entry.get("looks", 0)
+            if "code" not in entry:
+                continue
+            who = "rank %(rank)d of %(name)s ends with %(code)d after %(waited).2f s: %(seen)s" % entry
+            over = entry["waited"] - entry["patience"]
+            if entry["rank"]:
+                self.longest = max(self.longest, over)
+            if entry["rank"] and over > SLACK:
+                self.violations.append("too late: " + who)
+            if entry["code"] not in (0, pod.PLACE, pod.WAIT) or (entry["code"] and not entry["seen"]):
+                self.violations.append("no failure of ours: " + who)
+            if entry["code"] == pod.PLACE and not entry["faulty"]:
+                self.violations.append("no reason to fail: " + who)
+            if entry["code"] == pod.WAIT and (entry["rank"] == 0 or (
+                    entry["name"] not in self.may_fail if entry["seen"].startswith("rank 0 says") else over < 0)):
+                self.violations.append("no reason to stop: " + who)
+            if entry["seen"].startswith("rank 0 says"):
+                self.figures["stopped at once"] += 1
+        self.violations += looked(self.ground)
+
+
+def aftermath(ground: Ground, clean: Pod) -> list[str]:
+    """After a storm: a clean start succeeds, and what is left is what pod.py's docstring admits."""
+    found = []
+    pids = [ground.start(Pod(clean.run, clean.source, rank=rank, keep=1, patience=20, hold=0.2)) for rank in range(4)]
+    codes = [ground.finish(pid) for pid in pids]
+    entries = [entry for entry in ground.entries() if entry.get("name") == clean.name]
+    if codes != [0] * 4 or len({entry["path"] for entry in entries}) != 1:
+        found.append("a clean start fails: %s %s" % (codes, entries))
+    ground.run(Pod(clean.run + "x", clean.source, keep=1))  # its sweep finds what the first one has left
+    for entry in entries + ground.entries():
+        found += entry.get("violations", [])
+    for folder, limit in (("private", pod.Shared.LEFT), ("failed", pod.Shared.LEFT), ("swept", 0)):
+        left = REAL_LISTDIR(ground.path(folder))
+        if len(left) > limit:
+            found.append("%d things stay in %s: %s" % (len(left), folder, left[:3]))
+    for name in ground.published()[:-1]:
+        uses = ground.path("trees", name, "uses")
+        if not ground.noted("planted", name) and not (os.path.isdir(uses) and REAL_LISTDIR(uses)):
+            found.append("%s stays, and nobody uses it" % name)
+    return found + looked(ground)
+
+
+def storm(place: str | Path, kills: int, pods: int, seed: int, top: str | Path | None = None, patience: float = 1.0
+          ) -> tuple[dict[str, Any], list[str]]:
+    """(figures, violations)"""
+    ground = Ground(place, [source(number) for number in range(5)], top)
+    raging = Storm(ground, kills, pods, seed, patience)
+    raging.rage()
+    found = raging.violations + aftermath(ground, Pod("clean", source(0)))
+    figures = dict(sorted(raging.figures.items())) | {
+        "violations": len(found), "longest wait": "%+.2f s to the deadline" % raging.longest}
+    return figures, found
+
+
+# ---------------------------------------------------------------- every call
+
+
+SCENES = ("publish", "restart", "reuse", "respoilt", "sweep", "wait")
+
+
+def scene(ground: Ground, name: str) -> Pod:
+    """Set the stage for a pod that will be killed; returns the pod."""
+    first, second, third = list(ground.sources.values())[:3]
+    pod_of = {"publish": Pod("b", first), "restart": Pod("a", first), "reuse": Pod("b", first), "sweep": Pod("b", first),
+              "respoilt": Pod("a", first), "wait": Pod("a", first, rank=1)}[name]
+    if name != "publish":
+        assert ground.run(Pod("a", first, hold=0)) == 0
+    if name == "respoilt":
+        spoil(ground, random.Random(1), ground.published()[0])
+    if name == "sweep":
+        for run, tree in (("c", second), ("d", third)):
+            assert ground.run(Pod(run, tree, keep=9, hold=0)) == 0
+        spoil(ground, random.Random(1), ground.published()[0])
+        assert ground.run(Pod("e", second, plan={"kill": (40, "after")})) in (0, 137)  # leaves a use, or a folder
+        os.rmdir(ground.path("trees", ground.published()[-1], "uses"))  # a sweeper was killed here
+        os.makedirs(ground.path("swept", "old", "code"), exist_ok=True)
+    return pod_of
+
+
+def die_everywhere(place: str | Path, name: str, every: int = 1, offset: int = 0) -> Iterator[tuple[str, list[str]]]:
+    """Kill the scene's pod at each of its calls, in each of three ways; yields (where, violations) of each kill.
+
+    After each kill: what is published is complete; the same attempt starts again and succeeds, with a waiter; another
+    launch sweeps; and nothing of the dead pod stays but what is admitted.
+    """
+    sources = [source(number) for number in range(3)]
+    point = offset
+    while True:
+        at, when = 1 + point // 3, ("before", "half", "after")[point % 3]
+        point += every
+        room = os.path.join(place, "%s-%d-%s" % (name, at, when))
+        ground = Ground(room, sources)
+        victim = scene(ground, name)
+        victim.plan = {"kill": (at, when)}
+        code = ground.run(victim)
+        entries = ground.entries()
+        if code == 137:
+            found = looked(ground)
+            again = [ground.start(Pod("a" if victim.run == "a" else "b", sources[0], rank=rank, patience=10, hold=0))
+                     for rank in (1, 0)]
+            codes = [ground.finish(pid) for pid in again]
+            codes.append(ground.run(Pod("z", sources[1], hold=0)))
+            found += ["after %s, starts end with %s" % ((at, when), codes)] if any(codes) else []
+            found += aftermath(ground, Pod("clean", sources[2]))
+            yield "%s: %s call %d" % (name, when, at), found
+        shutil.rmtree(room)
+        if code != 137 and entries and entries[-1].get("calls", 0) < at:
+            return
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A storm on pod.py's shared unpack.")
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--pods", type=int, default=32, help="alive at once")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--patience", type=float, default=1.0)
+    parser.add_argument("--top", help="the shared folder; default: a new one under TMPDIR")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="airlift-chaos-") as place:
+        figures, found = storm(place, options.kills, options.pods, options.seed, options.top, options.patience)
+    print("\n".join("%s: %s" % pair for pair in figures.items()))
+    print("\n".join(found[:50]))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,550 @@
+"""The Slurm backend: what it refuses and what it writes, without a cluster; and, marked slow, jobs on a real one."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transport
+from backends import Job, Status, hosts, repositories, slurm
+from transport import Refusal
+
+from tests import layout, support
+from tests.slurm import SYSTEM_PATH, Cluster, why_not
+
+# ---------------------------------------------------------------- without a cluster
+
+
+def job(**settings: Any) -> Job:
+    settings = {"account": "team", "partition": "batch", "remote_job_dir": "/shared/jobs", "mounts": []} | settings
+    return Job("t23456", "fam/train", "slurm", 2, 8, 8, settings.get("container_image"), settings, support.job(nodes=2), {})
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"remote_job_dir": "/shared/my jobs"}, "remote_job_dir"),
+    ({"remote_job_dir": "/shared/$USER"}, "remote_job_dir"),
+    ({"remote_job_dir": "jobs"}, "remote_job_dir"),
+    ({"remote_job_dir": "/shared/../etc"}, "remote_job_dir"),
+    ({"tunnel": "ssh"}, "names no host"),
+    ({"tunnel": "ssh", "host": "login"}, "names no user"),
+    ({"tunnel": "ssh", "host": "login", "user": "me", "identity": "/nowhere/key"}, "no key"),
+    ({"mounts": [{"path": "/", "mount_path": "/x"}]}, "a mount is"),
+    ({"mounts": ["/data"]}, "cannot be read"),
+    ({"mounts": ["data:/data"]}, "cannot be read"),
+    ({"mounts": ["${auto_mount:https://host/x@main,/opt/x}"], "container_image": "i"}, "cannot be read"),
+    ({"mounts": ["${auto_mount:git+https://host/x.git@main}"], "container_image": "i"}, "cannot be read"),
+    ({"mounts": ["${auto_mount:git+https://host/x.git@main,/opt/x}"]}, "needs a container"),
+])
+def test_what_cannot_work_is_refused_before_anything_is_asked(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refusal, match=said) as refusal:
+        slurm.check(job(**settings))
+    assert refusal.value.code == 2 and refusal.value.fix
+
+
+@pytest.mark.parametrize("mount, parsed", [
+    ("${auto_mount:git+https://host/org/x.git@main,/opt/x}", ("https://host/org/x.git", "main", "/opt/x")),
+    ("${auto_mount:git+ssh://git@host/org/x.git@feature/y,/opt/x}", ("ssh://git@host/org/x.git", "feature/y", "/opt/x")),
+    ("${auto_mount:git+file:///srv/x@v1.0,/opt/x}", ("file:///srv/x", "v1.0", "/opt/x")),
+    ("${auto_mount:git+https://github.com/org/x.git@main,/opt/x}", ("https://mirror/gh/org/x.git", "main", "/opt/x")),
+])
+def test_auto_mounts_are_read_and_go_by_way_of_mirrors(mount: str, parsed: tuple[str, str, str]) -> None:
+    found = repositories.parse(mount, {"https://github.com/": "https://mirror/gh/"})
+    assert found and (found.url, found.ref, found.target) == parsed
+    assert repositories.parse("/lustre:/lustre", {}) is None
+
+
+@pytest.mark.parametrize("text, status", [
+    ("JobId=7 JobState=PENDING Reason=Priority Restarts=0 ExitCode=0:0", Status("waiting", "PENDING: Priority")),
+    ("JobId=7 JobState=RUNNING Reason=None Restarts=1 ExitCode=0:0", Status("running", "RUNNING, start 2")),
+    ("JobId=7 JobState=COMPLETED Reason=None Restarts=0 ExitCode=0:0", Status("done", "COMPLETED", 0)),
+    ("JobId=7 JobState=FAILED Reason=NonZeroExitCode Restarts=0 ExitCode=3:0", Status("failed", "FAILED", 3)),
+    ("JobId=7 JobState=TIMEOUT Reason=TimeLimit Restarts=0 ExitCode=0:15 TimeLimit=00:01:00",
+     Status("failed", "TIMEOUT: it reached its time limit of 00:01:00")),
+    ("FAILED|3:0|04:00:00\n", Status("failed", "FAILED", 3)),
+    ("CANCELLED by 1000|0:0|04:00:00\n", Status("cancelled", "CANCELLED")),
+    ("", Status("failed", "the platform no longer knows it")),
+])
+def test_states_are_read_from_scontrol_and_from_sacct(text: str, status: Status) -> None:
+    assert slurm.read_state(text) == status
+
+
+def script_of(changed: Job, attached: bool = True) -> str:
+    """The batch script that nemo-run would submit."""
+    from nemo_run.core.execution.slurm import SlurmBatchRequest
+
+    host = slurm.host_of(changed.settings)
+    mounts = [mount for mount in changed.settings["mounts"]] if changed.image else []
+    executor = slurm.slurm_executor(changed, host, "/shared/jobs", mounts, "/shared/jobs/here", attached, launcher=None)
+    executor.assign("fam-train-t23456_1", "/home/exp", "fam-train-t23456", "fam-train-t23456")
+    return SlurmBatchRequest(launch_cmd=["sbatch"], jobs=["fam-train-t23456"], command_groups=[["python3 /nemo_run/code/pod.py"]],
+                             executor=executor, max_retries=0, extra_env={}).materialize()
+
+
+def test_the_batch_script_has_what_the_profile_asks_for() -> None:
+    asked = job(container_image="registry/nemo:1", mounts=["/lustre:/lustre"], run_partition="quick", batch_partition="slow",
+                time="01:00:00", mem="0", exclusive=True, cpus_per_task=12, setup_lines="module load x")
+    text = script_of(asked)
+    for line in ("--account=team", "--partition=quick", "--time=01:00:00", "--mem=0", "--exclusive", "--cpus-per-task=12",
+                 "--gpus-per-node=8", "--nodes=2", "--ntasks-per-node=1"):
+        assert "#SBATCH %s\n" % line in text, line
+    assert "--container-image registry/nemo:1" in text and "/lustre:/lustre" in text
+    assert "--kill-on-bad-exit=1" in text and "\nmodule load x" in text
+    assert "#SBATCH --partition=slow" in script_of(asked, attached=False)
+    assert "#SBATCH --partition=batch" in script_of(job()) and "--container" not in script_of(job())
+
+
+def unpacked(tmp_path: Path, **changes: Any) -> Path:
+    """A job's folder as it lies on the cluster."""
+    plan = support.plan(executor="slurm", **changes)
+    with tarfile.open(fileobj=io.BytesIO(transport.native(plan, support.job(**changes)))) as tar:
+        tar.extractall(tmp_path / "job/code", filter="data")
+    return tmp_path / "job"
+
+
+def task(folder: Path, scratch: Path, **env: str) -> tuple[int, str]:
+    """One task of a step, as srun starts it."""
+    scratch.mkdir(exist_ok=True)
+    done = subprocess.run([sys.executable, "code/pod.py", "code/airlift.json"], cwd=folder, capture_output=True, text=True,
+                          timeout=30, env={"PATH": support.PATH, "TMPDIR": str(scratch), "SLURM_NODEID": "0"} | env)
+    assert not list(scratch.iterdir()), "a task cleans up"
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_task_runs_in_the_tree_that_has_come_by_itself(tmp_path: Path) -> None:
+    command = 'echo rank=$NODE_RANK of $NNODES at $MASTER_ADDR; cat "$AIRLIFT_CONFIG"; echo $TOKEN; pwd; exit 3'
+    folder = unpacked(tmp_path, nodes=2, command=command, config='at: "/nemo_run/code/x"\n', secrets=True)
+    (folder / "secrets.json").write_text('{"TOKEN": "s3cret"}')
+    code, said = task(folder, tmp_path / "scratch", SLURM_NODEID="1", SLURM_JOB_NODELIST="n[7-8]", SLURM_JOB_ID="5")
+    assert code == 3
+    for line in ("rank=1 of 2 at n7", 'at: "%s/code/x"' % folder, "s3cret", "%s/code" % folder,
+                 "airlift: rank 1 ended with exit code 3"):
+        assert line in said.splitlines(), said
+
+
+@pytest.mark.parametrize("change", ["src/pkg/recipes/fam/train.py", "src/new.py", "airlift.json"])
+def test_a_task_runs_nothing_of_a_tree_that_is_not_what_was_sent(tmp_path: Path, change: str) -> None:
+    folder = unpacked(tmp_path, command="echo started")
+    if change == "src/new.py":
+        (folder / "code/src/pkg/recipes/fam/train.py").unlink()
+    else:
+        (folder / "code" / change).write_text("x")
+    code, said = task(folder, tmp_path / "scratch")
+    assert code == 81 and "did not arrive whole" in said and "started" not in said
+
+
+def test_secrets_that_are_gone_are_said(tmp_path: Path) -> None:
+    code, said = task(unpacked(tmp_path, secrets=True), tmp_path / "scratch")
+    assert code == 83 and "secrets.json: No such file" in said
+
+
+def test_two_tasks_without_a_number_are_not_both_rank_0(tmp_path: Path) -> None:
+    code, said = task(unpacked(tmp_path, nodes=2), tmp_path / "scratch", SLURM_NODEID="")
+    assert code == 82, said
+
+
+def test_no_secret_is_in_an_argument_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: seen.append(args) or run(*args, **options))
+    slurm.leave_secrets(hosts.Host(), str(tmp_path), {"TOKEN": "s3cret '\n$HOME"})
+    assert json.loads((tmp_path / "secrets.json").read_text()) == {"TOKEN": "s3cret '\n$HOME"}
+    assert (tmp_path / "secrets.json").stat().st_mode & 0o777 == 0o600 and "s3cret" not in repr(seen)
+
+
+# ---------------------------------------------------------------- a real cluster
+
+slow = pytest.mark.slow
+NO_CONTAINER, CONTAINER = "", "registry.example.com/nemo:1"
+NAPPER = """
+    import os, signal, sys, time
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    print("napping", os.environ["NODE_RANK"], flush=True)
+    time.sleep(600)
+    """
+
+
+class Person:
+    """A person with a folder of Airlift's scripts, on the cluster's login node or at a laptop elsewhere."""
+
+    def __init__(self, cluster: Cluster, tunnel: str) -> None:
+        self.cluster, self.tunnel = cluster, tunnel
+        self.folder = layout.flat_folder(cluster.root / ("scripts-" + tunnel))
+        self.home = cluster.laptop if tunnel == "ssh" else cluster.home
+        self.base = cluster.shared / ("jobs-" + tunnel)
+        layout.write(self.folder / "profiles/here.toml", """\
+            executor = "slurm"
+            tunnel = "%s"
+            host = "%s"
+            user = "%s"
+            port = %d
+            identity = "%s"
+            account = "team"
+            partition = "batch"
+            remote_job_dir = "%s"
+            container_image = ""
+            gpus_per_node = 0
+            nodes = 1
+            [env_vars]
+            PATH = "%s/bin:/usr/bin:/bin"
+            OMP_NUM_THREADS = "1"
+            """ % (tunnel, cluster.host, cluster.user, cluster.port, self.home / ".ssh/id_ed25519", self.base, sys.prefix))
+        self.recipes = cluster.root / ("recipes-" + tunnel)
+
+    def recipe(self, name: str, body: str, yaml: str = "{}\n") -> None:
+        layout.recipe(self.recipes, "fam/" + name, body, launch="python", yaml=yaml)
+
+    def words(self, *words: str) -> list[str]:
+        return [sys.executable, str(self.folder / "launch.py"), *words]
+
+    def launch(self, stage: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return self.run("fam", stage, "here", "--repo-root", str(self.recipes), *words, **options)
+
+    def run(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        on = self.cluster.on_laptop if self.tunnel == "ssh" else self.cluster.on_login
+        return on(self.words(*words), **options)
+
+    def start(self, stage: str, *words: str, **env: str) -> "subprocess.Popen[str]":
+        """Launch, attached, and go on meanwhile."""
+        command = self.words("fam", stage, "here", "--repo-root", str(self.recipes), *words)
+        enter = self.cluster.laptop_command if self.tunnel == "ssh" else self.cluster.login_command
+        return subprocess.Popen(enter(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                stdin=subprocess.DEVNULL, env=self.cluster.environment(str(self.home), **env))
+
+    def started(self, *words: str, **options: Any) -> str:
+        """Launch detached; gives the run."""
+        done = self.launch(*words, "--detach", **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return re.search(r"python launch.py logs (\w+)", done.stdout).group(1)
+
+    def status(self, run: str) -> dict[str, Any]:
+        done = self.run("status", run, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)[0]
+
+    def until(self, run: str, *states: str, seconds: float = 60) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while (found := self.status(run))["state"] not in states:
+            assert time.monotonic() < deadline, found
+        return found
+
+    def folder_of(self, run: str) -> Path:
+        return next(self.base.glob("experiments/*-%s/*/*-%s" % (run, run)))
+
+    def log_of(self, run: str) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder_of(run).glob("log-*")))
+
+
+def wait_for(what: Any, seconds: float = 30) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    support.need(not why_not(), why_not() or "")
+    with Cluster() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def people(cluster: Cluster) -> dict[str, Person]:
+    made = {tunnel: Person(cluster, tunnel) for tunnel in ("ssh", "local")}
+    made["local"].recipe("nap", NAPPER)
+    cluster.late = made["local"].started("nap", "run.env.time=00:01:00")  # what test_a_time_limit waits for
+    return made
+
+
+@pytest.fixture
+def laptop(people: dict[str, Person]) -> Person:
+    return people["ssh"]
+
+
+@pytest.fixture
+def login(people: dict[str, Person]) -> Person:
+    return people["local"]
+
+
+@slow
+@pytest.mark.parametrize("image", [NO_CONTAINER, CONTAINER])
+@pytest.mark.parametrize("tunnel", ["ssh", "local"])
+def test_nano3_sft_on_two_nodes(people: dict[str, Person], tunnel: str, image: str) -> None:
+    person = people[tunnel]
+    done = person.run("nano3", "sft", "here", "--repo-root", str(layout.REPO), "--nodes", "2", "train.steps=%d" % (20 if image else 10),
+                      "run.env.container_image=" + (image or '""'))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 ranks on cpu" in done.stdout and "ended with exit code 0" in done.stdout
+    assert "resumed at step 10" in done.stdout or not image
+    assert ("13 files in /nemo_run/code" in done.stdout) == bool(image)
+    assert (person.base / "nano3/sft/model/model.safetensors").is_file()
+
+
+@slow
+@pytest.mark.parametrize("image", [NO_CONTAINER, CONTAINER])
+def test_each_task_finds_its_own_rank_and_what_was_sent(laptop: Person, image: str) -> None:
+    laptop.recipe("look", """
+        import os, sys, yaml
+        config = yaml.safe_load(open(sys.argv[sys.argv.index("--config") + 1]))
+        print("I am", os.environ["NODE_RANK"], os.environ["NNODES"], os.environ["MASTER_ADDR"], os.environ["ODD"], config)
+        """, "code: /nemo_run/code/x\\nout: /nemo_run/y\\n")
+    odd = "a b; 'c' \"d\" $HOME `x` $(y) \\ %"
+    done = laptop.launch("look", "--nodes", "2", "--all-ranks", "run.env.container_image=" + (image or '""'),
+                         "run.env.env_vars.ODD=" + json.dumps(odd))
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = re.search(r"run (\w+)", done.stdout).group(1)
+    code = "/nemo_run/code" if image else "%s/code" % laptop.folder_of(run)
+    for rank in (0, 1):
+        assert "[%d] I am %d 2 n1 %s %s" % (rank, rank, odd, {"code": code + "/x", "out": "%s/fam/y" % laptop.base}) in done.stdout
+
+
+@slow
+def test_a_rank_that_dies_ends_the_job_with_its_code(login: Person) -> None:
+    login.recipe("die", """
+        import os, sys, time
+        if os.environ["NODE_RANK"] == "1":
+            sys.exit(7)
+        time.sleep(600)
+        """)
+    begun = time.monotonic()
+    done = login.launch("die", "--nodes", "2")
+    assert done.returncode == 1 and "exit code 7" in done.stderr, done.stdout + done.stderr
+    assert time.monotonic() - begun < 60
+    run = re.search(r"run (\w+)", done.stdout).group(1)
+    assert login.status(run) | {"age_s": 0} == {
+        "run": run, "recipe": "fam/die", "profile": "here", "nodes": 2, "state": "failed", "detail": "FAILED", "age_s": 0,
+        "job_exit_code": 7}
+
+
+@slow
+def test_another_shell_sees_reads_and_cancels_a_job(laptop: Person) -> None:
+    laptop.recipe("nap", NAPPER)
+    run = laptop.started("nap", "--nodes", "2")
+    laptop.until(run, "running")
+    wait_for(lambda: "napping 1" in laptop.log_of(run))
+    reader = subprocess.Popen(laptop.cluster.laptop_command(laptop.words("logs", run, "--all-ranks")), stdout=subprocess.PIPE,
+                              text=True, env=laptop.cluster.environment(str(laptop.home)))
+    assert reader.stdout and reader.stdout.readline().startswith("[0] airlift: rank 0 of 2")
+    done = laptop.run("cancel", run)
+    assert (done.returncode, done.stdout) == (0, "%s: cancelled\n" % run), done.stderr
+    rest, _ = reader.communicate(timeout=60)
+    assert "[1] napping 1" in rest and "rank 1 ended with exit code 143" in rest
+    assert laptop.status(run)["state"] == "cancelled"
+    assert "already ended" in laptop.run("cancel", run).stdout
+    assert "napping 0" in laptop.run("logs", run).stdout
+
+
+@slow
+@pytest.mark.parametrize("words, code, said", [
+    (["run.env.identity={ssh}/other"], 4, "Permission denied"),
+    (["run.env.port=2223"], 5, "Connection refused"),
+    (["run.env.host=192.0.2.9", "run.env.port=2222"], 5, "Connection refused"),
+    (["run.env.host=localhost"], 4, "Host key verification failed"),
+    (["run.env.host=nowhere.invalid"], 5, "resolve"),
+    (["run.env.partition=gone"], 4, "invalid partition"),
+    (["run.env.account=gone"], 4, "Invalid account"),
+    (["run.env.remote_job_dir=/proc/here"], 4, "/proc/here"),
+])
+def test_what_the_cluster_refuses_ends_soon_and_in_its_own_words(laptop: Person, words: list[str], code: int, said: str) -> None:
+    laptop.recipe("nap", NAPPER)
+    begun = time.monotonic()
+    done = laptop.launch("nap", *[word.format(ssh=laptop.home / ".ssh") for word in words])
+    assert done.returncode == code and said in done.stderr, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2 and time.monotonic() - begun < 20, done.stderr
+    assert laptop.cluster.on_login(["squeue", "-h", "-n", "x"]).stdout == ""
+
+
+@slow
+def test_an_image_that_is_not_there_is_said(laptop: Person) -> None:
+    laptop.recipe("nap", NAPPER)
+    done = laptop.launch("nap", "run.env.container_image=registry.example.com/gone:1")
+    assert done.returncode == 1 and "no such image" in done.stdout, done.stdout + done.stderr
+
+
+@slow
+def test_a_tree_that_was_changed_on_the_cluster_does_not_run(laptop: Person) -> None:
+    laptop.recipe("nap", NAPPER)
+    done = laptop.launch("nap", "run.env.setup_lines='echo >>%s/experiments/*/*/*/code/src/nemotron/recipes/fam/nap/train.py'"
+                         % laptop.base)
+    assert done.returncode == 1 and "did not arrive whole" in done.stderr, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- secrets
+
+SECRET = "s3cret-4f1c"
+
+
+def holders(folders: list[Path]) -> list[str]:
+    """Files that hold the secret."""
+    found = []
+    for folder in folders:
+        done = subprocess.run(["grep", "-rlF", SECRET, str(folder)], capture_output=True, text=True)
+        found += done.stdout.split()
+    return found
+
+
+@slow
+@pytest.mark.parametrize("end", ["done", "failed", "cancelled", "cancelled while it waits"])
+def test_secrets_lie_in_one_private_file_until_the_job_is_over(login: Person, end: str) -> None:
+    login.recipe("secret", """
+        import os, signal, sys, time
+        print(len(os.environ["HF_TOKEN"]), flush=True)
+        time.sleep(2 if sys.argv[-1] != "cancelled" else 600)
+        sys.exit(5 if sys.argv[-1] == "failed" else 0)
+        """)
+    places = [login.base, login.home, login.cluster.root / "log", login.cluster.root / "n1", login.folder]
+    blocker = ""
+    if end == "cancelled while it waits":
+        blocker = login.cluster.on_login(["sbatch", "--parsable", "-A", "team", "-N2", "--exclusive", "--wrap", "sleep 600"],
+                                         cwd=login.home).stdout.strip()
+    run = login.started("secret", "run.env.secrets.HF_TOKEN=env", "--", end.split()[0], env={"HF_TOKEN": SECRET})
+    file = login.folder_of(run) / "secrets.json"
+    assert holders(places) == [str(file)] and file.stat().st_mode & 0o777 == 0o600
+    if end.startswith("cancelled"):
+        if not blocker:
+            login.until(run, "running")
+        login.run("cancel", run)
+    wait_for(lambda: not file.exists())  # nobody of ours is needed for it: the batch script does it
+    assert login.until(run, "done", "failed", "cancelled")["state"] == end.split()[0]
+    assert holders(places) == []
+    if blocker:
+        login.cluster.on_login(["scancel", blocker])
+    else:
+        assert str(len(SECRET)) in login.log_of(run).split()
+
+
+@slow
+def test_a_preempted_job_is_followed_into_its_next_start_and_keeps_its_secrets(laptop: Person) -> None:
+    laptop.recipe("again", """
+        import os, pathlib, sys, time
+        mark = pathlib.Path(os.environ["NEMO_RUN_DIR"], "been-here")
+        print("token", len(os.environ["HF_TOKEN"]), "resumed" if mark.exists() else "fresh", flush=True)
+        if not mark.exists():
+            mark.touch()
+            time.sleep(600)
+        """)
+    with laptop.start("again", "run.env.partition=low", "run.env.exclusive=true", "run.env.secrets.HF_TOKEN=env",
+                      HF_TOKEN=SECRET) as process:
+        assert process.stdout
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "fresh" in line:
+                break
+        run = re.search(r"run (\w+)", "".join(lines)).group(1)
+        job_id = re.search(r'"job": "(\d+)"', (laptop.home / (".local/state/airlift/runs/%s.json" % run)).read_text()).group(1)
+        laptop.cluster.on_login(["srun", "-A", "team", "-p", "high", "-N2", "--exclusive", "true"])
+        file = laptop.folder_of(run) / "secrets.json"
+        assert file.exists()
+        root = laptop.cluster.on_laptop(["scontrol", "update", "JobId=" + job_id, "StartTime=now"])  # not in two minutes
+        assert root.returncode == 0, root.stderr
+        rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, "".join(lines) + rest
+    assert "start 2" in rest and "token %d resumed" % len(SECRET) in rest
+    assert not file.exists()
+
+
+# ---------------------------------------------------------------- repositories
+
+
+@pytest.fixture
+def repository(cluster: Cluster, tmp_path: Path) -> Path:
+    """A repository with the commits "one" (tag v1) and "two" (branch main)."""
+    place = cluster.root / ("repo-" + tmp_path.name)
+    place.mkdir()
+    for command in (["init", "-q", "-b", "main"], ["config", "user.name", "x"], ["config", "user.email", "x@x"]):
+        git(place, *command)
+    commit(place, "one")
+    git(place, "tag", "-a", "-m", "first", "v1")
+    commit(place, "two")
+    return place
+
+
+def git(place: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(place), *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit(place: Path, text: str) -> str:
+    (place / "content").write_text(text)
+    git(place, "add", "content")
+    git(place, "commit", "-q", "-m", text)
+    subprocess.run(["chown", "-R", "4321:4321", str(place)], check=True)
+    git(place, "-c", "safe.directory=*", "status")
+    return git(place, "-c", "safe.directory=*", "rev-parse", "HEAD")
+
+
+def mounting(person: Person, place: Path, ref: str, image: str = CONTAINER) -> str:
+    """A config that mounts the repository; gives its path."""
+    text = 'run:\n  env:\n    container_image: "%s"\n    mounts: ["${auto_mount:git+file://%s@%s,/opt/thing}"]\n' % (image, place, ref)
+    return str(layout.write(person.cluster.root / ("config-%s.yaml" % re.sub(r"\W", "-", ref)), text))
+
+
+@slow
+def test_auto_mounts_are_cloned_on_the_cluster_and_seen_in_the_container(laptop: Person, repository: Path) -> None:
+    laptop.recipe("thing", 'print("content:", open("/opt/thing/content").read())')
+    first = git(repository, "-c", "safe.directory=*", "rev-parse", "v1^{commit}")
+    second = git(repository, "-c", "safe.directory=*", "rev-parse", "main")
+    runs = {ref: laptop.started("thing", "-c", mounting(laptop, repository, ref)) for ref in ("v1", "main", first)}
+    third = commit(repository, "three")  # which no clone has yet
+    runs["again"] = laptop.started("thing", "-c", mounting(laptop, repository, "main"))
+    for (ref, run), (content, sha) in zip(runs.items(), [("one", first), ("two", second), ("one", first), ("three", third)],
+                                          strict=True):
+        assert laptop.until(run, "done", "failed")["state"] == "done", laptop.log_of(run)
+        assert "content: " + content in laptop.log_of(run), ref
+        script = next(laptop.folder_of(run).parent.glob("*_sbatch.sh")).read_text()
+        assert re.search(r"--container-mounts \S*%s/auto_mounts/\S+/%s:/opt/thing" % (laptop.base, sha), script), script
+
+
+@slow
+def test_a_repository_that_cannot_be_fetched_is_said(laptop: Person, repository: Path) -> None:
+    laptop.recipe("thing", "pass")
+    for place, ref, said in ((repository, "gone", "neither a tag nor a branch gone"),
+                             (repository.with_name("nowhere"), "main", "nowhere"), (repository, "0" * 40, "0000")):
+        done = laptop.launch("thing", "-c", mounting(laptop, place, ref))
+        assert done.returncode == 4 and said in done.stderr and len(done.stderr.strip().splitlines()) == 2, done.stderr
+
+
+@slow
+def test_a_time_limit_is_said(cluster: Cluster, login: Person) -> None:
+    found = login.until(cluster.late, "failed", seconds=150)
+    assert found["detail"] == "TIMEOUT: it reached its time limit of 00:01:00" and found["job_exit_code"] is None
+
+
+@slow
+def test_ctrl_c_leaves_the_job_alone(laptop: Person) -> None:
+    laptop.recipe("nap", NAPPER)
+    with laptop.start("nap") as process:
+        assert process.stdout
+        said = ""
+        while "napping" not in said:
+            said += process.stdout.readline()
+        launchers = [int(pid) for pid in subprocess.run(["pgrep", "-f", str(laptop.folder / "launch.py")], capture_output=True,
+                                                        text=True).stdout.split()]
+        for pid in launchers:
+            os.kill(pid, signal.SIGINT)
+        rest, _ = process.communicate(timeout=30)
+    run = re.search(r"run (\w+)", said).group(1)
+    assert "the job goes on" in rest and process.returncode == 0
+    assert laptop.status(run)["state"] == "running"
+    laptop.run("cancel", run)
+
+
+@slow
+def test_the_cluster_can_be_started_by_hand() -> None:
+    support.need(not why_not(), why_not() or "")
+    process = subprocess.Popen([sys.executable, "-m", "tests.slurm"], cwd=layout.REPO, stdout=subprocess.PIPE, text=True,
+                               env={"PATH": SYSTEM_PATH})
+    assert process.stdout and "by SSH" in process.stdout.readline()
+    process.terminate()
+    assert process.wait(30) == 0
+    process.stdout.close()
