@@ -163,20 +163,21 @@ class Launch(object):
             notes.append("no workspace is set: what the job writes stays in the pod and goes with it")
         command, tool, said = recipes.command(recipe, settings, args, backends.is_cloud(profile.executor))
         secrets, about = backends.check_secrets(settings.get("secrets", {}), profile.executor)
+        repositories, cloned = backends.clones(settings, profile.executor)
         run = backends.new_run_id()
         description = {
             "run": run, "recipe": recipe.name, "script": recipe.script, "launch": recipe.launch,
             "nodes": settings["nodes"], "run_root": root, "config": self.config.text,
             "env": backends.environment(settings, self.config.run, recipe.name, profile.executor),
-            "setup": settings.get("pre_launch_commands", []) + settings.get("startup_commands", []),
-            "command": command, "tool": tool,
-            "workdir": settings.get("workdir"),
+            "setup": backends.setup_commands(settings), "command": command, "tool": tool,
+            "workdir": settings.get("workdir"), "clones": repositories,
+            "folders": list(backends.caches(settings).values()),
         }
         description.update(backends.unpacking(settings))
         return backends.Job(
             run, recipe.name, profile.executor, settings["nodes"], settings["gpus_per_node"], settings["nproc"],
             settings.get("container_image"), settings, description, secrets,
-            tuple(notes + said + about + list(self.config.notes)))
+            tuple(notes + said + about + cloned + list(self.config.notes)))
 
     def notes(self):
         return list(self.job.notes) + left_out_notes(self.tree)
@@ -448,9 +449,9 @@ def status(options):
         print(json.dumps(rows, indent=1))
         return worst
     for row in rows:
-        code = "" if row["job_exit_code"] in (None, 0) else "exit code %d" % row["job_exit_code"]
+        said = [str(row["detail"])] + ["exit code %s" % row["job_exit_code"]] * bool(row["job_exit_code"])
         print("{run}  {state:<9} {age_s:>6} s  {recipe} on {profile}, {nodes} nodes  {0}".format(
-            "; ".join(dict.fromkeys(filter(None, (row["detail"], code)))), **row))
+            "; ".join(dict.fromkeys(filter(None, said))), **row))
     return worst
 
 

@@ -40,7 +40,7 @@ import time
 import zlib
 from typing import IO, Iterator
 
-POD, PAYLOAD, RANK, PLACE, WAIT, PYTHON, SETUP, TOOL, INTERNAL = 80, 81, 82, 83, 84, 85, 86, 87, 89
+POD, PAYLOAD, RANK, PLACE, WAIT, PYTHON, SETUP, TOOL, CLONE, INTERNAL = range(80, 90)
 
 FAILURES = {
     POD: ("the program that unpacks did not arrive whole", "the platform dropped or changed a part of the environment"),
@@ -51,6 +51,8 @@ FAILURES = {
     PYTHON: ("the pod's python3 cannot unpack the payload", 'use an image with Python 3.8, or compression = "gz"'),
     SETUP: ("a startup command failed", "mend startup_commands in the profile; its output is above"),
     TOOL: ("the image lacks what the recipe is started with", "use an image that has it, or set run_command"),
+    CLONE: ("a repository that the recipe mounts could not be cloned",
+            'name a mirror that pods reach in [git_mirrors], or use the image\'s copy with auto_mount = "image"'),
     INTERNAL: ("pod.py itself failed", "please report it with the lines above"),
 }
 
@@ -364,9 +366,10 @@ class Shared:
         while True:
             name, begun = "%06d-%s.%s" % (self.next_number(), self.digest, os.urandom(4).hex()), False
             try:
+                os.makedirs(self.path("private", name), exist_ok=True)
+                begun = True
                 for folder in ("uses", "told", "code"):
                     os.makedirs(self.path("private", name, folder), exist_ok=True)
-                begun = True
                 self.fill(self.path("private", name))
                 self.rename(name)
                 return name
@@ -378,6 +381,7 @@ class Shared:
                     self.sweep(keep=0, left=0)
                 elif full or not swept or time.monotonic() > deadline:
                     raise
+                time.sleep(0.1)
             finally:
                 self.discard("private", name, ours=True)
 
@@ -643,6 +647,16 @@ def recipe_env(env: dict[str, str], job: dict, places: Places, rank: int) -> dic
     return result
 
 
+# A server may refuse a commit that is no tip of a branch; then all branches are fetched.
+CLONE_SCRIPT = """\
+(rm -rf {target}.new && git init -q {target}.new && cd {target}.new && {{
+   git fetch -q --depth 1 {url} {ref} && git checkout -q FETCH_HEAD || {{
+     git fetch -q --tags {url} '+refs/heads/*:refs/remotes/origin/*' && git checkout -q {ref}; }}; }} &&
+ cd / && rm -rf {target} && mv {target}.new {target} &&
+ echo airlift: {target} is $(git -C {target} rev-parse HEAD)
+) || {{ echo 'airlift: no clone of '{url}' at '{ref} >&2; exit {code}; }}"""
+
+
 def script_for(job: dict, workdir: str, ready: int) -> str:
     """The one bash script: startup commands, then the recipe. Between them a byte goes to the descriptor `ready`, which
     tells whose exit code it is.
@@ -651,6 +665,8 @@ def script_for(job: dict, workdir: str, ready: int) -> str:
     recipe's own code, if that was the last one; else it exits, or a TERM between two commands would be lost.
     """
     lines = ["trap 'exit 143' TERM; trap 'exit 130' INT", "cd -- %s || exit %d" % (shlex.quote(workdir), TOOL)]
+    for clone in job.get("clones", []):
+        lines.append(CLONE_SCRIPT.format(code=CLONE, **{name: shlex.quote(value) for name, value in clone.items()}))
     for number, command in enumerate(job["setup"], 1):
         lines.append("eval %s || { echo 'airlift: startup command %d failed with exit code '$? >&2; exit %d; }"
                      % (shlex.quote(command), number, SETUP))
@@ -893,7 +909,7 @@ def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: in
     code = child.run(script_for(job, workdir, ready), recipe_env(env, job, places, rank), log, ready)
     ran = bool(select.select([begun], [], [], 0)[0] and os.read(begun, 1))
     if not ran:
-        code = 128 + child.signal if child.signal else TOOL if code == TOOL else SETUP
+        code = 128 + child.signal if child.signal else code if code in (TOOL, CLONE) else SETUP
     keep_code(log, code)
     if not ran and not child.signal:
         raise Failure(code, "see the lines above")

@@ -18,6 +18,7 @@ import os
 import posixpath
 import re
 import secrets
+import shlex
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -117,7 +118,8 @@ def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, 
     if foreign:
         notes.append("run.env holds %s, which is not for executor %s" % (", ".join(foreign), profile.executor))
     if "mounts" not in profile.stage and "mounts" not in forced:
-        settings["mounts"] = list(usable.get("mounts") or []) + list(profile.keys.get("mounts") or [])
+        settings["mounts"] = _mounts(list(yaml.get("mounts") or []), list(profile.keys.get("mounts") or []),
+                                     profile.executor, notes)
     for key in COUNTS:
         if key in settings:
             settings[key] = _count(key, settings[key])
@@ -125,6 +127,59 @@ def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, 
     gpus = settings["gpus_per_node"]
     settings["nproc"] = settings.get("nproc_per_node", gpus) or 1
     return settings
+
+
+def _mounts(yaml: list[Any], ours: list[Any], executor: str, notes: list[str]) -> list[Any]:
+    """The mounts of YAML and profile. A cloud has no hosts to bind from: a string that the YAML brings is named as not
+    mounted there, one in the profile is refused; ${auto_mount:…} entries are cloned in the pod."""
+    if executor == "local":
+        notes += ["%s is not mounted: local pods see this machine as it is" % mount for mount in yaml]
+        return []
+    if executor in CLOUDS:
+        notes += ["%s is not mounted: %s has no hosts to mount from" % (mount, executor) for mount in yaml if not _auto(mount)]
+        yaml = [mount for mount in yaml if _auto(mount)]
+        bad = [mount for mount in ours if not _auto(mount) and (executor == "dgxcloud" or not isinstance(mount, dict))]
+        if bad:
+            raise Refusal("the mount %s cannot be had on %s" % (bad[0], executor),
+                          "write a table with path, mount_path and from" if executor == "lepton" else "volumes are pvcs there")
+    return yaml + ours
+
+
+def _auto(mount: Any) -> bool:
+    return isinstance(mount, str) and mount.strip().startswith("${auto_mount:")
+
+
+def clones(settings: dict[str, Any], executor: str) -> tuple[list[dict[str, str]], list[str]]:
+    """The repositories that a pod without bind mounts clones for itself, and what to say. Raises Refusal."""
+    found, notes = [], []
+    for mount in settings.get("mounts") or []:
+        if _auto(mount) and executor in ("docker", *CLOUDS):
+            from backends.repositories import parse
+
+            repository = parse(mount, settings.get("git_mirrors", {}))
+            if repository and settings.get("auto_mount") == "image":
+                notes.append("%s is used as the image has it" % repository.target)
+            elif repository:
+                found.append({"url": repository.url, "ref": repository.ref, "target": repository.target})
+                notes.append("each pod clones %s at %s to %s" % (repository.url, repository.ref, repository.target))
+    return found, notes
+
+
+CACHES = {"VLLM_CACHE_ROOT": "vllm_compile_cache", "DG_JIT_CACHE_DIR": "vllm_compile_cache/deep_gemm",
+          "FLASHINFER_CUBIN_DIR": "flashinfer_cubins", "FLASHINFER_WORKSPACE_BASE": "flashinfer_workspace"}
+
+
+def caches(settings: dict[str, Any]) -> dict[str, str]:
+    """What persistent_cache sets: NAME -> folder, which pod.py makes."""
+    base = settings.get("persistent_cache")
+    return {name: posixpath.join(base, folder) for name, folder in CACHES.items()} if base else {}
+
+
+def setup_commands(settings: dict[str, Any]) -> list[str]:
+    """What runs before the recipe, in its shell. pip_extras is the profile's own word that the network may be used."""
+    extras = settings.get("pip_extras") or []
+    pip = ["python3 -m pip install --quiet " + " ".join(map(shlex.quote, extras))] if extras else []
+    return pip + settings.get("pre_launch_commands", []) + settings.get("startup_commands", [])
 
 
 def _text(value: Any) -> str:
@@ -183,6 +238,7 @@ def environment(settings: dict[str, Any], run: dict[str, Any], name: str, execut
     base = workspace(settings)
     if base and executor != "local":
         env["HF_HOME"] = posixpath.join(base, "hf")
+    env |= caches(settings)
     wandb = run.get("wandb")
     if isinstance(wandb, dict):
         names = {"entity": "WANDB_ENTITY", "project": "WANDB_PROJECT", "name": "WANDB_NAME", "run_name": "WANDB_NAME",

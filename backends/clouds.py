@@ -66,7 +66,7 @@ class Adapter(HTTPAdapter):
         for left in range(READ_RETRIES, -1, -1):
             response = super().send(request, stream, limits, self.ca_bundle or verify, cert, proxies)
             try:
-                if stream or response.content is not None:  # read now, where an answer that breaks can be asked for again
+                if stream or response.content is not None:  # read now: what breaks can be asked for again
                     break
             except requests.RequestException:
                 if request.method not in self.safe or not left:

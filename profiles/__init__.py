@@ -47,7 +47,8 @@ KEYS: dict[str, Key] = {
     "rendezvous_timeout": Key("int"), "chunk_bytes": Key("int", ("local", "docker", *CLOUDS)),
     # every executor but this machine
     "container_image": Key("str", _REMOTE), "container": Key("str", _REMOTE, alias="container_image"),
-    "mounts": Key("mounts", ("docker", "slurm", "lepton")), "custom_spec": Key("table", CLOUDS),
+    "mounts": Key("mounts", _REMOTE), "persistent_cache": Key("str", _REMOTE), "pip_extras": Key("str list"),
+    "git_mirrors": Key("table", _REMOTE), "auto_mount": Key("str", _REMOTE), "custom_spec": Key("table", CLOUDS),
     "ca_bundle": Key("str", CLOUDS),
     # Docker
     "runtime": Key("str", ("docker",)), "ipc_mode": Key("str", ("docker",)), "shm_size": Key("str", ("docker",)),
@@ -58,7 +59,7 @@ KEYS: dict[str, Key] = {
     "remote_job_dir": Key("str", ("slurm",)), "time": Key("str", ("slurm",)), "mem": Key("str", ("slurm",)),
     "exclusive": Key("bool", ("slurm",)), "setup_lines": Key("str", ("slurm",)),
     "cpus_per_task": Key("int", ("slurm",)), "lustre_mount": Key("str", ("slurm",)),
-    "git_mirrors": Key("table", ("slurm",)), "auto_mount": Key("str", ("slurm",)),
+    "sif_dir": Key("str", ("slurm",)),
     # DGX Cloud Lepton
     "node_group": Key("str", ("lepton",)), "resource_shape": Key("str", ("lepton",)),
     "node_reservation": Key("str", ("lepton",)), "shared_memory_size": Key("int", ("lepton",)),

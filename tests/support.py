@@ -121,6 +121,9 @@ class Pod:
         return [pid for pid in marked(self.mark) if pid != self.process.pid]
 
 
+MARKS: list[str] = []  # of all pods that were started in this process
+
+
 def marked(mark: str) -> list[int]:
     found = []
     for entry in os.listdir("/proc"):
@@ -136,6 +139,7 @@ def started(plan: Plan, scratch: Path, *, env: dict[str, str | None] | None = No
             **options: Any) -> Iterator[Pod]:
     """A pod as a real process. `env` is added to the plan's, None takes a name out. At the end nothing is left of it."""
     mark = uuid.uuid4().hex
+    MARKS.append(mark)
     whole = plan.env | {"PATH": PATH, "TMPDIR": str(scratch), "TEST_MARK": mark} | (env or {})
     scratch.mkdir(parents=True, exist_ok=True)
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": "/"} | options

@@ -1,14 +1,20 @@
 """Both clouds: the same launches, troubles and promises, against emulated platforms whose pods are real processes."""
 
+import contextlib
 import json
+import logging
+import os
 import re
 import signal
+import socket
+import ssl
+import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from cloud import EMULATED, HELLO, KEEPS_ON, PLATFORMS, cloud, noise, wait_for
+from cloud import EMULATED, HELLO, KEEPS_ON, PLATFORMS, cloud, noise, seen_in, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,7 +75,7 @@ SLOW = pytest.mark.slow
 def test_the_payload_up_to_the_edge(here, nodes, method):
     here.profile(compression=method)
     first, last = backends.new_run_id(), backends.new_run_id()
-    here.monkeypatch.setattr(backends, "new_run_id", lambda: last)  # it is compressed, too, and has its share in the sum
+    here.monkeypatch.setattr(backends, "new_run_id", lambda: last)  # it has its share in the sum
     fits, over = 0, 1_400_000
     while over - fits > 1:
         middle = (over + fits) // 2
@@ -457,6 +463,131 @@ def test_what_answers_is_not_the_platform(here, answer):
     server.shutdown()
     server.server_close()
     assert result.code in (4, 5) and "a bug" not in result.err, result.err  # the SDK may have its own word before
+
+
+# ---------------------------------------------------------------- certificates and proxies
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """A self-signed certificate for 127.0.0.1: (its file, its key's file)."""
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=airlift",
+                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "ca.pem"],
+                   cwd=folder, check=True, capture_output=True)
+    return folder / "ca.pem", folder / "key.pem"
+
+
+def relay(port, wrap=lambda connection: connection, head=lambda data: data):
+    """Listen on loopback, and pass bytes on to `port`; `head` may change each piece of a request."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def copy(source, target, change=lambda data: data):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(change(data))
+            target.shutdown(socket.SHUT_WR)
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                connection = listener.accept()[0]
+                try:
+                    inner = wrap(connection)
+                except OSError:  # the client did not trust us
+                    continue
+                outer = socket.create_connection(("127.0.0.1", port))
+                threading.Thread(target=copy, args=(inner, outer, head), daemon=True).start()
+                threading.Thread(target=copy, args=(outer, inner), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return listener
+
+
+URLS = {"lepton": ("LEPTON_WORKSPACE_URL",), "dgxcloud": ("RUNAI_BASE_URL", "RUNAI_KUBE_APISERVER_URL")}
+
+
+def test_a_private_certificate_authority(here, certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    with relay(here.server.port, lambda plain: context.wrap_socket(plain, server_side=True)) as listener:
+        for name in URLS[here.kind]:
+            url = os.environ[name].replace("http://127.0.0.1:%d" % here.server.port,
+                                           "https://127.0.0.1:%d" % listener.getsockname()[1])
+            here.monkeypatch.setenv(name, url)
+        begin = time.monotonic()
+        result = here.launch()
+        assert result.code == 5 and "is not trusted (TLS)" in result.err and "ca_bundle" in result.err
+        assert time.monotonic() - begin < 5 and here.server.requests == []
+        here.profile(ca_bundle=str(certificate[0]))
+        here.monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/etc/hostname")  # the profile's own comes first
+        result = here.launch()
+        assert (result.code, result.err) == (0, "") and "hello from 0" in result.out
+        assert here.main("logs", result.run).code == 0
+        here.profile(ca_bundle="/no/such/file.pem")
+        result = here.launch()
+        assert result.code == 2 and "ca_bundle /no/such/file.pem is not there" in result.err
+
+
+def test_the_usual_proxy_variables(here):
+    passed = []
+
+    def direct(data):
+        first = re.match(rb"[A-Z]+ (http://127.0.0.1:%d)/" % here.server.port, data)
+        passed.append(bool(first))
+        return data.replace(first.group(1), b"", 1) if first else data
+
+    with relay(here.server.port, head=direct) as listener:
+        here.monkeypatch.setenv("http_proxy", "http://127.0.0.1:%d" % listener.getsockname()[1])
+        here.monkeypatch.setenv("no_proxy", "")
+        result = here.launch()
+        assert (result.code, result.err) == (0, "") and passed.count(True) == len(here.server.requests)
+        here.monkeypatch.setenv("no_proxy", "127.0.0.1")
+        seen = len(passed)
+        assert here.launch().code == 0 and len(passed) == seen
+
+
+# ---------------------------------------------------------------- nothing lies about
+
+
+def test_no_chunk_and_no_secret_lies_about(here, caplog):
+    """In files of ours and of nemo-run, its logs at DEBUG, the arguments of any process, what a pod prints."""
+    from nemo_run.config import get_nemorun_home
+
+    here.profile("[secrets]\nHF_TOKEN = 'env'\n[env_vars]\nMINE = 'plain-value-4711'\n")
+    here.monkeypatch.setenv("HF_TOKEN", "hf-secret-4711")
+    here.pad(200_000)
+    for name in [*logging.root.manager.loggerDict, None]:
+        logger = logging.getLogger(name)
+        here.monkeypatch.setattr(logger, "setLevel", lambda level: None)
+        here.monkeypatch.setattr(logger, "level", logging.DEBUG)
+        here.monkeypatch.setattr(logger, "disabled", False)
+        if str(name).startswith("nemo_run."):  # it does not pass on what it logs
+            here.monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    logging.root.manager._clear_cache()
+    run = here.up()
+    sent = here.env()
+    assert sent["HF_TOKEN"] == "hf-secret-4711"
+    secrets = ["hf-secret-4711", secret_of(here), "plain-value-4711"]
+    for name, value in sent.items():
+        if re.match(r"AIRLIFT_[A-Z]+_\d", name):
+            secrets += [value[:60], value[-60:]]
+    assert len(secrets) > 8
+    commands = b""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            commands += path.read_bytes()
+    assert b"AIRLIFT_POD_SHA256" in commands  # the pod's bootstrap
+    shown = here.main("status", run, "--json").out + here.main("cancel", run).out
+    logged = "\n".join(record.getMessage() for record in caplog.records)
+    assert {"urllib3", "nemo_run"} <= {record.name.split(".")[0] for record in caplog.records}
+    for secret in secrets:
+        assert secret.encode() not in commands
+        assert secret not in shown + logged + here.job.pods[0].output
+    folders = [get_nemorun_home(), here.place / "airlift", here.place / "home", here.volume]
+    assert seen_in(folders, secrets) == []
+    assert seen_in(folders, [run])  # the search does find what is there
+    assert seen_in([get_nemorun_home()], ["registry.test/nemo:1"])  # also in nemo-run's base64
 
 
 # ---------------------------------------------------------------- what a profile may add

@@ -1140,5 +1140,6 @@ def test_each_failure_has_its_sentences() -> None:
 
 
 def test_the_tests_leave_nothing_behind() -> None:
-    assert not marked("TEST_MARK=")
-    assert socket.gethostname()
+    everything = b"".join(path.read_bytes() for path in Path("/proc").glob("[0-9]*/environ") if _readable(path))
+    assert len(MARKS) > 100 or len(MARKS) == 0, "this test comes last"
+    assert not [mark for mark in MARKS if mark.encode() in everything]

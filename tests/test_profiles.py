@@ -310,7 +310,7 @@ def load_any(folder, text):
     return profile
 
 
-FUZZ = settings(deadline=None, max_examples=250, suppress_health_check=list(HealthCheck))
+FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 
 
 @FUZZ

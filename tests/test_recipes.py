@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 import recipes
 from transport import Refusal
 
-FUZZ = settings(deadline=None, max_examples=250, suppress_health_check=list(HealthCheck))
+FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 
 
 def refusal(call, *args, **kwargs):
@@ -475,7 +475,7 @@ def both_read(value):
     assert repr(OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)) == repr(value)
 
 
-@settings(FUZZ, max_examples=400)
+@settings(FUZZ, max_examples=250)
 @given(NESTED)
 def test_what_is_dumped_both_readers_read_back(value):
     both_read(value)

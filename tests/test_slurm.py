@@ -286,7 +286,7 @@ def test_nano3_sft_on_two_nodes(people: dict[str, Person], tunnel: str, image: s
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks on cpu" in done.stdout and "ended with exit code 0" in done.stdout
     assert "resumed at step 10" in done.stdout or not image
-    assert ("13 files in /nemo_run/code" in done.stdout) == bool(image)
+    assert (" files in /nemo_run/code" in done.stdout) == bool(image)
     assert (person.base / "nano3/sft/model/model.safetensors").is_file()
 
 
@@ -297,7 +297,7 @@ def test_each_task_finds_its_own_rank_and_what_was_sent(laptop: Person, image: s
         import os, sys, yaml
         config = yaml.safe_load(open(sys.argv[sys.argv.index("--config") + 1]))
         print("I am", os.environ["NODE_RANK"], os.environ["NNODES"], os.environ["MASTER_ADDR"], os.environ["ODD"], config)
-        """, "code: /nemo_run/code/x\\nout: /nemo_run/y\\n")
+        """, "code: /nemo_run/code/x\nout: /nemo_run/y\n")
     odd = "a b; 'c' \"d\" $HOME `x` $(y) \\ %"
     done = laptop.launch("look", "--nodes", "2", "--all-ranks", "run.env.container_image=" + (image or '""'),
                          "run.env.env_vars.ODD=" + json.dumps(odd))

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from starter import chat, checkpoint, sft  # noqa: E402
-from starter.config import RecipeError, SFTConfig, TrainConfig, apply_override, build, fill_env, parse_args  # noqa: E402
+from starter.config import RecipeError, SFTConfig, TrainConfig, apply_override, build, fill_references, parse_args  # noqa: E402
 from starter.distributed import World  # noqa: E402
 from starter.model import check_memory, load_model, model_config  # noqa: E402
 from starter.trainer import Trainer, batch_indices, learning_rate, loss_sum, shard  # noqa: E402
@@ -119,13 +119,13 @@ def test_a_bad_override_is_named(override: str, message: str) -> None:
     values["train"] = {"steps": 1, "global_batch_size": 1, "lr": 1.0}
     with pytest.raises(RecipeError, match=message) as caught:
         apply_override(values, override)
-        build(SFTConfig, fill_env(values))
+        build(SFTConfig, fill_references(values))
     assert len(str(caught.value).splitlines()) == 2
 
 
 def test_env_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLACE", "/models")
-    assert fill_env({"a": ["${oc.env:PLACE}/x", 1], "b": "${oc.env:NO_SUCH_VARIABLE,y}"}) == {
+    assert fill_references({"a": ["${oc.env:PLACE}/x", 1], "b": "${oc.env:NO_SUCH_VARIABLE,y}"}) == {
         "a": ["/models/x", 1],
         "b": "y",
     }
@@ -159,7 +159,7 @@ def test_the_mask_is_what_the_assistant_writes(dialogue: chat.Dialogue) -> None:
 
 
 def test_the_template_that_is_exported_gives_the_tokens_that_were_learned() -> None:
-    for dialogue in chat.read_chat(RECIPE / "sample.jsonl"):
+    for dialogue in chat.read_chat(SRC / "starter/samples/chat.jsonl"):
         assert TOKENIZER.apply_chat_template(dialogue, return_dict=False) == chat.encode(dialogue, TOKENIZER).ids
 
 
@@ -344,7 +344,7 @@ def test_a_finished_run_ends_at_once_and_more_steps_extend_it(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.train=sample-val.jsonl"], r"trained with data\.train = sha256 \w+, now it is sha256"),
+        (["data.train=../../../samples/chat-val.jsonl"], r"trained with data\.train = sha256 \w+, now it is sha256"),
         (["data.seq_length=128"], r"trained with data\.seq_length = 256, now it is 128"),
         (["model.config.ssm_state_size=8"], r"trained with model\.ssm_state_size = 16, now it is 8"),
     ],

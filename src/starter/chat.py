@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from starter.config import RecipeError
+from starter.files import sync_file
 
 IGNORE = -100  # the label of a token that is no target
 ROLES = ("system", "user", "assistant")
@@ -248,6 +249,7 @@ def write_packed(path: Path, packed: Packed, tokenizer: PreTrainedTokenizerBase)
     facts = {"seq_length": str(packed.seq_length), "tokenizer": fingerprint(tokenizer)}
     tensors = {"input_ids": packed.input_ids, "loss_mask": packed.mask, "lengths": packed.lengths}
     save_file(tensors, path, metadata=facts)
+    sync_file(path)
 
 
 def read_packed(folder: Path, seq_length: int, tokenizer: PreTrainedTokenizerBase) -> Packed:

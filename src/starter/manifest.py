@@ -76,7 +76,7 @@ def entry(manifest: dict[str, Any], key: str, folder: Path, where: str) -> Any:
             raise RecipeError(f"{where}: {folder}/manifest.json has no {key}.\nIt has: {there}.")
         value = value[part]
     if isinstance(value, dict):
-        raise RecipeError(f"{where}: {key} of {folder}/manifest.json is a table.\nName one of {', '.join(value)} in it.")
+        raise RecipeError(f"{where}: {key} of {folder}/manifest.json is a table.\nName one in it: {', '.join(value)}.")
     if value is None:
         raise RecipeError(f"{where}: {key} of {folder}/manifest.json is empty: the data prep had nothing for it.\n"
                           f"Prepare such data, or set {where}=null if the recipe may go without.")  # fmt: skip
@@ -96,8 +96,8 @@ def keys(table: dict[str, Any], prefix: str = "") -> list[str]:
 
 def files_of(manifest: dict[str, Any], value: str) -> dict[str, Any]:
     """The listed files that an entry stands for."""
-    listed = manifest.get("files", {})
-    return {name: facts for name, facts in listed.items() if name == value or name.startswith((value + "/", value + "."))}
+    listed = manifest.get("files", {}).items()
+    return {name: facts for name, facts in listed if name == value or name.startswith((value + "/", value + "."))}
 
 
 def is_path(manifest: dict[str, Any], value: Any, folder: Path) -> bool:
@@ -129,12 +129,12 @@ def owner(path: Path) -> tuple[Path, dict[str, Any], str] | None:
 
 
 def check(path: Path) -> None:
-    """Compare the files of an entry with the SHA-256 in their manifest."""
+    """Compare the files of an entry with the SHA-256 in their manifest. What no manifest lists, it says it leaves."""
     from starter.files import sha256
 
     owned = owner(path)
     if not owned:
-        raise RecipeError(f"no manifest lists {path}, so that it cannot be checked.\nLeave out data.verify.")
+        return say(f"{path.resolve()}: no manifest lists it, so that there is nothing to compare it with")
     folder, manifest, name = owned
     for file, facts in files_of(manifest, name).items():
         if sha256(folder / file) != facts["sha256"]:

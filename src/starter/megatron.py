@@ -50,7 +50,7 @@ class Writer:
         self.file, self.digest = Path(f"{prefix}.bin").open("wb"), hashlib.sha256()
 
     def add(self, ids: list[int]) -> None:
-        data = np.asarray(ids).astype(TYPES[self.code], casting="same_kind").tobytes()
+        data = np.asarray(ids, TYPES[self.code]).tobytes()
         self.file.write(data)
         self.digest.update(data)
         self.lengths.append(len(ids))
@@ -79,7 +79,7 @@ def read_tokens(prefix: Path) -> np.ndarray[Any, Any]:
     """All tokens of a pair of files, mapped into memory."""
     try:
         with Path(f"{prefix}.idx").open("rb") as file:
-            magic, version, code, count, documents = HEADER.unpack(file.read(HEADER.size))
+            magic, version, code, count, _ = HEADER.unpack(file.read(HEADER.size))
             if magic != MAGIC or version != 1 or code not in TYPES:
                 raise ValueError("it has another format, or tokens of another type")
             lengths = np.frombuffer(file.read(4 * count), "<i4").astype("<i8")

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from starter.config import RecipeError
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 PR_SET_PDEATHSIG = 1
 
 
@@ -52,7 +53,7 @@ def on_ray(function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
     try:
         import ray
     except ImportError as error:
-        raise RecipeError("RAY_ADDRESS is set, but there is no Ray here.\nUse an image with Ray, or unset it.") from error
+        raise RecipeError("RAY_ADDRESS is set, but Ray is not installed.\nUse another image, or unset it.") from error
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
         print(f"on the Ray cluster {os.environ['RAY_ADDRESS']}, {ray.cluster_resources().get('CPU', 0):.0f} CPUs")

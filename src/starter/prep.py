@@ -30,7 +30,8 @@ from starter.pool import parallel
 from starter.progress import Progress
 from starter.shards import Held, Range, Scan, Shard
 
-T = TypeVar("T")
+A = TypeVar("A")
+B = TypeVar("B")
 RECEIPT = ".receipt.json"
 
 
@@ -46,6 +47,9 @@ class PrepConfig:
     def __post_init__(self) -> None:
         if self.holdout < 0:
             raise RecipeError(f"holdout is {self.holdout}.\nGive the number of rows to hold out, 0 for none.")
+
+
+Config = TypeVar("Config", bound=PrepConfig)
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,29 @@ class Built:
     files: dict[str, dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Task:
+    """One range to turn into files of a split: ``name`` in folder/kept, and in folder/val what is held out."""
+
+    part: Range
+    held: frozenset[int]  # where rows begin that are held out
+    folder: Path
+    kept: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Done:
+    rows: int
+    files: dict[str, dict[str, Any]]
+
+
 class Prep(Protocol):
     """What is special to one data prep."""
 
     mode: str
     range_size: int
+    takes: tuple[str, ...]  # what of a blend's entries is of use besides name, path and split
 
     def begin(self, scratch: Path) -> None:
         """Get ready, before the first scan."""
@@ -94,11 +116,11 @@ class Prep(Protocol):
         """Add to the manifest, and write what belongs to no split."""
 
 
-def main(recipe: Path, config: type[T], start: Callable[[T, Path], Prep]) -> NoReturn:
+def main(recipe: Path, config: type[Config], start: Callable[[Config, Path], Prep]) -> NoReturn:
     """Run with the arguments of this process. ``recipe`` is the folder that relative paths of the config start from."""
     try:
         cfg = parse_args(config, sys.argv[1:])
-        run(cfg, recipe, start(cfg, recipe))  # type: ignore[arg-type]
+        run(cfg, recipe, start(cfg, recipe))
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -115,6 +137,7 @@ def run(cfg: PrepConfig, recipe: Path, prep: Prep) -> Path:
     splits = [Split(source, files) for source, files in shards.read_blend(recipe / cfg.blend).items()]
     if len({split.name for split in splits}) < len(splits):
         raise RecipeError(f"two splits of {recipe / cfg.blend} mean the same.\nGive them one name there.")
+    refuse_useless(prep, splits)
     with only_run(output):
         for split in splits:
             refuse_foreign(output / split.name)
@@ -141,7 +164,7 @@ def prepare(cfg: PrepConfig, prep: Prep, split: Split, output: Path, scratch: Pa
     before = stamps(split)
 
     def scan(check: bool) -> list[Scan]:
-        return watched(f"{split.name}: read", prep.scanner(scratch, check), ranges, cfg.workers)
+        return watched(f"{split.name}: read", prep.scanner(scratch, check), ranges, ranges, cfg.workers)
 
     old = None if cfg.force else read_receipt(folder)
     if old:
@@ -167,11 +190,24 @@ def prepare(cfg: PrepConfig, prep: Prep, split: Split, output: Path, scratch: Pa
     return receipt
 
 
-def watched(what: str, work: Callable[[Range], T], ranges: Sequence[Range], workers: int | None) -> list[T]:
-    """The results of ``work`` on all ranges, in parallel, with progress."""
+def refuse_useless(prep: Prep, splits: list[Split]) -> None:
+    """Say that a blend asks for something that this data prep has no use for."""
+    for shard in (shard for split in splits for shard in split.shards):
+        for name, unset in (("weight", 1.0), ("text_field", "text")):
+            if name not in prep.takes and getattr(shard.dataset, name) != unset:
+                raise RecipeError(
+                    f"{shard.dataset.name} has a {name} in the blend, which data/prep/{prep.mode} has no use for.\n"
+                    "Leave it out there."
+                )
+
+
+def watched(
+    what: str, work: Callable[[A], B], items: Sequence[A], ranges: Sequence[Range], workers: int | None
+) -> list[B]:
+    """The results of ``work`` on all items, one for each range, in parallel and with progress."""
     progress = Progress(what, sum(part.end - part.start for part in ranges))
     results = []
-    for part, result in zip(ranges, parallel(work, ranges, workers), strict=True):
+    for part, result in zip(ranges, parallel(work, items, workers), strict=True):
         progress.add(part.end - part.start, getattr(result, "rows", 0))
         results.append(result)
     progress.end()
@@ -190,12 +226,25 @@ def split_key(cfg: PrepConfig, prep: Prep, split: Split, holdout: int, scans: li
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def held_places(held: list[Held], scans: list[Scan]) -> list[frozenset[int]]:
-    """For each range, where the rows begin that are held out of it."""
+def build_parts(
+    what: str, work: Callable[[Task], Done], split: Split, ranges: list[Range], scans: list[Scan], held: list[Held],
+    folder: Path, workers: int | None,
+) -> Built:  # fmt: skip
+    """Have ``work`` turn each range into files of its own: DATASET-NUMBER, whatever suffix it gives them."""
+    parts = [split.part, "val"] if held else [split.part]
+    for part in parts:
+        (folder / part).mkdir()
     places: list[set[int]] = [set() for _ in scans]
     for row in held:
         places[row.scan].add(row.offset)
-    return [frozenset(found) for found in places]
+    tasks = [
+        Task(part, frozenset(places[i]), folder, split.part, f"{part.shard.dataset.name}-{i:05d}")
+        for i, part in enumerate(ranges)
+    ]
+    done = watched(f"{split.name}: {what}", work, tasks, ranges, workers)
+    for part in parts:
+        sync_folder(folder / part)
+    return Built({part: part for part in parts}, {name: facts for one in done for name, facts in one.files.items()})
 
 
 # ---------------------------------------------------------------- what lies in the output folder
@@ -242,7 +291,7 @@ def drop_others(output: Path, names: set[str]) -> None:
 def describe(prep: Prep, splits: Iterable[Split], receipts: list[dict[str, Any]]) -> dict[str, Any]:
     """The manifest. ``train`` is the split of that name, else the first; the source's own val goes before a holdout."""
     places: dict[str, dict[str, str]] = {}
-    files = {}
+    files: dict[str, Any] = {}
     for split, receipt in zip(splits, receipts, strict=True):
         places[split.name] = {part: f"{split.name}/{path}" for part, path in receipt["parts"].items()}
         files |= {f"{split.name}/{name}": facts for name, facts in receipt["files"].items()}

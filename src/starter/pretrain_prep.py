@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from starter import chat, megatron, prep, shards
 from starter.files import sha256, write_json
-from starter.prep import Built, PrepConfig, Split
+from starter.prep import Built, Done, PrepConfig, Split, Task
 from starter.shards import Held, Range, Scan
 
 
@@ -30,25 +30,9 @@ def tokenizer(name: str) -> Any:
     return chat.load_tokenizer(name, chat=False)
 
 
-@dataclass(frozen=True)
-class Task:
-    part: Range
-    held: frozenset[int]
-    folder: Path
-    kept: str  # the folder in it for what is not held out
-    name: str
-    tokenizer: str
-
-
-@dataclass(frozen=True)
-class Done:
-    rows: int
-    files: dict[str, dict[str, Any]]
-
-
-def tokenize(task: Task) -> Done:
+def tokenize(task: Task, tokenizer_name: str) -> Done:
     """One range as a pair of files, and another for what is held out of it. A document ends with the end mark."""
-    tokens = tokenizer(task.tokenizer)
+    tokens = tokenizer(tokenizer_name)
     end, code, field = chat.end_id(tokens), megatron.token_type(len(tokens)), task.part.shard.dataset.text_field
     writers: dict[str, megatron.Writer] = {}
     rows = 0
@@ -67,6 +51,7 @@ def tokenize(task: Task) -> Done:
 
 class PretrainPrep:
     mode, range_size = "pretrain", 1 << 26
+    takes: tuple[str, ...] = ("weight", "text_field")
 
     def __init__(self, cfg: PretrainPrepConfig, recipe: Path) -> None:
         self.cfg = cfg
@@ -81,16 +66,8 @@ class PretrainPrep:
         return functools.partial(shards.scan_keys, seed=self.cfg.seed, holdout=self.cfg.holdout)
 
     def build(self, split: Split, ranges: list[Range], scans: list[Scan], held: list[Held], folder: Path) -> Built:
-        parts = [split.part, "val"] if held else [split.part]
-        for part in parts:
-            (folder / part).mkdir()
-        places = prep.held_places(held, scans)
-        tasks = {
-            part: Task(part, places[i], folder, split.part, f"{part.shard.dataset.name}-{i:05d}", self.cfg.tokenizer)
-            for i, part in enumerate(ranges)
-        }
-        done = prep.watched(f"{split.name}: tokenize", Work(tasks), ranges, self.cfg.workers)
-        return Built({part: part for part in parts}, {name: f for one in done for name, f in one.files.items()})
+        work = functools.partial(tokenize, tokenizer_name=self.cfg.tokenizer)
+        return prep.build_parts("tokenize", work, split, ranges, scans, held, folder, self.cfg.workers)
 
     def finish(self, output: Path, manifest: dict[str, Any], splits: list[Split]) -> None:
         """Write blend.json: each data set's weight, shared out among its files by their sizes."""
@@ -113,11 +90,3 @@ class PretrainPrep:
         manifest["tokenizer"] = self.ingredients()
         facts = {"rows": sum(map(len, blend.values())) // 2, "bytes": path.stat().st_size, "sha256": sha256(path)}
         manifest["files"][path.name] = facts
-
-
-@dataclass(frozen=True)
-class Work:
-    tasks: dict[Range, Task]
-
-    def __call__(self, part: Range) -> Done:
-        return tokenize(self.tasks[part])

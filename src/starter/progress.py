@@ -22,7 +22,8 @@ class Progress:
 
     def told(self, now: float) -> str:
         rate = self.bytes / max(1e-9, now - self.began) / 1e6
-        return f"{self.what}: {self.rows:,} rows, {self.bytes / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {rate:,.0f} MB/s"
+        size = f"{self.bytes / 1e6:,.1f} of {self.total / 1e6:,.1f} MB"
+        return f"{self.what}: {self.rows:,} rows, {size}, {rate:,.0f} MB/s"
 
     def clear(self) -> None:
         if self.live:

@@ -194,7 +194,7 @@ class RowScanner:
                     row = row | {"question": 0, "expected_answer": 0, "responses_create_params": 0}
                 for name in required:
                     if name not in row:
-                        raise shards.bad_row(part, place, f"the row has no {name}", "Add it, or name others in required.")
+                        raise shards.bad_row(part, place, f"the row has no {name}", "Add it, or set required.")
                 if copy:
                     copy.write(line)
                 if key < lowest.bound:
@@ -229,6 +229,7 @@ class RowScanner:
 
 class RLPrep:
     mode, range_size = "rl", 1 << 25
+    takes: tuple[str, ...] = ()
 
     def __init__(self, cfg: RLPrepConfig, recipe: Path) -> None:
         self.cfg, self.recipe, self.tables = cfg, recipe, dict[str, Table]()
@@ -253,14 +254,14 @@ class RLPrep:
     def build(self, split: Split, ranges: list[Range], scans: list[Scan], held: list[Held], folder: Path) -> Built:
         """``<part>-split.jsonl`` in the order of the shards without what is held out, which lies in val by its keys."""
         name = f"{split.part}-split.jsonl"
-        files = {name: copy_rows(folder / name, remaining(scans, held), split.name)}
-        files[name]["rows"] = sum(scan.rows for scan in scans) - len(held)
+        rows = sum(scan.rows for scan in scans) - len(held)
+        files = {name: {"rows": rows, **copy_rows(folder / name, remaining(scans, held), split.name)}}
         parts = {split.part: name}
         if split.part == "train":
             pieces = [(scans[row.scan].source, row.offset, row.offset + row.length) for row in held]
             files["val-split.jsonl"] = {"rows": len(held), **copy_rows(folder / "val-split.jsonl", pieces, split.name)}
             parts["val"] = "val-split.jsonl"
-        return Built(parts, {file: {key: facts[key] for key in ("rows", "bytes", "sha256")} for file, facts in files.items()})
+        return Built(parts, files)
 
     def finish(self, output: Path, manifest: dict[str, Any], splits: list[Split]) -> None:
         pass

@@ -6,7 +6,7 @@ A blend is JSON, with paths relative to itself (a file, a folder of *.jsonl, or 
 
 A row's key is the SHA-256 of the seed and the row as it stands in the shard. The rows with the N lowest keys of a split
 are held out: which ones they are depends on the rows and the seed alone, not on their order; copies of a row have one
-key and stay together, unless the N-th row falls between them. The keys of a shard, hashed, also tell whether it changed.
+key and stay together, unless the N-th falls between them. The keys of a shard, hashed, also tell whether it changed.
 """
 
 from __future__ import annotations

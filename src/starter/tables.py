@@ -109,7 +109,7 @@ def table_rows(file: Path, spec: TableConfig) -> Iterator[bytes]:
             try:
                 shards.strict_json(line)
             except ValueError as error:
-                raise RecipeError(f"{file}:{number}: not JSON ({error}).\nMend that row of the source table.") from error
+                raise RecipeError(f"{file}:{number}: not JSON ({error}).\nMend that row of the table.") from error
             yield line
 
 

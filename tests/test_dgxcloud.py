@@ -1,0 +1,152 @@
+"""DGX Cloud on run:AI: what only this platform has. The rest is in test_clouds.py."""
+
+import json
+
+import pytest
+from cloud import EMULATED, KEEPS_ON, cloud, wait_for
+
+import backends
+from backends import dgxcloud
+
+pytestmark = EMULATED
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    yield from cloud("dgxcloud", tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(("nodes", "model"), [(1, "TrainingCreationRequest"), (3, "DistributedCreationRequest")])
+def test_the_request_is_one_of_the_official_client(here, nodes, model):
+    """runapy's own models take it, whole and without a field left over."""
+    models = pytest.importorskip("runai.models")
+    here.profile('[secrets]\nHF_TOKEN = "runai:mine/token"\n', custom_spec={"nodePools": ["a"]})
+    here.server.credentials["mine"] = {"token": "x"}
+    assert here.launch("--nodes", nodes).code == 0
+    sent = here.job.request
+    assert json.loads(getattr(models, model).from_dict(sent).to_json()) == sent
+    assert here.env()["HF_TOKEN"]["userCredential"] == {"name": "mine", "key": "token"}
+    spec = sent["spec"]
+    assert (spec["restartPolicy"], spec["backoffLimit"]) == ("Never", 0)  # by default a dead rank is started again
+    if nodes > 1:
+        assert (spec["cleanPodPolicy"], spec["numWorkers"], sent["masterSpecSameAsWorker"]) == ("Running", nodes - 1, True)
+        assert not {"minReplicas", "maxReplicas"} & set(spec)  # no elastic policy: pods would have no rank
+    assert max(len(value) for value in here.env().values() if isinstance(value, str)) <= 9216
+
+
+@pytest.mark.parametrize("splitter", ["shell", "blanks"])
+def test_command_and_args_survive_any_split(here, splitter):
+    here.server.splitter = splitter
+    assert here.launch().code == 0
+
+
+def test_a_quota(here):
+    here.profile(project_name="team-without-quota")
+    result = here.launch()
+    assert result.code == 4 and "has a quota of 0 GPUs; the workload asks for 1" in result.err
+    assert here.jobs == [] and backends.all_runs() == []
+
+
+def test_a_project_that_is_not_there_and_one_on_the_third_page(here):
+    here.server.projects = {str(number): "p%d" % number for number in range(120)}
+    here.server.quotas = {name: 8 for name in here.server.projects.values()}
+    result = here.launch()
+    assert result.code == 4 and "no project 'team-a'" in result.err and "p0, p1, " in result.err
+    here.profile(project_name="p117")
+    assert here.launch("--detach").code == 0 and here.job.project == "p117"
+
+
+@pytest.mark.parametrize(("volume", "words"), [
+    ({"claimName": "workspace", "path": "/shared"}, "lacks existingPvc"),  # a misspelt claim would be made, empty
+    ({"claimName": "workspace", "path": "/shared", "existingPvc": "yes"}, "lacks existingPvc"),
+    ({"existingPvc": True}, "lacks claimName, path"),
+    ({"claimName": "workspace", "path": "/other", "existingPvc": True}, "/shared/airlift is on none of the pvcs"),
+])
+def test_volumes_are_checked_before_anything_is_sent(here, volume, words):
+    here.profile(pvcs=[volume])
+    result = here.launch()
+    assert result.code == 2 and words in result.err and here.server.requests == []
+
+
+def test_a_claim_that_is_not_there(here):
+    here.profile(pvcs=[{"claimName": "workspase", "path": "/shared", "existingPvc": True}])
+    result = here.launch()
+    assert result.code == 4 and 'PVC "workspase" does not exist' in result.err
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"gpus_per_node": "gpu"}, 'gpus_per_node is "gpu"'), ({"distributed_framework": "MPI"}, "distributed_framework is 'MPI'"),
+    ({"container_image": None}, "the job has no image"),
+])
+def test_what_cannot_work_is_refused_before_anything_is_sent(here, changes, words):
+    here.profile(**changes)
+    result = here.launch("--nodes", "2")
+    assert result.code == 2 and words in result.err and here.server.requests == []
+
+
+def test_a_token_that_expires_is_renewed(here):
+    here.server.token_seconds = 0.3
+    here.recipe("import time\nprint('up', flush=True)\ntime.sleep(1)")
+    result = here.launch()
+    assert (result.code, result.err) == (0, "")
+    assert len([1 for asked in here.server.requests if asked.path == "/token"]) > 2
+
+
+@pytest.mark.parametrize(("kube", "cluster"), [(True, False), (False, True), (False, False)])
+def test_logs_by_the_routes_there_are(here, kube, cluster):
+    here.server.kube_logs, here.server.cluster_logs = kube, cluster
+    here.recipe("import time\nprint('hello', flush=True)\ntime.sleep(0.6)")
+    result = here.launch("--nodes", "2", "--all-ranks")
+    assert result.code == 0
+    for rank in (0, 1):
+        there = kube or (cluster and rank == 0)
+        assert ("[%d] hello" % rank in result.out) == there
+        none = "-- no log of rank %d: run:AI gives no logs here (the Kubernetes API answered 403" % rank
+        assert result.out.count(none) == (not there)  # said once
+        assert there or "lies at /shared/airlift/nano3/runs/%s/rank-%d.log" % (result.run, rank) in result.out
+    result = here.main("logs", result.run)
+    assert (result.code, "hello" in result.out) == (0, True) if kube or cluster else "lies at /shared" in result.err
+
+
+def test_without_any_address_for_logs(here):
+    here.profile(kube_apiserver_url=None)
+    here.recipe("import time\ntime.sleep(0.5)\nraise SystemExit(3)")
+    result = here.launch()
+    assert result.code == 1 and "no kube_apiserver_url in the profile" in result.out
+    assert "no exit code was told (Failed" in result.err
+    log = here.volume / "airlift/nano3/runs" / result.run / "rank-0.log"
+    assert log.exists() and (log.parent / "rank-0.exit").read_text() == "3\n"
+
+
+def test_the_answer_of_a_creation_that_comes_too_late(here):
+    """It and the look for it fail; later commands find the workload by its name."""
+    here.recipe(KEEPS_ON)
+    here.monkeypatch.setattr(backends.clouds, "BACKOFF_S", 0.01)
+    here.server.fault("drop", done=True, method="POST", path="/trainings$")
+    here.server.fault("status", status=503, times=9, path="^/workloads$")
+    result = here.launch()
+    assert result.code == 5 and "the request had been sent" in result.err and len(here.jobs) == 1
+    here.server._faults.clear()
+    run = backends.all_runs()[0].run
+    assert here.main("status", run).code == 0
+    assert here.main("cancel", run).out == run + ": stopped\n" and here.job.state == "Stopped"
+
+
+def test_one_that_never_came_to_be(here):
+    here.monkeypatch.setattr(backends.clouds, "BACKOFF_S", 0.01)
+    here.server.fault("drop", method="POST", path="/trainings$")
+    assert here.launch().code == 5
+    result = here.main("status", backends.all_runs()[0].run)
+    assert result.code == 4 and "its creation failed" in result.err
+
+
+def test_a_deleted_workload(here):
+    run = here.up()
+    here.job.delete()
+    wait_for(lambda: here.job.state == "Deleted")
+    assert backends.GONE in here.main("status", run).out
+
+
+def test_phases_of_the_platform_that_are_not_known():
+    phases = pytest.importorskip("runai.models.phase").Phase
+    assert {phase.value for phase in phases} <= set(dgxcloud.PHASES)
