@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Airlift: python launch.py FAMILY STAGE [PROFILE] [-c CONFIG] [KEY=VALUE ...] [options] [-- ARGS...]
 
-Packs the local source tree and starts one of its recipes on the profile's executor; `python launch.py --help` tells all.
+Packs the local source tree and starts one of its recipes on the profile's executor; --help tells all.
 This file is the command line: words -> profile, recipe, config -> Job -> Plan -> backend. It is kept readable by any
 Python, old ones included (no annotations, no f-strings), so that an old Python gets a plain word and no SyntaxError.
 """
@@ -77,7 +77,8 @@ def parse(argv):
     options.args = script_args
     for option in ("config", "nodes", "repo_root", "dry_run", "json", "detach", "all_ranks", "args"):
         if getattr(options, option) and option not in TAKES.get(name, option):
-            raise Refusal("%s does not take --%s" % (name, option.replace("_", "-").replace("args", "")), "leave it out")
+            flag = option.replace("_", "-").replace("args", "")
+            raise Refusal("%s does not take --%s" % (name, flag), "leave it out")
     if options.nodes is not None and options.nodes < 1:
         raise Refusal("--nodes is %d" % options.nodes, "a job has one node or more")
     return name, options
@@ -143,7 +144,7 @@ class Launch(object):
         root = options.repo_root or self.profile.keys.get("repo_root") or HERE
         self.root = Path(root).resolve()
         self.recipe = recipes.find(self.root, family + "/" + stage)
-        notes = []
+        notes = []  # type: list[str]
         self.config = recipes.compile_config(
             self.recipe, options.config, overrides,
             lambda yaml, forced: backends.settle(self.recipe, self.profile, options.nodes, yaml, forced, notes),
@@ -190,14 +191,15 @@ def split_words(words):
     if len(names) < 2:
         raise Refusal("a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local")
     if len(names) > 3:
-        raise Refusal("%r is one word too many" % names[3], "overrides are KEY=VALUE; what follows -- goes to the script")
+        raise Refusal("%r is one word too many" % names[3],
+                      "overrides are KEY=VALUE; what follows -- goes to the script")
     stages = [stage.strip("/") for stage in names[1].split(",")]
     return names[0], stages, names[2] if len(names) > 2 else "local", overrides
 
 
 def left_out_notes(tree):
     """One line for each kind of thing that stays here; credentials are named."""
-    kinds = {}
+    kinds = {}  # type: dict[str, list[str]]
     for path, reason in tree.left_out:
         kinds.setdefault(reason, []).append(path)
     notes = []
@@ -210,7 +212,7 @@ def left_out_notes(tree):
 
 
 def launch(options):
-    """One stage, or several with commas between: each its own job, all of them planned before the first is submitted."""
+    """One stage, or several with commas between: each its own job, all planned before the first is submitted."""
     dry = options.dry_run or options.json
     family, stages, name, overrides = split_words(options.words)
     plans = [Launch(options, dry, family, stage, name, overrides) for stage in stages]
@@ -236,8 +238,8 @@ def run_stages(plans, stages, options):
         if not plan.done:
             left = ",".join(stages[number:] if code else stages[number + 1:])
             if len(plans) > 1 and left:
-                print("go on from here with: python launch.py %s %s %s ..." % (plan.recipe.family, left, plan.profile.name),
-                      file=sys.stderr)
+                words = (plan.recipe.family, left, plan.profile.name)
+                print("go on from here with: python launch.py %s %s %s ..." % words, file=sys.stderr)
             return code
     return 0
 
@@ -308,11 +310,13 @@ def as_json(plan):
     text = plan.config.text.encode()
     return {
         "recipe": {"name": job.name, "script": job.description["script"], "launch": job.description["launch"],
-                   "nodes": job.nodes, "gpus_per_node": job.gpus_per_node, "nproc_per_node": job.nproc, "image": job.image},
+                   "nodes": job.nodes, "gpus_per_node": job.gpus_per_node, "nproc_per_node": job.nproc,
+                   "image": job.image},
         "profile": {"name": plan.profile.name, "executor": plan.profile.executor, "files": list(plan.profile.files)},
         "config": {"path": str(plan.config.path), "sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text),
                    "text": plan.config.text},
-        "payload": {"files": payload.files, "tar_bytes": len(payload.tar), "encoded_chars": -(-len(payload.tar) // 3) * 4,
+        "payload": {"files": payload.files, "tar_bytes": len(payload.tar),
+                    "encoded_chars": -(-len(payload.tar) // 3) * 4,
                     "sha256": payload.digest, "compression": payload.compression, "chunks": payload.chunks,
                     "chunk_limit": payload.chunk_limit or None, "env_bytes": env_bytes, "env_limit": env_limit,
                     "object_bytes": object_bytes or None, "object_limit": object_limit or None, "fits": payload.fits},
@@ -343,15 +347,17 @@ def show(plan):
         ("script", job.description["script"]), ("config", str(plan.config.path)), ("image", job.image),
         ("command", job.description["command"]), ("outputs", job.description["run_root"]),
         ("ships", "%d files, %s as %s, %d chunks, sha256 %s" % (
-            payload.files, transport.human(len(payload.tar)), payload.compression, payload.chunks, payload.digest[:16])),
+            payload.files, transport.human(len(payload.tar)), payload.compression, payload.chunks,
+            payload.digest[:16])),
     ]
     for label, value in rows:
         if value:
             print("  %-9s%s" % (label, value))
     for number, (name, used, limit) in enumerate(payload.budgets):
         filled = min(20, -(-used * 20 // limit))
-        print("  %-9s%-12s|%s%s| %3d %% of %s" % (
-            "" if number else "budgets", name, "#" * filled, "." * (20 - filled), -(-used * 100 // limit), human_limit(limit)))
+        bar = "#" * filled + "." * (20 - filled)
+        print("  %-9s%-12s|%s| %3d %% of %s" % (
+            "" if number else "budgets", name, bar, -(-used * 100 // limit), human_limit(limit)))
     for name, value in sorted(shown_env(plan).items()):
         if not name.startswith("AIRLIFT_"):
             print("  %-9s%s=%s" % ("env", name, value))
@@ -404,7 +410,7 @@ def list_profiles(options):
         raise Refusal("%r is one word too many" % options.words[0], "profiles takes none")
     rows = list(profiles.overview())
     if options.json:
-        print(json.dumps([dict(zip(("name", "executor", "about"), row)) for row in rows], indent=1))
+        print(json.dumps([{"name": row[0], "executor": row[1], "about": row[2]} for row in rows], indent=1))
     else:
         for row in rows:
             print("%-16s%-10s%s" % row)
@@ -418,7 +424,7 @@ def files(options):
     plan = Launch(options, True, family, stages[0], name, overrides)
     if options.json:
         print(json.dumps({"files": [{"path": entry.path, "bytes": len(entry.data)} for entry in plan.tree.entries],
-                          "left_out": [{"path": path, "reason": reason} for path, reason in plan.tree.left_out]}, indent=1))
+                          "left_out": [{"path": path, "reason": why} for path, why in plan.tree.left_out]}, indent=1))
         return 0
     for entry in plan.tree.entries:
         print("%9d  %s" % (len(entry.data), entry.path))
@@ -473,7 +479,8 @@ def cancel(options):
 
 COMMANDS = {"launch": launch, "list": list_recipes, "profiles": list_profiles, "files": files, "status": status,
             "logs": logs, "cancel": cancel}
-TAKES = {"list": ("repo_root", "json"), "profiles": ("json",), "files": ("config", "nodes", "repo_root", "json", "args"),
+TAKES = {"list": ("repo_root", "json"), "profiles": ("json",),
+         "files": ("config", "nodes", "repo_root", "json", "args"),
          "status": ("json",), "logs": ("all_ranks",), "cancel": ()}  # launch takes all
 
 if __name__ == "__main__":

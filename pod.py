@@ -690,15 +690,30 @@ class Child:
         self.signal = 0  # the last one that came
         for number in self.SIGNALS:
             signal.signal(number, self.forward)
+        signal.signal(signal.SIGALRM, self.remind)
 
     def forward(self, number: int, _frame: object) -> None:
+        """Give a signal to bash and all it runs. If it runs nothing right now, it may be about to: see remind."""
         self.signal = number
         if self.process is None:
             raise SystemExit(128 + number)
+        if not _children(self.process.pid):
+            signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
         try:
             os.killpg(self.process.pid, number)
         except OSError:  # it has ended, or now belongs to another user
             pass
+
+    def remind(self, _number: int, _frame: object) -> None:
+        """Give the signal to what bash started just as it came: bash waits for that first, and would heed it later."""
+        children = _children(self.process.pid) if self.process else []
+        for pid in children:
+            try:
+                os.kill(pid, self.signal)
+            except OSError:
+                pass
+        if children:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def run(self, script: str, env: dict[str, str], log: str | None, ready: int) -> int:
         """Run bash to its end; its output also goes to the file `log`. Returns its code, 128+N if signal N ended it."""
@@ -779,7 +794,7 @@ def end_the_rest(grace: float = 5.0) -> None:
     told: set[int] = set()
     while time.monotonic() < deadline + grace:
         late = time.monotonic() > deadline
-        for pid in _children():
+        for pid in _children(os.getpid()):
             if late or pid not in told:
                 told.add(pid)
                 try:
@@ -793,13 +808,13 @@ def end_the_rest(grace: float = 5.0) -> None:
             return
 
 
-def _children() -> list[int]:
-    """Our children, orphans included, by each process's own word: not every kernel has /proc/<pid>/task/*/children."""
+def _children(parent: int) -> list[int]:
+    """The children of a process, orphans included if they come to it, by each process's own word: not every kernel has /proc/<pid>/task/*/children."""
     found = []
     for name in os.listdir("/proc") if os.path.isdir("/proc") else []:
         try:
             with open("/proc/%d/stat" % int(name), "rb") as file:
-                if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
+                if int(file.read().rpartition(b")")[2].split()[1]) == parent:
                     found.append(int(name))
         except (ValueError, OSError):  # not a process, or no longer
             continue

@@ -2,7 +2,7 @@
 
 A backend is a module with five functions:
 
-    submit(run, job, plan, attached)    start the job; what the others need goes into run.record, saved before it is sent
+    submit(run, job, plan, attached)    start the job; what the others need is in run.record, saved before it is sent
     follow(run) -> Status               pass logs on until the job ends
     logs(run)                           print the logs there are; a cloud goes on to the end of a job that still runs
     status(run) -> Status               ask the platform
@@ -29,7 +29,8 @@ from profiles import CLOUDS, KEYS, Profile, anchor, wrong
 from recipes import Recipe
 from transport import Refusal
 
-BACKENDS = {"local": "backends.local", "slurm": "backends.slurm", "lepton": "backends.lepton", "dgxcloud": "backends.dgxcloud"}
+BACKENDS = {"local": "backends.local", "slurm": "backends.slurm", "lepton": "backends.lepton",
+            "dgxcloud": "backends.dgxcloud"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, 
     header = {"nodes": recipe.nodes, "gpus_per_node": recipe.gpus_per_node, "container_image": recipe.image,
               "workdir": recipe.workdir, "rendezvous_timeout": 1800}
     owned = {key: value for key, value in usable.items() if key in YAML_WINS}
-    layers = [header, {key: value for key, value in usable.items() if key not in owned}, profile.keys, owned, profile.stage,
+    rest = {key: value for key, value in usable.items() if key not in owned}
+    layers = [header, rest, profile.keys, owned, profile.stage,
               {key: value for key, value in forced.items() if key in usable}, {"nodes": nodes} if nodes else {}]
     settings: dict[str, Any] = {}
     for layer in layers:
@@ -136,12 +138,13 @@ def _mounts(yaml: list[Any], ours: list[Any], executor: str, notes: list[str]) -
         notes += ["%s is not mounted: local pods see this machine as it is" % mount for mount in yaml]
         return []
     if executor in CLOUDS:
-        notes += ["%s is not mounted: %s has no hosts to mount from" % (mount, executor) for mount in yaml if not _auto(mount)]
+        notes += ["%s is not mounted: %s has no hosts to mount from" % (mount, executor)
+                  for mount in yaml if not _auto(mount)]
         yaml = [mount for mount in yaml if _auto(mount)]
         bad = [mount for mount in ours if not _auto(mount) and (executor == "dgxcloud" or not isinstance(mount, dict))]
         if bad:
-            raise Refusal("the mount %s cannot be had on %s" % (bad[0], executor),
-                          "write a table with path, mount_path and from" if executor == "lepton" else "volumes are pvcs there")
+            fix = "write a table with path, mount_path and from" if executor == "lepton" else "volumes are pvcs there"
+            raise Refusal("the mount %s cannot be had on %s" % (bad[0], executor), fix)
     return yaml + ours
 
 
@@ -227,7 +230,8 @@ def unpacking(settings: dict[str, Any]) -> dict[str, Any]:
         return {"unpack": "local"}
     base = workspace(settings)
     if base is None:
-        raise Refusal('unpack = "shared" needs a workspace that all pods see', "set workspace in the profile, or leave unpack out")
+        raise Refusal('unpack = "shared" needs a workspace that all pods see',
+                      "set workspace in the profile, or leave unpack out")
     return {"unpack": "shared", "shared": posixpath.join(base, ".airlift"), "keep": settings.get("keep", 5),
             "patience": settings["rendezvous_timeout"]}
 

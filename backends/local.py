@@ -111,8 +111,9 @@ def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
             for rank, env in enumerate(envs):
                 place = scratch / ("rank-%d" % rank)
                 place.mkdir()
-                pods.append(subprocess.Popen(argv, env=env | {"TMPDIR": str(place)}, cwd=place, stdin=subprocess.DEVNULL,
-                                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=die_with_parent))
+                pods.append(subprocess.Popen(
+                    argv, env=env | {"TMPDIR": str(place)}, cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, preexec_fn=die_with_parent))
             pumps = [threading.Thread(target=_prefix, args=(pod.stdout, log, b"[%d] " % rank if len(envs) > 1 else b""))
                      for rank, pod in enumerate(pods)]
             for pump in pumps:

@@ -4,8 +4,8 @@
     NEMOTRON_ROOT=/path/to/Nemotron python benchmarks/data_prep.py [--mib 512] [--rounds 5] [--workers N]
 
 Theirs: the function _create_train_val_splits of their data_prep.py, called in a process of its own and timed without
-start-up and imports. Their module imports a pipeline engine, trackers and dataset libraries that this function does not
-use; all but the standard library is replaced by empty stand-ins for the import alone. It reads the shard as text,
+start-up and imports. Their module imports a pipeline engine and the rest of their packages, which this function does not
+use: cosmos_xenna, nemotron and nemo_runspec are empty stand-ins here, for the import alone. It reads the shard as text,
 writes all but the last 100 lines and then those; it does not look into a row, hash, or bring anything to the disk.
 
 Ours: the recipe as the launcher starts it, timed from the start of its process to its end: imports, JSON check of each
@@ -44,7 +44,7 @@ class StandIn(types.ModuleType):
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] not in sys.stdlib_module_names:
+        if name.split(".")[0] in ("cosmos_xenna", "nemotron", "nemo_runspec"):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
     def create_module(self, spec):
         return StandIn(spec.name)
@@ -82,7 +82,10 @@ def generate(path: Path, size: int) -> int:
 
 def theirs(script: Path, shard: Path, folder: Path) -> tuple[float, int]:
     command = [sys.executable, "-c", RUN_THEIRS, str(script), str(shard), str(folder)]
-    seconds, peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit("their split step ended with exit code %d" % done.returncode)
+    seconds, peak = json.loads(done.stdout)
     return seconds, peak
 
 

@@ -1,8 +1,8 @@
 """Profiles: where and how jobs run. One TOML file each in this folder; `load` gives one, checked and resolved.
 
-An env.toml, as NVIDIA's launcher has it, holds profiles as well, one section each: NEMOTRON_ENV_FILE names it, else it is
-looked for from the working directory upwards to the first pyproject.toml. A section there wins over a file of the same
-name here. Its [wandb], [artifacts], [cache] and [cli] are no profiles; the first two go into the recipe's config.
+An env.toml, as NVIDIA's launcher has it, holds profiles as well, one section each: NEMOTRON_ENV_FILE names it, else it
+is looked for from the working directory upwards to the first pyproject.toml. A section there wins over a file of the
+same name here. Its [wandb], [artifacts], [cache] and [cli] are no profiles; the first two go into the recipe's config.
 
 `extends = "parent"` merges tables deeply and replaces lists. `[stages.rl]` and `[stages."data/prep"]` override for the
 stages with that prefix, longest last. `${env:NAME}` reads the environment of the launcher. Every key has a type and the
@@ -43,7 +43,8 @@ KEYS: dict[str, Key] = {
     "env_vars": Key("env table"), "secrets": Key("env table"),
     "startup_commands": Key("str list"), "run_command": Key("str"),
     "workspace": Key("str"), "run_dir": Key("str"), "workdir": Key("str"), "repo_root": Key("str"),
-    "exclude": Key("str list"), "compression": Key("str"), "unpack": Key("str"), "keep": Key("int"), "scope": Key("str"),
+    "exclude": Key("str list"), "compression": Key("str"), "unpack": Key("str"), "keep": Key("int"),
+    "scope": Key("str"),
     "rendezvous_timeout": Key("int"), "chunk_bytes": Key("int", ("local", "docker", *CLOUDS)),
     # every executor but this machine
     "container_image": Key("str", _REMOTE), "container": Key("str", _REMOTE, alias="container_image"),
@@ -133,7 +134,8 @@ def shared(name: str) -> dict[str, Any]:
     unset: list[str] = []
     found = _resolve(sections().get(name, {}), unset)
     if unset:
-        raise Refusal("[%s] of %s reads %s, which is not set" % (name, env_file(), unset[0]), "export it, or write it there")
+        raise Refusal("[%s] of %s reads %s, which is not set" % (name, env_file(), unset[0]),
+                      "export it, or write it there")
     return dict(found)
 
 
