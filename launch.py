@@ -154,7 +154,9 @@ class Launch(object):
         self.tree = transport.collect(self.root, self.job.description["script"], tuple(settings.get("exclude", ())))
         self.plan = transport.plan_for(
             self.profile.executor, self.tree, self.job.description, compression=settings.get("compression", ""),
-            chunk_bytes=settings.get("chunk_bytes", 0), env=backends.secret_values(self.job, dry))
+            chunk_bytes=settings.get("chunk_bytes", 0), env=backends.secret_values(self.job, dry),
+            limits=transport.limits_for(self.profile.executor, self.job.description,
+                                        settings.get("dgxcloud_max_args_chars", 0)))
 
     def make_job(self, args, notes):
         recipe, profile = self.recipe, self.profile

@@ -244,16 +244,19 @@ def holds(folder: str, tar: bytes) -> bool:
         try:
             if info.issym():
                 same = os.fsencode(os.readlink(path)) == data
-            elif not stat.S_ISREG(os.lstat(path).st_mode):  # a FIFO would hold us for ever
-                same = False
             else:
-                with open(path, "rb") as file:
-                    same = file.read(len(data) + 1) == data
+                with open(path, "rb", opener=_at_once) as file:
+                    same = stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.read(len(data) + 1) == data
         except OSError:
             return False
         if not same:
             return False
     return True
+
+
+def _at_once(path: str, flags: int) -> int:
+    """A FIFO would hold us for ever, and what lies in a shared folder may become one between a look and its opening."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def strays(folder: str, tar: bytes) -> list[str]:
@@ -809,7 +812,7 @@ def end_the_rest(grace: float = 5.0) -> None:
 
 
 def _children(parent: int) -> list[int]:
-    """The children of a process, orphans included if they come to it, by each process's own word: not every kernel has /proc/<pid>/task/*/children."""
+    """The children of a process, by each process's own word: not every kernel has /proc/<pid>/task/<pid>/children."""
     found = []
     for name in os.listdir("/proc") if os.path.isdir("/proc") else []:
         try:

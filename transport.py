@@ -296,13 +296,13 @@ def _check_links(entries: tuple[Entry, ...]) -> None:
     for path in [entry.path for entry in entries]:
         shipped.update(str(parent) for parent in PurePosixPath(path).parents)
     for path in links:
-        target = _resolve(path, links)
+        target = resolve_link(path, links)
         if target not in shipped:
             raise Refusal("%s is a link to %s, which does not ship" % (path, target or "itself"),
                           "put a copy in its place, or name it in exclude")
 
 
-def _resolve(path: str, links: dict[str, str]) -> str:
+def resolve_link(path: str, links: dict[str, str]) -> str:
     """Where a path of the tree leads, through the tree's own links; "" if it leads in a circle."""
     for _ in range(40):  # the kernel's own limit
         parts = path.split("/")
@@ -381,18 +381,25 @@ def stream(name: str, data: bytes, size: int) -> dict[str, str]:
                   "AIRLIFT_%s_SHA256" % name: hashlib.sha256(text.encode()).hexdigest()}
 
 
+def _end(code: int, sentence: str) -> str:
+    """The expression of the bootstrap that says two lines, as pod.py would, and exits."""
+    lines = "%s=0,rank_unknown_ended_with_exit_code_%d=0" % (sentence, code)
+    return ("([print(*dict(airlift=0),w.replace(chr(95),chr(32)),sep=chr(58)+chr(32))for(w)in(dict(%s))]"
+            ",__import__(*dict(sys=0)).exit(%d))" % (lines, code))
+
+
 # What starts pod.py: one argument without blanks, quotes or `$`, so that neither a split by blanks nor shell rules
-# change it. `*dict(name=0)` spells a string without quotes; exit code 80 is pod.py's "did not arrive whole". The folder
-# it is started in leaves sys.path first: a zlib.py that lies there is not ours.
+# change it. `*dict(name=0)` spells a string without quotes. The folder it is started in leaves sys.path first: a
+# zlib.py that lies there is not ours. pod.py itself can be read from Python 3.7 on. The exit codes are pod.py's.
 BOOTSTRAP = (
     "[exec(compile(__import__(*dict(zlib=0)).decompress(__import__(*dict(base64=0)).b64decode(t)),*dict(pod_py=0),"
     "*dict(exec=0)),dict(__name__=str().join(dict(__main__=0))))"
     "if(__import__(*dict(hashlib=0)).sha256(t.encode(*dict(utf8=0,replace=0))).hexdigest()"
     "==e.get(*dict(AIRLIFT_POD_SHA256=0)))"
-    "else([print(*dict(airlift=0),w.replace(chr(95),chr(32)),sep=chr(58)+chr(32))for(w)in(dict("
-    "the_program_that_unpacks_did_not_arrive_whole=0,rank_unknown_ended_with_exit_code_80=0))],"
-    "__import__(*dict(sys=0)).exit(80))"
+    "else" + _end(80, "the_program_that_unpacks_did_not_arrive_whole") +
     "for(p)in[[q.remove(str())for(q)in[__import__(*dict(sys=0)).path]if(str()in(q))]]"
+    "for(v)in[__import__(*dict(sys=0)).version_info]if(v[:2]>(3,6))"
+    "or" + _end(85, "the_python3_of_this_image_is_too_old") +
     "for(e)in[__import__(*dict(os=0)).environ]"
     "for(t)in[str().join([(e[k])for(k)in(sorted(e))if(k.startswith(*dict(AIRLIFT_POD_0=0)))])]]"
 )
@@ -517,14 +524,14 @@ def _bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogateescape")) + 1
 
 
-def limits_for(executor: str, job: dict[str, Any]) -> Limits:
-    """The executor's limits for a job of this shape: two kinds of API objects hold the environment twice.
+def limits_for(executor: str, job: dict[str, Any], args: int = 0) -> Limits:
+    """The executor's limits for a job of this shape, with `args` in place of its own.
 
-    A RayCluster has it in head and worker spec, a distributed run:AI workload in the operator's master and worker spec.
+    Two kinds of API objects hold the environment twice: a RayCluster has it in head and worker spec, a distributed run:AI workload in the operator's master and worker spec.
     """
     several = job["nodes"] > 1
     twice = several and (executor == "dgxcloud" or (executor == "lepton" and job.get("launch") == "ray"))
-    return replace(LIMITS[executor], copies=2 if twice else 1)
+    return replace(LIMITS[executor], copies=2 if twice else 1, args=args or LIMITS[executor].args)
 
 
 def exec_bytes(env: dict[str, str], argv: list[str]) -> int:

@@ -29,8 +29,8 @@ from profiles import CLOUDS, KEYS, Profile, anchor, wrong
 from recipes import Recipe
 from transport import Refusal
 
-BACKENDS = {"local": "backends.local", "slurm": "backends.slurm", "lepton": "backends.lepton",
-            "dgxcloud": "backends.dgxcloud"}
+BACKENDS = {"local": "backends.local", "docker": "backends.docker", "slurm": "backends.slurm",
+            "lepton": "backends.lepton", "dgxcloud": "backends.dgxcloud"}
 
 
 @dataclass(frozen=True)

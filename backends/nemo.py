@@ -25,7 +25,15 @@ import nemo_run as run
 from leptonai.api.v1.types.job import LeptonJobState
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.execution.base import Executor
+from docker.types import DeviceRequest
 from nemo_run.core.execution.dgxcloud import DGXCloudExecutor, DGXCloudState
+from nemo_run.core.execution.docker import (
+    LABEL_ID,
+    LABEL_NAME,
+    DockerContainer,
+    DockerExecutor,
+    DockerJobRequest,
+)
 from nemo_run.core.execution.lepton import LeptonExecutor
 from nemo_run.core.execution.slurm import SlurmExecutor, SlurmJobDetails
 from nemo_run.core.packaging.base import Packager
@@ -227,6 +235,39 @@ def submit_slurm(title: str, executor: CarriedSlurm, run_id: str, package: bytes
     # On the cluster itself nothing is copied: nemo-run's own folder must be the job's.
     local = base if isinstance(executor.tunnel, LocalTunnel) else None
     return _experiment(title, executor, script, local).split("/")[-1]
+
+
+# ---------------------------------------------------------------- Docker
+
+ENVIRONMENT: dict[str, dict[str, str]] = {}  # run -> its container's environment
+
+
+@dataclass(kw_only=True)
+class CarriedContainer(DockerContainer):
+    """A container that carries itself: nemo-run writes its own environment and the executor's to disk, puts argv into a
+    shell in quotes, and has the daemon remove the container with its log."""
+
+    def run(self, client: Any, id: str) -> Any:
+        executor, options = self.executor, {}
+        if executor.num_gpus:
+            options["device_requests"] = [DeviceRequest(count=executor.num_gpus, capabilities=[["gpu"]])]
+        for name in ("runtime", "shm_size", "ipc_mode"):
+            if getattr(executor, name):
+                options[name] = getattr(executor, name)
+        return client.containers.run(
+            executor.container_image, self.command, detach=True, name=self.name, network=executor.network,
+            labels={LABEL_ID: id, LABEL_NAME: self.name}, environment=ENVIRONMENT[id], volumes=executor.volumes,
+            entrypoint=[], **options)
+
+
+def submit_docker(executor: DockerExecutor, run_id: str, name: str, argv: list[str], env: dict[str, str], client: Any) -> None:
+    """Start the container and put it on nemo-run's list."""
+    ENVIRONMENT[run_id] = env
+    executor.experiment_id, executor.job_name = name, name
+    container = CarriedContainer(name=name, command=argv, executor=executor, extra_env={})
+    request = DockerJobRequest(id=run_id, executor=executor, containers=[container])
+    request.run(client)
+    request.save()
 
 
 # ---------------------------------------------------------------- submit

@@ -4,9 +4,9 @@
     NEMOTRON_ROOT=/path/to/Nemotron python benchmarks/data_prep.py [--mib 512] [--rounds 5] [--workers N]
 
 Theirs: the function _create_train_val_splits of their data_prep.py, called in a process of its own and timed without
-start-up and imports. Their module imports a pipeline engine and the rest of their packages, which this function does not
-use: cosmos_xenna, nemotron and nemo_runspec are empty stand-ins here, for the import alone. It reads the shard as text,
-writes all but the last 100 lines and then those; it does not look into a row, hash, or bring anything to the disk.
+start-up and imports. Their module imports a pipeline engine and the rest of their packages, which this function does
+not use: cosmos_xenna, nemotron and nemo_runspec are empty stand-ins here, for the import alone. It reads the shard as
+text, writes all but the last 100 lines and then those; it does not look into a row, hash, or bring anything to the disk.
 
 Ours: the recipe as the launcher starts it, timed from the start of its process to its end: imports, JSON check of each
 row, holdout by hash, both files brought to the disk, SHA-256 and manifest.
@@ -66,7 +66,7 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 
 def generate(path: Path, size: int) -> int:
     """Rows like those of the blend: a question of a few hundred words, twice, with escapes, and what goes with it."""
     dice = random.Random(1)
-    words = "let $x$ be a positive integer such that \\frac{1}{2} of the sum is prime ; find where modulo theorem".split()
+    words = [*"let $x$ be prime and \\frac{1}{2} of the sum ; find it modulo".split(" "), "integer", "theorem", "positive"]
     written = rows = 0
     with path.open("w") as file:
         while written < size:

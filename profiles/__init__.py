@@ -27,53 +27,106 @@ CLOUDS = ("lepton", "dgxcloud")
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a profile: what its value must be, the executors it is for (none: all), the key it is an alias of."""
+    """One key of a profile: what its value must be, what it says, the executors it is for (none: all), the key it is an
+    alias of."""
 
     kind: str  # one of those in wrong()
+    about: str = ""
     executors: tuple[str, ...] = ()
     alias: str = ""
 
 
 _REMOTE = ("docker", "slurm", *CLOUDS)
+_DOCKER, _SLURM, _LEPTON, _RUNAI = ("docker",), ("slurm",), ("lepton",), ("dgxcloud",)
 KEYS: dict[str, Key] = {
     # every executor
-    "executor": Key("str"), "extends": Key("str"), "stages": Key("table"),
-    "nodes": Key("int"), "gpus_per_node": Key("count"), "nproc_per_node": Key("count"),
-    "nprocs_per_node": Key("count", alias="nproc_per_node"), "ntasks_per_node": Key("count", alias="nproc_per_node"),
-    "env_vars": Key("env table"), "secrets": Key("env table"),
-    "startup_commands": Key("str list"), "run_command": Key("str"),
-    "workspace": Key("str"), "run_dir": Key("str"), "workdir": Key("str"), "repo_root": Key("str"),
-    "exclude": Key("str list"), "compression": Key("str"), "unpack": Key("str"), "keep": Key("int"),
-    "scope": Key("str"),
-    "rendezvous_timeout": Key("int"), "chunk_bytes": Key("int", ("local", "docker", *CLOUDS)),
+    "executor": Key("str", "local, docker, slurm, lepton or dgxcloud"),
+    "extends": Key("str", "the profile that this one begins from"),
+    "stages": Key("table", "overrides for stages with a prefix: [stages.rl], [stages.\"data/prep\"]"),
+    "nodes": Key("int", "pods of a job"),
+    "gpus_per_node": Key("count", "GPUs of a pod; 0: none"),
+    "nproc_per_node": Key("count", "processes of a pod under torchrun; gpus_per_node if left out"),
+    "nprocs_per_node": Key("count", alias="nproc_per_node"),
+    "ntasks_per_node": Key("count", alias="nproc_per_node"),
+    "env_vars": Key("env table", "the recipe's environment; it wins over what Airlift sets itself"),
+    "secrets": Key("env table", "NAME = a reference (lepton:…, runai:…) or \"env\""),
+    "startup_commands": Key("str list", "run in the recipe's shell before it"),
+    "pip_extras": Key("str list", "installed in the pod with pip before the recipe: this needs the network"),
+    "run_command": Key("str", "what starts the recipe, with {script} and {config}"),
+    "workspace": Key("str", "where outputs are kept, as the pod sees it"),
+    "run_dir": Key("str", "in place of <workspace>/<family>"),
+    "workdir": Key("str", "where the recipe is started; the code root if left out"),
+    "repo_root": Key("str", "the source tree; the launcher's own folder if left out"),
+    "exclude": Key("str list", "patterns that do not ship, besides .airliftignore"),
+    "scope": Key("str", "what ships: the recipe's family, or only what the script imports"),
+    "compression": Key("str", "of the tar"),
+    "unpack": Key("str", "each pod its own tree, or one tree on the workspace for all"),
+    "keep": Key("int", "how many shared trees stay (5)"),
+    "rendezvous_timeout": Key("int", "seconds that pods wait for each other (1800)"),
+    "chunk_bytes": Key("int", "characters of a chunk, in place of the executor's own", ("local", "docker", *CLOUDS)),
     # every executor but this machine
-    "container_image": Key("str", _REMOTE), "container": Key("str", _REMOTE, alias="container_image"),
-    "mounts": Key("mounts", _REMOTE), "persistent_cache": Key("str", _REMOTE), "pip_extras": Key("str list"),
-    "git_mirrors": Key("table", _REMOTE), "auto_mount": Key("str", _REMOTE), "custom_spec": Key("table", CLOUDS),
-    "ca_bundle": Key("str", CLOUDS),
+    "container_image": Key("str", "the image; the recipe's header has one", _REMOTE),
+    "container": Key("str", executors=_REMOTE, alias="container_image"),
+    "mounts": Key("mounts", "\"SRC:DST\", or on Lepton tables with path, mount_path and from", _REMOTE),
+    "git_mirrors": Key("table", "URL prefix = URL prefix, for ${auto_mount:…} repositories", _REMOTE),
+    "auto_mount": Key("str", "\"image\": use the copies inside the image", _REMOTE),
+    "persistent_cache": Key("str", "a folder for vLLM's, DeepGEMM's and FlashInfer's caches", _REMOTE),
+    "custom_spec": Key("table", "fields for the platform's own job specification", CLOUDS),
+    "ca_bundle": Key("str", "a private certificate authority's file", CLOUDS),
     # Docker
-    "runtime": Key("str", ("docker",)), "ipc_mode": Key("str", ("docker",)), "shm_size": Key("str", ("docker",)),
+    "runtime": Key("str", "Docker's runtime, like nvidia", _DOCKER),
+    "ipc_mode": Key("str", "like host", _DOCKER),
+    "shm_size": Key("str", "like 16g", _DOCKER),
     # Slurm
-    "account": Key("str", ("slurm",)), "partition": Key("str", ("slurm",)), "run_partition": Key("str", ("slurm",)),
-    "batch_partition": Key("str", ("slurm",)), "tunnel": Key("str", ("slurm",)), "host": Key("str", ("slurm",)),
-    "user": Key("str", ("slurm",)), "port": Key("int", ("slurm",)), "identity": Key("str", ("slurm",)),
-    "remote_job_dir": Key("str", ("slurm",)), "time": Key("str", ("slurm",)), "mem": Key("str", ("slurm",)),
-    "exclusive": Key("bool", ("slurm",)), "setup_lines": Key("str", ("slurm",)),
-    "cpus_per_task": Key("int", ("slurm",)), "lustre_mount": Key("str", ("slurm",)),
-    "sif_dir": Key("str", ("slurm",)),
+    "account": Key("str", "who pays", _SLURM),
+    "partition": Key("str", "where jobs run", _SLURM),
+    "run_partition": Key("str", "in its place, when attached", _SLURM),
+    "batch_partition": Key("str", "in its place, with --detach", _SLURM),
+    "tunnel": Key("str", "how the cluster is reached", _SLURM),
+    "host": Key("str", "the login node, with tunnel = \"ssh\"", _SLURM),
+    "user": Key("str", "on that host", _SLURM),
+    "port": Key("int", "of its sshd (22)", _SLURM),
+    "identity": Key("str", "the private key's file", _SLURM),
+    "remote_job_dir": Key("str", "on storage that all nodes see; also the workspace", _SLURM),
+    "time": Key("str", "the job's limit, like 04:00:00", _SLURM),
+    "mem": Key("str", "memory of a node", _SLURM),
+    "exclusive": Key("bool", "whole nodes", _SLURM),
+    "cpus_per_task": Key("int", "CPUs of a pod", _SLURM),
+    "setup_lines": Key("str", "lines for the batch script, before srun", _SLURM),
+    "lustre_mount": Key("str", "a file system that is mounted into the container at its own path", _SLURM),
+    "sif_dir": Key("str", "a folder of images, mounted at its own path", _SLURM),
     # DGX Cloud Lepton
-    "node_group": Key("str", ("lepton",)), "resource_shape": Key("str", ("lepton",)),
-    "node_reservation": Key("str", ("lepton",)), "shared_memory_size": Key("int", ("lepton",)),
-    "image_pull_secrets": Key("str list", ("lepton",)), "nemo_run_dir": Key("str", ("lepton",)),
-    "pre_launch_commands": Key("str list", ("lepton",)), "queue_priority": Key("str", ("lepton",)),
-    "can_be_preempted": Key("bool", ("lepton",)), "can_preempt": Key("bool", ("lepton",)),
+    "node_group": Key("str", "the node group's name", _LEPTON),
+    "resource_shape": Key("str", "like gpu.8xh100-80gb", _LEPTON),
+    "node_reservation": Key("str", "a reservation's id", _LEPTON),
+    "shared_memory_size": Key("int", "MiB of /dev/shm", _LEPTON),
+    "image_pull_secrets": Key("str list", "names of registry secrets", _LEPTON),
+    "nemo_run_dir": Key("str", "the workspace", _LEPTON),
+    "pre_launch_commands": Key("str list", "as startup_commands, before them", _LEPTON),
+    "queue_priority": Key("str", "like mid-4000", _LEPTON),
+    "can_be_preempted": Key("bool", "jobs of higher priority may take the nodes", _LEPTON),
+    "can_preempt": Key("bool", "the job may take the nodes of others", _LEPTON),
     # DGX Cloud run:AI
-    "base_url": Key("str", ("dgxcloud",)), "kube_apiserver_url": Key("str", ("dgxcloud",)),
-    "client_id": Key("str", ("dgxcloud",)), "app_id": Key("str", ("dgxcloud",), alias="client_id"),
-    "client_secret": Key("str", ("dgxcloud",)), "app_secret": Key("str", ("dgxcloud",), alias="client_secret"),
-    "project_name": Key("str", ("dgxcloud",)), "pvc_nemo_run_dir": Key("str", ("dgxcloud",)),
-    "pvcs": Key("table list", ("dgxcloud",)), "distributed_framework": Key("str", ("dgxcloud",)),
-    "dgxcloud_max_args_chars": Key("int", ("dgxcloud",)),
+    "base_url": Key("str", "the control plane, ending in /api/v1", _RUNAI),
+    "kube_apiserver_url": Key("str", "the Kubernetes API, for logs", _RUNAI),
+    "client_id": Key("str", "an application's id", _RUNAI),
+    "app_id": Key("str", executors=_RUNAI, alias="client_id"),
+    "client_secret": Key("str", "its secret; better as ${env:NAME}", _RUNAI),
+    "app_secret": Key("str", executors=_RUNAI, alias="client_secret"),
+    "project_name": Key("str", "the project", _RUNAI),
+    "pvc_nemo_run_dir": Key("str", "the workspace, on one of the pvcs", _RUNAI),
+    "pvcs": Key("table list", "volumes: claimName, path, existingPvc", _RUNAI),
+    "distributed_framework": Key("str", "PyTorch", _RUNAI),
+    "dgxcloud_max_args_chars": Key("int", "characters of arguments that the API takes (9500)", _RUNAI),
+}
+# Keys of NVIDIA's launcher that are refused, and why.
+REFUSED = {
+    "launcher": "the recipe's header says how it is launched; take it out",
+    "head_resource_shape": "Ray clusters on Lepton are not built by this version; use one node",
+    "ray_version": "Ray clusters on Lepton are not built by this version; use one node",
+    "existing_ray_cluster": "Ray clusters on Lepton are not used by this version; use one node",
+    "build_partition": "images are used as they are named, and never built; take it out",
+    "build_time": "images are used as they are named, and never built; take it out",
 }
 REQUIRED = {
     "local": (), "docker": (), "slurm": ("account", "partition", "remote_job_dir"),
@@ -263,6 +316,8 @@ def _checked(table: dict[str, Any], executor: str, where: str) -> dict[str, Any]
     result: dict[str, Any] = {}
     for key, value in _canonical(table, where).items():
         known = KEYS.get(key)
+        if key in REFUSED:
+            raise Refusal("%s: %s is not supported" % (where, key), REFUSED[key])
         if known is None:
             raise Refusal("%s: there is no key %r" % (where, key), "did you mean %s?" % nearest(key, KEYS))
         if known.executors and executor not in known.executors:
@@ -311,3 +366,15 @@ def overview() -> Iterator[tuple[str, str, str]]:
         except (Refusal, OSError):
             pass  # `?` says it; a launch says why
         yield name, executor, first.lstrip("# ") if first.startswith("#") else ""
+
+
+def table() -> str:
+    """The README's table of keys, in Markdown."""
+    kinds = {"str": "string", "int": "number", "count": "number or \"gpu\"", "bool": "true, false", "table": "table",
+             "env table": "table", "str list": "list of strings", "table list": "list of tables", "mounts": "list"}
+    rows = ["| key | value | for | what it says |", "|---|---|---|---|"]
+    for name, key in KEYS.items():
+        kind = " or ".join("`%s`" % choice for choice in CHOICES[name]) if name in CHOICES else kinds[key.kind]
+        about = "another name for `%s`" % key.alias if key.alias else key.about
+        rows.append("| `%s` | %s | %s | %s |" % (name, kind, ", ".join(key.executors) or "all", about))
+    return "\n".join(rows) + "\n"

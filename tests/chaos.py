@@ -12,17 +12,24 @@ What must hold at every moment is in `Storm.check` and `looked`; a breach is a l
 
 import argparse
 import contextlib
+import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
+import socket
+import struct
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -71,6 +78,7 @@ class Pod:
     patience: float = 1.0
     hold: float = 0.05
     uid: int = 0
+    top: str = ""  # the shared folder as this pod sees it, where that is not the ground's own
     plan: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -161,8 +169,8 @@ class Slow:
         self.file.flush()
         self.faults.point("after")
 
-    def read(self, *args: int) -> Any:
-        return self.file.read(*args)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 # ---------------------------------------------------------------- one process
@@ -236,7 +244,8 @@ class Ground:
         return self.finish(self.start(wanted))
 
     def live(self, wanted: Pod, scratch: str) -> int:
-        job = {"run": wanted.run, "shared": self.top, "keep": wanted.keep, "patience": wanted.patience, "config": "",
+        top = wanted.top or self.top
+        job = {"run": wanted.run, "shared": top, "keep": wanted.keep, "patience": wanted.patience, "config": "",
                "unpack": "shared", "tree": {"sha256": wanted.source.digest}}
         env = {"AIRLIFT_TREE_CHUNKS": "3", "LEPTON_JOB_FAILURE_COUNT": str(wanted.attempt), "TMPDIR": scratch}
         if wanted.uid:
@@ -246,7 +255,7 @@ class Ground:
             os.setuid(wanted.uid)
         entry: dict[str, Any] = {"name": wanted.name, "rank": wanted.rank, "pid": os.getpid(), "code": 0, "seen": "",
                                  "patience": wanted.patience, "faulty": bool(set(wanted.plan) - {"kill", "slow"})}
-        faults = Faults(self.top, wanted.plan)
+        faults = Faults(top, wanted.plan)
         places = pod.Places(job, env)
         begin = time.monotonic()
         try:
@@ -285,7 +294,8 @@ def whole(code: str, wanted: Source) -> str:
     """What is wrong with a tree, read without pod.py's help."""
     for path, data in wanted.files.items():
         try:
-            with os.fdopen(os.open(os.path.join(code, path), os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # maybe a FIFO
+            descriptor = os.open(os.path.join(code, path), os.O_RDONLY | os.O_NONBLOCK)  # it may be a FIFO by now
+            with os.fdopen(descriptor, "rb") as file:
                 if file.read() != data:
                     return path + " differs"
         except OSError as error:
@@ -370,6 +380,7 @@ class Storm:
     pods: int
     seed: int
     patience: float = 1.0
+    tops: list[str] = field(default_factory=list)
     calls: int = 130  # file-system calls among which a killed pod dies; a pod makes some 90, more when it sweeps
 
     def __post_init__(self) -> None:
@@ -449,7 +460,7 @@ class Storm:
         elif chance < 0.36:
             plan["slow"] = dice.choice([0.001, 0.01])
         wanted = Pod(launch.run, launch.source, attempt, rank, launch.keep, self.patience,
-                     dice.choice([0, 0.02, 0.1, 0.5]), 0, plan)
+                     dice.choice([0, 0.02, 0.1, 0.5]), 0, dice.choice(self.tops or [""]), plan)
         if rank == 0 and "quota" in plan:
             self.may_fail.add(wanted.name)
         now = time.monotonic()
@@ -485,8 +496,7 @@ class Storm:
             self.alive.pop(pid)
             self.doom.pop(pid, None)
             code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
-            self.figures["kills"] += code == 137
-            self.figures["code %d" % code] += code != 137
+            self.figures["kills" if code == 137 else "code %d" % code] += 1
         for pid, (wanted, latest) in list(self.alive.items()):
             if now > latest:
                 self.violations.append("rank %d of %s outlives its deadline" % (wanted.rank, wanted.name))
@@ -521,13 +531,14 @@ class Storm:
         self.violations += looked(self.ground)
 
 
-def aftermath(ground: Ground, clean: Pod) -> list[str]:
+def aftermath(ground: Ground, clean: Pod, tops: list[str] | None = None) -> list[str]:
     """After a storm: a clean start succeeds, and what is left is what pod.py's docstring admits."""
     found = []
-    pids = [ground.start(Pod(clean.run, clean.source, rank=rank, keep=1, patience=20, hold=0.2)) for rank in range(4)]
+    pids = [ground.start(Pod(clean.run, clean.source, rank=rank, keep=1, patience=20, hold=0.02,
+                             top=tops[rank % len(tops)] if tops else "")) for rank in range(4)]
     codes = [ground.finish(pid) for pid in pids]
     entries = [entry for entry in ground.entries() if entry.get("name") == clean.name]
-    if codes != [0] * 4 or len({entry["path"] for entry in entries}) != 1:
+    if codes != [0] * 4 or len({entry["path"].split("/")[-2] for entry in entries}) != 1:
         found.append("a clean start fails: %s %s" % (codes, entries))
     ground.run(Pod(clean.run + "x", clean.source, keep=1))  # its sweep finds what the first one has left
     for entry in entries + ground.entries():
@@ -543,16 +554,14 @@ def aftermath(ground: Ground, clean: Pod) -> list[str]:
     return found + looked(ground)
 
 
-def storm(place: str | Path, kills: int, pods: int, seed: int, top: str | Path | None = None, patience: float = 1.0
-          ) -> tuple[dict[str, Any], list[str]]:
-    """(figures, violations)"""
+def storm(place: str | Path, kills: int, pods: int, seed: int, patience: float = 1.0, top: str = "",
+          tops: list[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """(figures, violations). `tops` are ways to see the folder `top`, one of which each pod uses."""
     ground = Ground(place, [source(number) for number in range(5)], top)
-    raging = Storm(ground, kills, pods, seed, patience)
+    raging = Storm(ground, kills, pods, seed, patience, tops or [])
     raging.rage()
-    found = raging.violations + aftermath(ground, Pod("clean", source(0)))
-    figures = dict(sorted(raging.figures.items())) | {
-        "violations": len(found), "longest wait": "%+.2f s to the deadline" % raging.longest}
-    return figures, found
+    found = raging.violations + aftermath(ground, Pod("clean", source(0)), tops)
+    return dict(sorted(raging.figures.items())) | {"longest wait beyond the deadline": round(raging.longest, 2)}, found
 
 
 # ---------------------------------------------------------------- every call
@@ -564,8 +573,7 @@ SCENES = ("publish", "restart", "reuse", "respoilt", "sweep", "wait")
 def scene(ground: Ground, name: str) -> Pod:
     """Set the stage for a pod that will be killed; returns the pod."""
     first, second, third = list(ground.sources.values())[:3]
-    pod_of = {"publish": Pod("b", first), "restart": Pod("a", first), "reuse": Pod("b", first), "sweep": Pod("b", first),
-              "respoilt": Pod("a", first), "wait": Pod("a", first, rank=1)}[name]
+    victim = Pod("b" if name in ("publish", "reuse", "sweep") else "a", first, rank=int(name == "wait"))
     if name != "publish":
         assert ground.run(Pod("a", first, hold=0)) == 0
     if name == "respoilt":
@@ -577,7 +585,7 @@ def scene(ground: Ground, name: str) -> Pod:
         assert ground.run(Pod("e", second, plan={"kill": (40, "after")})) in (0, 137)  # leaves a use, or a folder
         os.rmdir(ground.path("trees", ground.published()[-1], "uses"))  # a sweeper was killed here
         os.makedirs(ground.path("swept", "old", "code"), exist_ok=True)
-    return pod_of
+    return victim
 
 
 def die_everywhere(place: str | Path, name: str, every: int = 1, offset: int = 0) -> Iterator[tuple[str, list[str]]]:
@@ -611,18 +619,146 @@ def die_everywhere(place: str | Path, name: str, every: int = 1, offset: int = 0
             return
 
 
+def everywhere(place: str | Path, every: int, offset: int) -> tuple[dict[str, Any], list[str]]:
+    """die_everywhere for all scenes, each in a process of its own: (figures, violations)."""
+    began, read, write = time.monotonic(), *os.pipe()
+    for name in SCENES:
+        if os.fork() == 0:
+            os.close(read)
+            try:
+                with os.fdopen(write, "w", buffering=1) as out:
+                    for where, found in die_everywhere(place, name, every, offset):
+                        out.write(json.dumps([where, found]) + "\n")
+            finally:
+                os._exit(0)
+    os.close(write)
+    kills: Counter[str] = Counter()
+    wrong = []
+    with os.fdopen(read) as lines:
+        for where, found in map(json.loads, lines):
+            kills[where.partition(":")[0]] += 1
+            wrong += ["%s: %s" % (where, line) for line in found]
+    for _ in SCENES:
+        os.wait()
+    missing = ["%s: no kill" % name for name in SCENES if not kills[name]]
+    seconds = int(time.monotonic() - began)
+    return {"kills": sum(kills.values()), "in each scene": dict(kills), "seconds": seconds}, wrong + missing
+
+
+# ---------------------------------------------------------------- two mounts of one NFS export
+
+# A Linux in user mode has the NFS client and server that the machine's own kernel may lack. Its root is the machine's,
+# this file is its first process, and with that process it ends.
+UML = ["linux.uml", "rootfstype=hostfs", "rootflags=/", "ro", "mem=1G", "con=null", "con0=null,fd:1", "quiet"]
+
+
+def boot(place: str | Path, words: list[str], seconds: float) -> str:
+    """Run this program with `words` and --guest in a Linux in user mode; its output. Nothing of it is left behind."""
+    first = Path(place, "init")
+    command = shlex.join([sys.executable, "-B", str(Path(__file__).resolve()), "--guest", *words])
+    first.write_text("#!/bin/sh\nexec %s\n" % command)
+    first.chmod(0o755)
+    machine = subprocess.Popen([*UML, "init=%s" % first, "uml_dir=%s" % place], stdin=subprocess.DEVNULL,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                               env={"HOME": str(place), "TMPDIR": "/dev/shm", "PATH": os.environ["PATH"]})
+    try:
+        return machine.communicate(timeout=seconds)[0].decode("utf-8", "replace")
+    except subprocess.TimeoutExpired:
+        os.killpg(machine.pid, signal.SIGKILL)
+        return machine.communicate()[0].decode("utf-8", "replace") + "\nit did not end within %d s" % seconds
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(machine.pid, signal.SIGKILL)
+
+
+def guest(options: argparse.Namespace) -> None:
+    """The first process of a Linux in user mode: serve a folder by NFS, mount it twice, rage there, switch off."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        os.environ.update(PATH="/usr/sbin:/usr/bin:/sbin:/bin", TMPDIR="/tmp")
+        for kind, where in (("proc", "/proc"), ("tmpfs", "/tmp"), ("tmpfs", "/tmp/export"), ("nfsd", "/proc/fs/nfsd")):
+            if kind == "nfsd":
+                for module in ("nfsv4", "nfsd"):
+                    load(libc, module)
+            mount(libc, kind, where, kind)
+        serve("/tmp/export")
+        tops = []
+        for number in (1, 2):  # nosharecache: as on two machines, neither sees what the other has cached
+            mount(libc, "127.0.0.1:/", "/tmp/mount%d" % number, "nfs4",
+                  "vers=4.2,addr=127.0.0.1,clientaddr=127.0.0.1,nosharecache")
+            tops.append("/tmp/mount%d/shared" % number)
+        tell(*storm("/tmp/ground", options.kills, options.pods, options.seed, options.patience, "/tmp/export/shared",
+                    tops))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os.sync()
+        libc.syscall(169, 0xFEE1DEAD, 672274793, 0x4321FEDC, 0)  # reboot: power off
+
+
+def mount(libc: ctypes.CDLL, what: str, where: str, kind: str, options: str = "") -> None:
+    os.makedirs(where, exist_ok=True)
+    if libc.mount(what.encode(), where.encode(), kind.encode(), 0, options.encode()):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), where)
+
+
+def load(libc: ctypes.CDLL, module: str) -> None:
+    """Load a kernel module and those it needs."""
+    folder = Path("/usr/lib/uml/modules", os.uname().release)
+    needs = {Path(name).stem: [*reversed(rest.split()), name] for name, _, rest in
+             (line.partition(":") for line in (folder / "modules.dep").read_text().splitlines())}
+    for name in needs[module]:
+        with open(folder / name, "rb") as file:
+            if libc.syscall(313, file.fileno(), b"", 0) and ctypes.get_errno() != errno.EEXIST:  # finit_module
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), name)
+
+
+def serve(folder: str) -> None:
+    """Start the kernel's NFS server, version 4 only, with what mountd would tell it."""
+    loopback = struct.pack("16sh14x", b"lo", 0x49)  # up, running, loopback
+    with socket.socket() as any_socket:
+        fcntl.ioctl(any_socket, 0x8914, loopback)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 2049))
+    listener.listen(64)
+    forever = 2147483647
+    for place, text in (
+            ("fs/nfsd/versions", "-3 +4 +4.1 +4.2"), ("fs/nfsd/nfsv4leasetime", "10"), ("fs/nfsd/nfsv4gracetime", "10"),
+            ("fs/nfsd/portlist", str(listener.detach())),
+            ("net/rpc/auth.unix.ip/channel", "nfsd 127.0.0.1 %d all" % forever),
+            ("net/rpc/nfsd.export/channel", "all %s %d %d 65534 65534 0" % (folder, forever, 0x2402)),
+            ("net/rpc/nfsd.fh/channel", "all 1 \\x00000000 %d %s" % (forever, folder)), ("fs/nfsd/threads", "8")):
+        Path("/proc", place).write_text(text + "\n")
+
+
+# ---------------------------------------------------------------- by hand
+
+
+def tell(figures: dict[str, Any], found: list[str]) -> None:
+    print("figures: " + json.dumps(figures | {"violations": len(found)}))
+    print("".join("violation: %s\n" % line for line in found[:50]), end="", flush=True)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="A storm on pod.py's shared unpack.")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--pods", type=int, default=32, help="alive at once")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--patience", type=float, default=1.0)
-    parser.add_argument("--top", help="the shared folder; default: a new one under TMPDIR")
+    parser.add_argument("--patience", type=float, default=1.0, help="how long a pod waits for rank 0, in seconds")
+    parser.add_argument("--every", type=int, help="no storm: a kill at every Nth place of each scene instead")
+    parser.add_argument("--nfs", type=float, metavar="SECONDS", help="the storm over two mounts of one NFS export")
+    parser.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.guest:
+        guest(options)
     with tempfile.TemporaryDirectory(prefix="airlift-chaos-") as place:
-        figures, found = storm(place, options.kills, options.pods, options.seed, options.top, options.patience)
-    print("\n".join("%s: %s" % pair for pair in figures.items()))
-    print("\n".join(found[:50]))
+        if options.nfs:
+            print(boot(place, [word for word in sys.argv[1:] if not word.startswith("--nfs")], options.nfs))
+            return 0
+        figures, found = (everywhere(place, options.every, options.seed % options.every) if options.every else
+                          storm(place, options.kills, options.pods, options.seed, options.patience))
+    tell(figures, found)
     return 1 if found else 0
 
 

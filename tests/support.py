@@ -1,4 +1,4 @@
-"""What the tests of transport.py and pod.py share: trees on disk and in memory, a job, and pods that are real processes.
+"""What the tests of transport.py and pod.py share: trees on disk and in memory, a job, pods that are real processes.
 
 A pod here is one execve of a plan's argv with a plan's environment, PATH and TMPDIR, and nothing else, so that the
 kernel's limits hold as they would on a platform.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import transport
 from transport import Entry, Plan, Tree
 
@@ -137,14 +138,14 @@ def marked(mark: str) -> list[int]:
 @contextlib.contextmanager
 def started(plan: Plan, scratch: Path, *, env: dict[str, str | None] | None = None, argv: list[str] | None = None,
             **options: Any) -> Iterator[Pod]:
-    """A pod as a real process. `env` is added to the plan's, None takes a name out. At the end nothing is left of it."""
+    """A pod as a real process. `env` is added to the plan's, None takes a name out. In the end nothing is left."""
     mark = uuid.uuid4().hex
     MARKS.append(mark)
     whole = plan.env | {"PATH": PATH, "TMPDIR": str(scratch), "TEST_MARK": mark} | (env or {})
     scratch.mkdir(parents=True, exist_ok=True)
-    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": "/"} | options
-    process = subprocess.Popen(argv or plan.argv, env={name: value for name, value in whole.items() if value is not None},
-                               **options)
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    environment = {name: value for name, value in whole.items() if value is not None}
+    process = subprocess.Popen(argv or plan.argv, env=environment, **(streams | {"cwd": "/"} | options))
     pod = Pod(process, mark, scratch)
     try:
         yield pod

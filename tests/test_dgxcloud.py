@@ -18,13 +18,19 @@ def here(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("nodes", "model"), [(1, "TrainingCreationRequest"), (3, "DistributedCreationRequest")])
 def test_the_request_is_one_of_the_official_client(here, nodes, model):
-    """runapy's own models take it, whole and without a field left over."""
-    models = pytest.importorskip("runai.models")
+    """runapy's own models take it, and keep every field of it."""
+    from runai import models
+
+    def holds(whole, part):
+        if isinstance(part, dict):
+            return all(name in whole and holds(whole[name], item) for name, item in part.items())
+        return len(whole) == len(part) and all(map(holds, whole, part)) if isinstance(part, list) else whole == part
+
     here.profile('[secrets]\nHF_TOKEN = "runai:mine/token"\n', custom_spec={"nodePools": ["a"]})
     here.server.credentials["mine"] = {"token": "x"}
     assert here.launch("--nodes", nodes).code == 0
     sent = here.job.request
-    assert json.loads(getattr(models, model).from_dict(sent).to_json()) == sent
+    assert holds(json.loads(getattr(models, model).from_dict(sent).to_json()), sent)
     assert here.env()["HF_TOKEN"]["userCredential"] == {"name": "mine", "key": "token"}
     spec = sent["spec"]
     assert (spec["restartPolicy"], spec["backoffLimit"]) == ("Never", 0)  # by default a dead rank is started again
@@ -142,11 +148,13 @@ def test_one_that_never_came_to_be(here):
 
 def test_a_deleted_workload(here):
     run = here.up()
-    here.job.delete()
+    with here.server.lock:
+        here.job.delete()
     wait_for(lambda: here.job.state == "Deleted")
     assert backends.GONE in here.main("status", run).out
 
 
 def test_phases_of_the_platform_that_are_not_known():
-    phases = pytest.importorskip("runai.models.phase").Phase
-    assert {phase.value for phase in phases} <= set(dgxcloud.PHASES)
+    from runai.models.phase import Phase
+
+    assert {phase.value for phase in Phase} <= set(dgxcloud.PHASES)

@@ -1,7 +1,7 @@
 """DGX Cloud Lepton: what only this platform has. The rest is in test_clouds.py."""
 
 import pytest
-from cloud import EMULATED, Cloud, cloud, wait_for
+from cloud import EMULATED, cloud, wait_for
 
 import backends
 import backends.lepton
@@ -47,7 +47,7 @@ def test_a_node_group_that_is_not_there(here):
 @pytest.mark.parametrize(("mount", "words"), [
     ({"path": "/", "mount_path": "/shared"}, "a mount lacks from"),  # the library finds this too late (15)
     ({"from": "node-nfs:shared"}, "a mount lacks path, mount_path"),
-    ({"path": "/", "mount_path": "/shared", "from": "node-nfs:shared", "readonly": True}, "no field readonly"),
+    ({"path": "/", "mount_path": "/shared", "from": "node-nfs:shared", "readonly": True}, "no field mounts.readonly"),
 ])
 def test_mounts_are_checked_before_anything_is_sent(here, mount, words):
     here.profile(mounts=[mount])
@@ -94,7 +94,6 @@ def test_a_queued_job_waits_and_can_be_cancelled(here):
     here.server.unschedulable.update(*here.server.nodes.values())
     begun = here.launch("--detach")
     assert here.main("status", begun.run).out.split()[1:2] == ["waiting"]
-    assert "no log of run" in here.main("logs", begun.run).err or True
     assert here.main("cancel", begun.run).out == begun.run + ": stopped\n"
     result = here.main("logs", begun.run)
     assert result.code == 2 and "its pods never started" in result.err
@@ -139,7 +138,3 @@ def test_states_of_the_platform_that_are_not_known():
     from leptonai.api.v1.types.job import LeptonJobState
 
     assert {state.value for state in LeptonJobState} == set(backends.lepton.STATES)
-
-
-def test_the_real_recipe_on_torchrun():
-    assert Cloud

@@ -10,7 +10,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,15 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pod
 import pytest
-import transport
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import MARKS, PATH, SCRIPT, job, need, plan, plant, ran, shape, shape_of, started, tmpfs, tree
+
+import pod
+import transport
 from pod import Failure, find_master, find_rank, first_host
-from support import PATH, SCRIPT, job, marked, need, plan, plant, ran, shape, shape_of, started, tmpfs, tree
-from transport import Tree, collect, plan_for
+from transport import collect, plan_for
 
 ROOT = Path(pod.__file__).parent
 ENDED = "airlift: rank %s ended with exit code %d\n"
@@ -56,23 +56,30 @@ def failed(code: int, out: "Any", rank: str = "0") -> str:
 def usual(name: str) -> bool:
     """Whether a name is none that collect leaves out, so that the whole tree must come back."""
     return (name not in (".", "..") and len(name.encode()) <= 255 and name not in transport.CACHES
-            and not name.endswith((*transport.CACHE_SUFFIXES, *transport.DATA_SUFFIXES)) and not transport._named_secret(name)
+            and not name.endswith((*transport.CACHE_SUFFIXES, *transport.DATA_SUFFIXES))
+            and not transport._named_secret(name)
             and name not in transport.CREDENTIAL_FOLDERS and name != "pyvenv.cfg"
             and not any(fnmatch.fnmatchcase(name, pattern) for pattern in transport.DOCUMENTS))
 
 
 NAMES = st.one_of(
     st.text(st.characters(exclude_categories=("Cs",), exclude_characters="/\0"), min_size=1, max_size=10),
-    st.sampled_from(["a", "b", " ", "-rf", "$(id)", "'\"", "\n", "名前", "e\u0301", "é", "..a", "x" * 255, "\U0001f680", "*", "\\"]),
+    st.sampled_from(["a", "b", " ", "-rf", "$(id)", "'\"", "\n", "名前", "e\u0301", "é", "..a", "x" * 255, "\U0001f680",
+                     "*", "\\"]),
 ).filter(usual)
 CONTENTS = st.one_of(st.just(b""), st.binary(max_size=200), st.binary(min_size=1, max_size=4).map(lambda b: b * 5000))
-MODES = st.one_of(st.sampled_from([0o644, 0o755, 0o600, 0o700]), st.integers(0o400, 0o7777).map(lambda mode: mode | 0o400))
+MODES = st.one_of(st.sampled_from([0o644, 0o755, 0o600, 0o700]),
+                  st.integers(0o400, 0o7777).map(lambda mode: mode | 0o400))
+
+
+Files = dict[str, tuple[bytes, int]]  # path -> bytes and mode
+Links = dict[str, tuple[str, bool]]  # path -> the path that it leads to, and whether by an absolute link
 
 
 @st.composite
-def trees(draw: Any) -> tuple[dict[str, tuple[bytes, int]], dict[str, tuple[str, bool]]]:
-    """(files: path -> bytes and mode, links: path -> path it leads to, absolutely or not)"""
-    files: dict[str, tuple[bytes, int]] = {SCRIPT: (b"pass\n", 0o644)}
+def trees(draw: Any) -> tuple[Files, Links]:
+    """What may lie on somebody's disk. In all of it is the recipe's script."""
+    files: Files = {SCRIPT: (b"pass\n", 0o644)}
     folders = ["src"]
     for _ in range(draw(st.integers(0, 12))):
         parts = draw(st.lists(NAMES, min_size=1, max_size=7))
@@ -90,7 +97,7 @@ def trees(draw: Any) -> tuple[dict[str, tuple[bytes, int]], dict[str, tuple[str,
     return files, links
 
 
-def write(root: Path, files: dict[str, tuple[bytes, int]], links: dict[str, tuple[str, bool]]) -> None:
+def write(root: Path, files: Files, links: Links) -> None:
     for path, (data, mode) in files.items():
         plant(root, {path: data})
         (root / path).chmod(mode)
@@ -98,21 +105,22 @@ def write(root: Path, files: dict[str, tuple[bytes, int]], links: dict[str, tupl
         (root / path).symlink_to(root / target if absolute else os.path.relpath(target, os.path.dirname(path)))
 
 
-def expected(files: dict[str, tuple[bytes, int]], links: dict[str, tuple[str, bool]]) -> dict[str, tuple[str, bytes, bool]]:
+def expected(files: Files, links: Links) -> dict[str, tuple[str, bytes, bool]]:
     found = {path: ("file", data, bool(mode & 0o100)) for path, (data, mode) in files.items()}
     for path, (target, _) in links.items():
         found[path] = ("link", os.path.relpath(target, os.path.dirname(path)).encode(), False)
     return found
 
 
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(trees(), st.sampled_from([("local", 0), ("dgxcloud", 0), ("local", 1024)]), st.sampled_from(["xz", "gz"]))
 def test_any_tree_comes_back_from_a_real_exec(made: Any, carrier: tuple[str, int], compression: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         write(here / "repo", *made)
         before = shape(here / "repo")
-        whole = plan_for(carrier[0], collect(here / "repo", SCRIPT), job(), chunk_bytes=carrier[1], compression=compression)
+        whole = plan_for(carrier[0], collect(here / "repo", SCRIPT), job(), chunk_bytes=carrier[1],
+                         compression=compression)
         assert whole.fits
         code, out = ran(whole, here / "scratch")
         assert (code, out.text) == (0, "airlift: rank 0 of 1, sha256 %s, %d files in %s\n" % (
@@ -157,7 +165,8 @@ def test_started_through_a_shell_or_a_split(tmp_path: Path, how: str) -> None:
 
 
 def test_the_recipe_is_started_from_the_code_root(tmp_path: Path) -> None:
-    files = {SCRIPT: b"import kit, sys; print('RECIPE', sys.argv[1:], kit.NAME)", "src/kit/__init__.py": b"NAME = 'kit 7'"}
+    files = {SCRIPT: b"import kit, sys; print('RECIPE', sys.argv[1:], kit.NAME)",
+             "src/kit/__init__.py": b"NAME = 'kit 7'"}
     code, out = ran(plan(files, command='python "$AIRLIFT_CODE"/%s --config "$AIRLIFT_CONFIG"' % SCRIPT), tmp_path)
     assert code == 0
     assert "RECIPE ['--config', '%s/airlift-t23456/config.yaml'] kit 7\n" % tmp_path in out.text
@@ -173,10 +182,10 @@ def test_files_of_the_folder_it_is_started_in_are_not_taken_for_pythons_own(tmp_
     assert code == 0, out.text
 
 
-@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-                                    {"LANG": "de_DE.ISO-8859-1"}, {"PYTHONIOENCODING": "ascii"}, {"PYTHONOPTIMIZE": "2"},
-                                    {"PYTHONSAFEPATH": "1"}, {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "error"}],
-                         ids=str)
+@pytest.mark.parametrize("locale", [
+    {"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LANG": "de_DE.ISO-8859-1"},
+    {"PYTHONIOENCODING": "ascii"}, {"PYTHONOPTIMIZE": "2"}, {"PYTHONSAFEPATH": "1"}, {"PYTHONWARNINGS": "error"},
+], ids=str)
 def test_names_are_utf8_whatever_the_image_says(tmp_path: Path, locale: dict[str, str | None]) -> None:
     files = {"src/größe/データ.txt": b"x"}
     code, out = ran(plan(files), tmp_path / "Ablage für データ", env=locale)
@@ -209,14 +218,17 @@ def damaged(whole: transport.Plan, stream: str, kind: str) -> dict[str, str | No
         "newline": {first: value + "\n"}, "blank": {last: whole.env[last] + " "},
         "digest": {digest: "0" * 64}, "no digest": {digest: None}, "digest of another": {
             digest: whole.env["AIRLIFT_%s_SHA256" % ("JOB" if stream != "JOB" else "TREE")]},
-        "count more": {count: str(len(names) + 1)}, "count less": {count: str(len(names) - 1)}, "count zero": {count: "0"},
-        "no count": {count: None}, "count huge": {count: "9" * 30}, "count word": {count: "three"}, "count -1": {count: "-1"},
+        "count more": {count: str(len(names) + 1)}, "count less": {count: str(len(names) - 1)},
+        "count zero": {count: "0"},
+        "no count": {count: None}, "count huge": {count: "9" * 30}, "count word": {count: "three"},
+        "count -1": {count: "-1"},
         "count in other digits": {count: "３"},
     }[kind]
 
 
 DAMAGES = ["drop first", "drop last", "drop all", "truncate", "truncate last", "empty", "swap", "flip case", "flip bit",
-           "eighth bit", "unicode", "twice", "first twice", "empty one more", "rename", "rename far", "short name", "newline",
+           "eighth bit", "unicode", "twice", "first twice", "empty one more", "rename", "rename far", "short name",
+           "newline",
            "blank", "digest", "no digest", "digest of another", "count more", "count less", "count zero", "no count",
            "count huge", "count word", "count -1", "count in other digits"]
 
@@ -263,7 +275,8 @@ def test_any_change_of_our_variables_is_noticed(in_pieces: transport.Plan, data:
     for name in data.draw(st.lists(st.sampled_from(sorted(in_pieces.env)), min_size=1, max_size=3, unique=True)):
         value = in_pieces.env[name]
         at = data.draw(st.integers(0, len(value)))
-        changes[name] = data.draw(st.sampled_from([None, "", value[:at], value[at:] + value[:at], value + value, value + "A",
+        changes[name] = data.draw(st.sampled_from([None, "", value[:at], value[at:] + value[:at], value + value,
+                                                   value + "A",
                                                    value[:at] + "\udcff" + value[at + 1:], value.lower(), value[::-1]]))
     same = all(in_pieces.env[name] == value for name, value in changes.items())
     with tempfile.TemporaryDirectory() as name:
@@ -279,15 +292,12 @@ def test_any_change_of_our_variables_is_noticed(in_pieces: transport.Plan, data:
             assert "RECIPE RAN" not in out.text and "Traceback" not in out.text
 
 
-def unreadable(stream: str, data: bytes) -> dict[str, str]:
-    return transport.stream(stream, data, 1024)
-
-
 @pytest.mark.parametrize("stream, data, code", [
-    ("JOB", b"", pod.PAYLOAD), ("JOB", b"no zlib", pod.PAYLOAD), ("TREE", b"no xz", pod.PYTHON), ("TREE", b"", pod.PYTHON),
+    ("JOB", b"", pod.PAYLOAD), ("JOB", b"no zlib", pod.PAYLOAD), ("TREE", b"no xz", pod.PYTHON),
+    ("TREE", b"", pod.PYTHON),
 ])
 def test_streams_that_are_whole_but_nonsense(tmp_path: Path, stream: str, data: bytes, code: int) -> None:
-    found, out = ran(plan(command="echo RECIPE RAN"), tmp_path, env=dict(unreadable(stream, data)))
+    found, out = ran(plan(command="echo RECIPE RAN"), tmp_path, env=dict(transport.stream(stream, data, 1024)))
     assert found == code, out.text
     failed(code, out)
 
@@ -296,7 +306,8 @@ def test_a_stream_that_is_not_base64() -> None:
     import hashlib
 
     text = "====!"
-    env = {"AIRLIFT_JOB_0000": text, "AIRLIFT_JOB_CHUNKS": "1", "AIRLIFT_JOB_SHA256": hashlib.sha256(text.encode()).hexdigest()}
+    env = {"AIRLIFT_JOB_0000": text, "AIRLIFT_JOB_CHUNKS": "1",
+           "AIRLIFT_JOB_SHA256": hashlib.sha256(text.encode()).hexdigest()}
     with pytest.raises(Failure, match="base64"):
         pod.join(env, "JOB")
 
@@ -309,8 +320,10 @@ def test_join_never_ends_in_a_traceback(parts: dict[str, str]) -> None:
     assert caught.value.code == pod.PAYLOAD
 
 
-@pytest.mark.parametrize("name, kind", [("../out", "file"), ("/abs", "file"), ("src/../../out", "file"), ("src/fifo", "fifo"),
-                                        ("src/hard", "hard"), ("src/folder", "folder")])
+@pytest.mark.parametrize("name, kind", [
+    ("../out", "file"), ("/abs", "file"), ("src/../../out", "file"), ("src/fifo", "fifo"), ("src/hard", "hard"),
+    ("src/folder", "folder"),
+])
 def test_a_tar_that_leads_out(tmp_path: Path, name: str, kind: str) -> None:
     import io
     import tarfile
@@ -318,7 +331,8 @@ def test_a_tar_that_leads_out(tmp_path: Path, name: str, kind: str) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         info = tarfile.TarInfo(name)
-        info.type = {"file": tarfile.REGTYPE, "fifo": tarfile.FIFOTYPE, "hard": tarfile.LNKTYPE, "folder": tarfile.DIRTYPE}[kind]
+        info.type = {"file": tarfile.REGTYPE, "fifo": tarfile.FIFOTYPE, "hard": tarfile.LNKTYPE,
+                     "folder": tarfile.DIRTYPE}[kind]
         tar.addfile(info)
     with pytest.raises(Failure) as caught:
         pod.unpack(buffer.getvalue(), str(tmp_path / "code"))
@@ -360,11 +374,14 @@ def test_rank(env: dict[str, str], host: str, nodes: int, rank: int) -> None:
 
 
 @pytest.mark.parametrize("env, host, nodes, word", [
-    ({}, "my-laptop", 2, "no variable"), ({"POD_INDEX": "1"}, "x-1", 2, "no variable"), ({"NODE_RANK": ""}, "h", 2, "no variable"),
+    ({}, "my-laptop", 2, "no variable"), ({"POD_INDEX": "1"}, "x-1", 2, "no variable"),
+    ({"NODE_RANK": ""}, "h", 2, "no variable"),
     ({"NODE_RANK": "0", "RANK": "1"}, "h", 2, "disagree"), ({"RANK": "0"}, "job-worker-1", 2, "disagree"),
-    (KUBEFLOW | {"RANK": "0"}, "job-worker-0", 3, "disagree"), (LEPTON | {"LEPTON_JOB_WORKER_INDEX": "1", "RANK": "0"}, "h", 3, "dis"),
+    (KUBEFLOW | {"RANK": "0"}, "job-worker-0", 3, "disagree"),
+    (LEPTON | {"LEPTON_JOB_WORKER_INDEX": "1", "RANK": "0"}, "h", 3, "dis"),
     ({"SLURM_NODEID": "0", "PET_NODE_RANK": "1"}, "h", 2, "disagree"),
-    ({"NODE_RANK": "2"}, "h", 2, "job has 2"), ({"NODE_RANK": "1"}, "h", 1, "job has 1"), ({}, "job-worker-2", 2, "job has 2"),
+    ({"NODE_RANK": "2"}, "h", 2, "job has 2"), ({"NODE_RANK": "1"}, "h", 1, "job has 1"),
+    ({}, "job-worker-2", 2, "job has 2"),
     ({"RANK": "1"}, "h", 1, "job has 1"), (KUBEFLOW, "job-worker-2", 3, "job has 3"),
     ({"NODE_RANK": "one"}, "h", 2, "not a number"), ({"RANK": "-1"}, "h", 2, "not a number"),
     ({"NODE_RANK": "1.0"}, "h", 2, "not a number"), ({"NODE_RANK": "٣"}, "h", 9, "not a number"),
@@ -380,7 +397,8 @@ def test_a_rank_that_is_not_certain(env: dict[str, str], host: str, nodes: int, 
     (LEPTON, ("worker-0.j-job-svc", "29400")), (LEPTON | {"MASTER_PORT": "7"}, ("worker-0.j-job-svc", "7")),
     (KUBEFLOW, ("job-master-0", "23456")), ({"PET_MASTER_ADDR": "m"}, ("m", "29400")),
     (SLURM, ("dgx007", "24567")), (SLURM | {"SLURM_JOB_ID": "7"}, ("dgx007", "20007")),
-    (SLURM | {"MASTER_PORT": "1", "MASTER_ADDR": "m"}, ("m", "1")), (SLURM | {"SLURM_JOB_ID": "x"}, ("dgx007", "29400")),
+    (SLURM | {"MASTER_PORT": "1", "MASTER_ADDR": "m"}, ("m", "1")),
+    (SLURM | {"SLURM_JOB_ID": "x"}, ("dgx007", "29400")),
     (SLURM | {"MASTER_PORT": "99"}, ("dgx007", "99")),
 ])
 def test_where_rank_0_listens(env: dict[str, str], master: tuple[str, str]) -> None:
@@ -401,22 +419,30 @@ def test_nothing_tells_where_rank_0_is() -> None:
 
 
 @pytest.mark.parametrize("nodelist, host", [
-    ("dgx[007-009,012],login1", "dgx007"), ("n[1-2]", "n1"), ("a,b", "a"), ("a", "a"), ("n[3,5-7]", "n3"), ("a.b-c_d,e", "a.b-c_d"),
+    ("dgx[007-009,012],login1", "dgx007"), ("n[1-2]", "n1"), ("a,b", "a"), ("a", "a"), ("n[3,5-7]", "n3"),
+    ("a.b-c_d,e", "a.b-c_d"),
     ("rack[1-2]n[3,5]", "rack1n3"), ("n[1-2]-ib,m", "n1-ib"), ("n[08-10]", "n08"), ("login,dgx[1-2]", "login"),
 ])
 def test_first_host(nodelist: str, host: str) -> None:
     assert first_host(nodelist) == host
 
 
-@given(st.dictionaries(st.sampled_from(["NODE_RANK", "RANK", "PET_NODE_RANK", "SLURM_NODEID", "LEPTON_JOB_WORKER_INDEX",
-                                        "MASTER_ADDR", "MASTER_PORT", "PET_MASTER_ADDR", "SLURM_JOB_NODELIST", "SLURM_JOB_ID"]),
-                       st.one_of(st.text(max_size=8), st.sampled_from(["0", "1", "2"]))), st.text(max_size=12), st.integers(2, 9))
+PLATFORMS_WORDS = ["NODE_RANK", "RANK", "PET_NODE_RANK", "SLURM_NODEID", "LEPTON_JOB_WORKER_INDEX", "MASTER_ADDR",
+                   "MASTER_PORT", "PET_MASTER_ADDR", "SLURM_JOB_NODELIST", "SLURM_JOB_ID"]
+
+
+@given(st.dictionaries(st.sampled_from(PLATFORMS_WORDS), st.one_of(st.text(max_size=8), st.sampled_from("012"))),
+       st.text(max_size=12), st.integers(2, 9))
 def test_the_platforms_words_never_end_in_a_traceback(env: dict[str, str], host: str, nodes: int) -> None:
-    for ask in (lambda: find_rank(env, host, nodes), lambda: find_master(env, nodes)):
-        with contextlib.suppress(Failure):
-            result = ask()
-            assert isinstance(result, tuple) or (0 <= result < nodes and any(v.strip() == str(v) or v for v in env.values())
-                                                 or "worker" in host or "master" in host)
+    with contextlib.suppress(Failure):
+        rank = find_rank(env, host, nodes)
+        assert 0 <= rank < nodes
+        said = [int(value) for name, value in env.items() if name in PLATFORMS_WORDS[:5] and value.strip().isdigit()]
+        assert set(said) <= {rank}
+        assert said or re.search("-(master|worker)-[0-9]", host), "never 0 by default"
+    with contextlib.suppress(Failure):
+        address, port = find_master(env, nodes)
+        assert address and port
 
 
 def test_a_rank_that_is_not_certain_ends_the_pod(tmp_path: Path) -> None:
@@ -438,7 +464,8 @@ def places(run_root: str | None = "/ws/fam", tmp: str = "/tmp") -> pod.Places:
 @pytest.mark.parametrize("text, filled", [
     ("/nemo_run", "ROOT"), ("/nemo_run/", "ROOT/"), ("/nemo_run/code", "CODE"), ("/nemo_run/code/", "CODE/"),
     ("/nemo_run/code/src/x", "CODE/src/x"), ("/nemo_run/out/x", "ROOT/out/x"), ("/nemo_run/codes", "ROOT/codes"),
-    ("/nemo_run/code.bak", "ROOT/code.bak"), ("/nemo_run/code-1", "ROOT/code-1"), ("/nemo_run/code_x/y", "ROOT/code_x/y"),
+    ("/nemo_run/code.bak", "ROOT/code.bak"), ("/nemo_run/code-1", "ROOT/code-1"),
+    ("/nemo_run/code_x/y", "ROOT/code_x/y"),
     ("/nemo_run/codé", "ROOT/codé"), ("/nemo_run/x/code", "ROOT/x/code"),
     ("/nemo_run/code:/nemo_run:/x", "CODE:ROOT:/x"), ("--out=/nemo_run/a,/nemo_run/b", "--out=ROOT/a,ROOT/b"),
     ('x: "/nemo_run/a"', 'x: "ROOT/a"'), ("[/nemo_run/a, '/nemo_run']", "[ROOT/a, 'ROOT']"),
@@ -457,7 +484,8 @@ def test_places_by_whole_path_components(text: str, filled: str) -> None:
 COMPONENT = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=5)
 
 
-@given(st.lists(COMPONENT, max_size=4), st.sampled_from(["", "code/", "other/"]), st.sampled_from(["", " ", ":", ",", '"', "'"]))
+@given(st.lists(COMPONENT, max_size=4), st.sampled_from(["", "code/", "other/"]),
+       st.sampled_from(["", " ", ":", ",", '"', "'"]))
 def test_places_property(parts: list[str], first: str, before: str) -> None:
     at = places("/w s/fam")
     path = "/nemo_run/" + first + "/".join(parts)
@@ -473,15 +501,17 @@ def test_what_names_no_place_stays(text: str) -> None:
     assert places().fill(text) == text == places().fill(text, quote=True)
 
 
-AWKWARD = ["/w s/a'b", '/w"q', "/w\\back", "/w: colon #hash", "/größe/データ", "/tab\there", "/new\nline", "/rocket\U0001f680", "/{}[]&*!|>%@`",
-           "/nel\x85x", "/ls\u2028x", "/del\x7fx", "/bom\ufeffx", "/esc\x1b[0m", "/$(id)$$", "/nemo_run", "/nemo_run/code", "/\\1\\g<0>"]
+AWKWARD = ["/w s/a'b", '/w"q', "/w\\back", "/w: colon #hash", "/größe/データ", "/tab\there", "/new\nline",
+           "/rocket\U0001f680", "/{}[]&*!|>%@`", "/nel\x85x", "/ls\u2028x", "/del\x7fx", "/bom\ufeffx", "/esc\x1b[0m",
+           "/$(id)$$", "/nemo_run", "/nemo_run/code", "/\\1\\g<0>"]
 
 
 @pytest.mark.parametrize("root", AWKWARD, ids=ascii)
 def test_a_config_with_awkward_places_is_still_yaml(root: str) -> None:
     import recipes
 
-    value = {"out": "/nemo_run/out", "list": ["/nemo_run", "a:/nemo_run/x y"], "n": 1, "other": "größe: #x", "/nemo_run/key": 1}
+    value = {"out": "/nemo_run/out", "list": ["/nemo_run", "a:/nemo_run/x y"], "n": 1, "other": "größe: #x",
+             "/nemo_run/key": 1}
     filled = places(root).fill(recipes.dump(value), quote=True)
     assert yaml.safe_load(filled) == {"out": root + "/out", "list": [root, "a:" + root + "/x y"], "n": 1,
                                       "other": "größe: #x", root + "/key": 1}
@@ -495,8 +525,10 @@ def test_any_place_is_quoted_for_yaml(text: str) -> None:
 def test_the_config_that_the_recipe_reads(tmp_path: Path) -> None:
     root = str(tmp_path / "work \"space\": #1 \\ ü")
     scratch = tmp_path / "scr 'atch\" $HOME"
-    code, out = ran(plan(config='a: "/nemo_run/out"\nb: "/nemo_run/code/src"\n', run_root=root, folders=["/nemo_run/made/for you"],
-                         command='cp "$AIRLIFT_CONFIG" "$NEMO_RUN_DIR"/copy; pwd; cat "$AIRLIFT_CODE"/' + SCRIPT), scratch)
+    code, out = ran(plan(config='a: "/nemo_run/out"\nb: "/nemo_run/code/src"\n', run_root=root,
+                         folders=["/nemo_run/made/for you"],
+                         command='cp "$AIRLIFT_CONFIG" "$NEMO_RUN_DIR"/copy; pwd; cat "$AIRLIFT_CODE"/' + SCRIPT),
+                         scratch)
     assert code == 0, out.text
     assert yaml.safe_load((Path(root) / "copy").read_text()) == {"a": root + "/out", "b": str(out.code / "src")}
     assert (Path(root) / "made/for you").is_dir()
@@ -509,11 +541,13 @@ def test_a_workspace_that_is_itself_called_nemo_run(tmp_path: Path, mount: str) 
     need(os.geteuid() == 0, "needs a mount namespace")
     (tmp_path / "volume").mkdir()
     whole = plan(run_root="/%s/fam" % mount, config='a: "/nemo_run/x"\n', command='cat "$AIRLIFT_CONFIG"; exit 4')
-    script = ("mount -t tmpfs t /mnt && mkdir -p /mnt/up /mnt/work /mnt/root && mount -t overlay o -o lowerdir=/,upperdir=/mnt/up,"
-              "workdir=/mnt/work /mnt/root && mount --rbind /proc /mnt/root/proc && mount --bind /dev /mnt/root/dev && mkdir -p"
-              " /mnt/root/%s && mount --bind %s /mnt/root/%s && exec chroot /mnt/root \"$@\"" % (mount, tmp_path / "volume", mount))
-    code, out = ran(whole, tmp_path / "scratch", argv=["unshare", "-m", "sh", "-c", script, "sh", *whole.argv],
-                    env={"TMPDIR": "/%s/tmp" % mount})
+    script = """
+        mount -t tmpfs tmpfs /mnt && mkdir /mnt/up /mnt/work /mnt/root
+        mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/up,workdir=/mnt/work /mnt/root || exit 98
+        mount --rbind /proc /mnt/root/proc && mount --bind /dev /mnt/root/dev && mkdir -p "/mnt/root/$1" || exit 97
+        mount --bind "$2" "/mnt/root/$1" && shift 2 && exec chroot /mnt/root "$@" """
+    argv = ["unshare", "-m", "sh", "-c", script, "sh", mount, str(tmp_path / "volume"), *whole.argv]
+    code, out = ran(whole, tmp_path / "scratch", argv=argv, env={"TMPDIR": "/%s/tmp" % mount})
     assert code == 4, out.text
     assert 'a: "/%s/fam/x"\n' % mount in out.text
     assert "in /%s/tmp/airlift-t23456/code\n" % mount in out.text
@@ -662,7 +696,8 @@ def test_pods_that_share_a_scratch_folder(tmp_path: Path) -> None:
     whole = plan(files, nodes=4, command="sleep 0.2; exit 1$NODE_RANK", run_root=str(tmp_path / "ws"))
     for attempt in range(2):
         with contextlib.ExitStack() as stack:
-            pods = [stack.enter_context(started(whole, tmp_path / str(attempt), env={"NODE_RANK": str(rank), "MASTER_ADDR": "m"}))
+            pods = [stack.enter_context(started(whole, tmp_path / str(attempt),
+                                                env={"NODE_RANK": str(rank), "MASTER_ADDR": "m"}))
                     for rank in range(4)]
             assert [one.end() for one in pods] == [10, 11, 12, 13], [one.text for one in pods]
         assert sorted(os.listdir(pods[0].code.parent)) == ["code", "config.yaml"]
@@ -675,9 +710,11 @@ def test_pods_that_share_a_scratch_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command, code", [
     ("true", 0), ("exit 3", 3), ("exit 255", 255), ("python -c 'import sys; sys.exit(7)'", 7), ("kill -KILL $$", 137),
-    ("kill -SEGV $$", 139), ("set -eu; true; exit 5", 5), ("sleep 0 & wait; exit 6", 6), ("python -c 'import os; os.abort()'", 134),
+    ("kill -SEGV $$", 139), ("set -eu; true; exit 5", 5), ("sleep 0 & wait; exit 6", 6),
+    ("python -c 'import os; os.abort()'", 134),
     ("python -c 'import os; os.kill(os.getpid(), 9)'", 137), ("exec python -c 'import sys; sys.exit(9)'", 9),
-    ("exit 86", 86), ("exit 87", 87), ("exit 80", 80), ("no-such-program", 127), ("false", 1), ("if", 2), ("false; true", 0),
+    ("exit 86", 86), ("exit 87", 87), ("exit 80", 80), ("no-such-program", 127), ("false", 1), ("if", 2),
+    ("false; true", 0),
 ])
 def test_the_exit_code_is_the_recipes(tmp_path: Path, command: str, code: int) -> None:
     found, out = ran(plan(command=command), tmp_path)
@@ -689,7 +726,8 @@ def test_the_exit_code_is_the_recipes(tmp_path: Path, command: str, code: int) -
 
 
 READY = "import signal, sys, time, os\nprint('READY', flush=True)\n"
-ENDS_ITSELF = READY.replace("print", "signal.signal(signal.{0}, lambda *_: (print('GOT IT'), sys.exit(7)))\nprint") + "time.sleep(30)"
+ENDS_ITSELF = READY.replace("print", "signal.signal(signal.{0}, lambda *_: (print('GOT IT'), sys.exit(7)))\nprint")
+ENDS_ITSELF += "time.sleep(30)"
 IGNORES = READY.replace("print", "signal.signal(signal.{0}, signal.SIG_IGN)\nprint") + "time.sleep(0.7); sys.exit(9)"
 DEFAULT = READY + "time.sleep(30)"
 
@@ -699,7 +737,8 @@ DEFAULT = READY + "time.sleep(30)"
     (signal.SIGTERM, ENDS_ITSELF, 7), (signal.SIGINT, ENDS_ITSELF, 7), (signal.SIGTERM, IGNORES, 9),
     (signal.SIGINT, IGNORES, 9), (signal.SIGTERM, DEFAULT, 143), (signal.SIGINT, DEFAULT, 130),
 ])
-def test_signals_reach_the_recipe(tmp_path: Path, number: signal.Signals, recipe: str, code: int, workspace: bool) -> None:
+def test_signals_reach_the_recipe(tmp_path: Path, number: signal.Signals, recipe: str, code: int,
+                                  workspace: bool) -> None:
     whole = plan({SCRIPT: recipe.format(number.name).encode()}, command='python "$AIRLIFT_CODE"/%s' % SCRIPT,
                  run_root=str(tmp_path / "ws") if workspace else None)
     with started(whole, tmp_path / "scratch") as running:
@@ -724,7 +763,8 @@ def test_term_while_it_unpacks(tmp_path: Path) -> None:
         _until(lambda: any(tmp_path.glob("airlift-*/code.*/src/p")))
         assert running.signal(signal.SIGTERM) == 143
         assert "RECIPE RAN" not in running.text and "Traceback" not in running.text
-        assert running.text == ("airlift: rank 0: ended by a signal before the recipe was started\n" + ENDED % ("0", 143))
+        assert running.text == ("airlift: rank 0: ended by a signal before the recipe was started\n"
+                                + ENDED % ("0", 143))
         assert not any(tmp_path.glob("airlift-*/code*")), "what was begun is taken away"
 
 
@@ -738,12 +778,39 @@ def test_term_during_a_startup_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spread", range(16))
 def test_term_at_any_moment_leaves_nothing_running(tmp_path: Path, spread: int) -> None:
-    with started(plan(setup=["true"], command="sleep 30", run_root=str(tmp_path / "ws")), tmp_path / "scratch") as running:
+    with started(plan(setup=["true"], command="sleep 30", run_root=str(tmp_path / "ws")),
+                 tmp_path / "scratch") as running:
         time.sleep(0.01 + 0.008 * spread)
         code = running.signal(signal.SIGTERM)
         assert code == 143, running.text
         assert not running.alive()
         assert "Traceback" not in running.text
+
+
+def test_term_while_bash_is_about_to_start_something(tmp_path: Path) -> None:
+    """What was not there when the signal came did not hear it; bash waits for that, and would heed its trap later."""
+    command = "trap : TERM; trap - DEBUG; kill -TERM $PPID; for ((i = 0; i < 300000; i++)); do :; done; sleep 30"
+    with started(plan(command=command), tmp_path) as running:
+        assert running.end(15) == 143
+
+
+@pytest.mark.parametrize("command, code", [
+    ("sh -c 'kill -TERM $PPID; sleep 0.1; exit 0'; echo GOES ON", 143),
+    ("sh -c 'kill -TERM $PPID; sleep 0.1; exit 5'", 5),
+    ("sh -c 'kill -TERM $PPID; sleep 0.1; exit 0'", 0), ("until sh -c 'echo TRY; sleep 30'; do :; done", 143),
+    ("sleep 30 & echo TRY; wait", 143), ("sh -c 'echo TRY; exec sleep 30' | cat", 143),
+    ("trap 'echo SAVED; exit 4' TERM; sh -c 'echo TRY; exec sleep 30'; exit 5", 4),
+])
+def test_term_and_recipes_of_several_commands(tmp_path: Path, command: str, code: int) -> None:
+    """The command that was running ends with its own code; no further one begins."""
+    with started(plan(command=command, setup=["set -eu"]), tmp_path) as running:
+        if "TRY" in command:
+            running.until(b"TRY\n")
+            time.sleep(0.1)
+            os.kill(running.process.pid, signal.SIGTERM)
+        assert running.end(15) == code, running.text
+        assert "GOES ON" not in running.text and running.text.count("TRY") <= 1
+        assert ("SAVED" in running.text) == ("SAVED" in command)
 
 
 TERM_AT_THE_WORST = """
@@ -800,7 +867,8 @@ def test_nothing_the_recipe_starts_is_left(tmp_path: Path, stubborn: bool) -> No
 
 
 def test_orphans_are_reaped_while_the_recipe_runs(tmp_path: Path) -> None:
-    command = "for i in 1 2 3 4 5; do (sh -c 'sleep 0.05' &); done; sleep 0.4; cat /proc/[0-9]*/stat 2>/dev/null | awk '$4 == '$PPID"
+    command = ("for i in 1 2 3 4 5; do (sh -c 'sleep 0.05' &); done; sleep 0.4\n"
+               "cat /proc/[0-9]*/stat 2>/dev/null | awk '$4 == '$PPID")
     code, out = ran(plan(command=command), tmp_path)
     assert code == 0
     states = re.findall(r"^\d+ \(.*\) (\w) ", out.text, re.MULTILINE)
@@ -821,8 +889,8 @@ def test_as_process_1_of_a_pod(tmp_path: Path) -> None:
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
         "for _ in range(5):\n    os.system('(sleep 0.01 &)')\n"
         "daemon(ignore=False)\ntime.sleep(0.3)\n"
-        "states = [open('/proc/%s/stat' % pid).read().rpartition(')')[2].split()[0] for pid in os.listdir('/proc') if pid.isdigit()]\n"
-        "print('ZOMBIES', states.count('Z'), flush=True)\ntime.sleep(30)")
+        "stats = [open('/proc/%s/stat' % pid).read() for pid in os.listdir('/proc') if pid.isdigit()]\n"
+        "print('ZOMBIES', sum(') Z ' in stat for stat in stats), flush=True)\ntime.sleep(30)")
     whole = plan({SCRIPT: recipe.encode()}, command='python "$AIRLIFT_CODE"/' + SCRIPT, run_root=str(tmp_path / "ws"))
     with started(whole, tmp_path / "scratch", argv=as_process_1(whole)) as running:
         running.until(b"ZOMBIES 0\n")
@@ -841,20 +909,22 @@ def test_startup_commands_share_one_bash(tmp_path: Path) -> None:
     plant(tmp_path, {"env.sh": "export SOURCED='a b'\nfunc() { echo \"FUNC $1\"; }\n"})
     setup = ["export A=1 B='x y'", "source %s" % (tmp_path / "env.sh"), "cd /", "local_only=2", "false || true",
              "cat <<'E'\nhere 'doc' $A\nE", "exec 3>&1 5>&1", "set -o noclobber"]
-    code, out = ran(plan(setup=setup, command="func \"$A/$B/$SOURCED/$local_only\"; pwd; python -c \"import os; print(os.environ['B'])\""),
-                    tmp_path / "scratch")
+    command = "func \"$A/$B/$SOURCED/$local_only\"; pwd; python -c 'import os; print(os.environ[\"B\"])'"
+    code, out = ran(plan(setup=setup, command=command), tmp_path / "scratch")
     assert code == 0
     assert "here 'doc' $A\nFUNC 1/x y/a b/2\n/\nx y\n" in out.text
 
 
-@pytest.mark.parametrize("command", ["echo THIS IS WHY >&2; false", "echo THIS IS WHY; exit 0", "echo THIS IS WHY; exit 3",
-                                     "echo THIS IS WHY; exit 200", "echo THIS IS WHY\nif", "echo THIS IS WHY; kill -KILL $$",
-                                     "echo THIS IS WHY; exec false", "set -e; echo THIS IS WHY; false", "echo THIS IS WHY; (exit 87)",
-                                     "echo THIS IS WHY; kill -TERM $$; false"])
+@pytest.mark.parametrize("command", [
+    "echo THIS IS WHY >&2; false", "echo THIS IS WHY; exit 0", "echo THIS IS WHY; exit 3", "echo THIS IS WHY; exit 200",
+    "echo THIS IS WHY\nif", "echo THIS IS WHY; kill -KILL $$", "echo THIS IS WHY; exec false",
+    "set -e; echo THIS IS WHY; false", "echo THIS IS WHY; (exit 87)", "echo THIS IS WHY; kill -TERM $$; false",
+])
 @pytest.mark.parametrize("workspace", [False, True])
 def test_a_startup_command_that_fails(tmp_path: Path, command: str, workspace: bool) -> None:
     root = str(tmp_path / "ws") if workspace else None
-    code, out = ran(plan(setup=["true", command, "echo RECIPE RAN"], command="echo RECIPE RAN", run_root=root), tmp_path / "scratch")
+    code, out = ran(plan(setup=["true", command, "echo RECIPE RAN"], command="echo RECIPE RAN", run_root=root),
+                    tmp_path / "scratch")
     assert code == pod.SETUP, out.text
     failed(code, out)
     assert "THIS IS WHY\n" in out.text
@@ -887,7 +957,8 @@ def test_working_directories(tmp_path: Path) -> None:
     code, out = ran(plan(workdir="/no/such folder", command="echo RECIPE RAN"), tmp_path)
     assert code == pod.TOOL and "/no/such folder" in failed(code, out)
     (tmp_path / "it's a dir").mkdir()
-    for workdir, found in (("%s/it's a dir" % tmp_path, "%s/it's a dir" % tmp_path), ("/nemo_run/code/src", "%s/src" % out.code),
+    for workdir, found in (("%s/it's a dir" % tmp_path, "%s/it's a dir" % tmp_path),
+                           ("/nemo_run/code/src", "%s/src" % out.code),
                            ("src/pkg", "%s/src/pkg" % out.code), (None, str(out.code))):
         code, out = ran(plan(workdir=workdir, command="pwd", setup=["pwd"]), tmp_path)
         assert code == 0 and out.text.count("\n%s\n" % found) in (1, 2) and out.text.count(found + "\n") >= 2, out.text
@@ -907,12 +978,14 @@ def test_an_image_without_bash(tmp_path: Path) -> None:
 def test_an_environment_too_large_for_the_recipe(tmp_path: Path) -> None:
     """plan_for refuses it, but an image may add what nobody knew of."""
     env = {"V%02d" % number: "x" * 100_000 for number in range(18)}
-    code, out = ran(plan(command="echo RECIPE RAN", env={"W%02d" % number: "y" * 100_000 for number in range(18)}), tmp_path, env=env)
+    code, out = ran(plan(command="echo RECIPE RAN", env={"W%02d" % number: "y" * 100_000 for number in range(18)}),
+                    tmp_path, env=env)
     assert code == pod.TOOL and "Argument list too long" in failed(code, out)
 
 
-@pytest.mark.parametrize("module, compression, code", [("lzma", "xz", pod.PYTHON), ("lzma", "gz", 0), ("gzip", "gz", pod.PYTHON),
-                                                       ("ctypes", "xz", 0)])
+@pytest.mark.parametrize("module, compression, code", [
+    ("lzma", "xz", pod.PYTHON), ("lzma", "gz", 0), ("gzip", "gz", pod.PYTHON), ("ctypes", "xz", 0),
+])
 def test_a_python_that_lacks_a_module(tmp_path: Path, module: str, compression: str, code: int) -> None:
     plant(tmp_path / "lib", {module + ".py": "raise ImportError('built without it')\n"})
     whole = plan_for("local", tree(), job(command="true" if code == 0 else "echo RECIPE RAN"), compression=compression)
@@ -933,8 +1006,9 @@ def environment_of(whole: transport.Plan, scratch: Path, **env: str | None) -> d
 
 
 DUMP = 'env -0 > "$NEMO_RUN_DIR"/env'
-USER = {"SPACES": " a  b ", "QUOTES": "'\"`", "DOLLAR": "$HOME ${X} $(id) $$", "KUBE": "$(NODE_RANK)", "LINES": "a\nb\n\n", "EMPTY": "",
-        "UNI": "größe データ \U0001f680", "BACK": "\\n\\", "GLOB": "* ? [a]", "EQUAL": "a=b=c", "lower.dot-ted": "1", "HASH": "# no"}
+USER = {"SPACES": " a  b ", "QUOTES": "'\"`", "DOLLAR": "$HOME ${X} $(id) $$", "KUBE": "$(NODE_RANK)", "EMPTY": "",
+        "LINES": "a\nb\n\n", "UNI": "größe データ \U0001f680", "BACK": "\\n\\", "GLOB": "* ? [a]", "EQUAL": "a=b=c",
+        "lower.dot-ted": "1", "HASH": "# no"}
 
 
 def test_the_users_environment_arrives_as_it_is(tmp_path: Path) -> None:
@@ -943,8 +1017,8 @@ def test_the_users_environment_arrives_as_it_is(tmp_path: Path) -> None:
 
 
 @settings(max_examples=15)
-@given(st.dictionaries(st.from_regex(r"U[A-Z0-9_]{0,8}", fullmatch=True), st.text(
-    st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=30).filter(lambda t: "/nemo_run" not in t), max_size=5))
+@given(st.dictionaries(st.from_regex(r"U[A-Z0-9_]{0,8}", fullmatch=True), max_size=5, values=st.text(
+    st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=30)))
 def test_any_environment_arrives_as_it_is(env: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         found = environment_of(plan(env=env, command=DUMP), Path(name))
@@ -952,7 +1026,8 @@ def test_any_environment_arrives_as_it_is(env: dict[str, str]) -> None:
 
 
 def test_what_else_is_in_the_recipes_environment(tmp_path: Path) -> None:
-    image = {"PYTHONPATH": "/opt/image::/opt/more", "PET_NODE_RANK": "0", "PET_NNODES": "1", "FROM_IMAGE": "x", "AIRLIFT_OTHER": "y",
+    image = {"PYTHONPATH": "/opt/image::/opt/more", "PET_NODE_RANK": "0", "PET_NNODES": "1", "FROM_IMAGE": "x",
+             "AIRLIFT_OTHER": "y",
              "ODD": "\udcff"}
     found = environment_of(plan(command=DUMP, env={"WHERE": "/nemo_run/x:/nemo_run/code"}), tmp_path / "scr", **image)
     base = tmp_path / "scr/airlift-t23456"
@@ -966,17 +1041,21 @@ def test_what_else_is_in_the_recipes_environment(tmp_path: Path) -> None:
 
 
 def test_torchrun_sees_no_pet_variables(tmp_path: Path) -> None:
-    image = {"PET_NODE_RANK": "1", "PET_RDZV_BACKEND": "c10d", "PET_MASTER_ADDR": "job-master-0", "PET_MASTER_PORT": "99"}
+    image = {"PET_NODE_RANK": "1", "PET_RDZV_BACKEND": "c10d", "PET_MASTER_ADDR": "job-master-0",
+             "PET_MASTER_PORT": "99"}
     found = environment_of(plan(command=DUMP, launch="torchrun", nodes=2), tmp_path, **image)
     assert not [name for name in found if name.startswith("PET_")]
-    assert (found["MASTER_ADDR"], found["MASTER_PORT"], found["NODE_RANK"], found["NNODES"]) == ("job-master-0", "99", "1", "2")
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("job-master-0", "99")
+    assert (found["NODE_RANK"], found["NNODES"]) == ("1", "2")
 
 
 def test_the_user_can_say_where_rank_0_is_but_not_which_rank_this_is(tmp_path: Path) -> None:
-    env = {"MASTER_ADDR": "mine", "MASTER_PORT": "1", "NODE_RANK": "7", "PYTHONPATH": "/mine", "AIRLIFT_RUN": "x", "PYTHONUNBUFFERED": ""}
+    env = {"MASTER_ADDR": "mine", "MASTER_PORT": "1", "NODE_RANK": "7", "PYTHONPATH": "/mine", "AIRLIFT_RUN": "x",
+           "PYTHONUNBUFFERED": ""}
     found = environment_of(plan(command=DUMP, env=env, nodes=2), tmp_path, NODE_RANK="1", MASTER_ADDR="theirs")
     assert (found["MASTER_ADDR"], found["MASTER_PORT"], found["NODE_RANK"]) == ("mine", "1", "1")
-    assert found["PYTHONPATH"].endswith("/code/src:/mine") and found["AIRLIFT_RUN"] == "t23456" and found["PYTHONUNBUFFERED"] == ""
+    assert found["PYTHONPATH"].endswith("/code/src:/mine") and found["AIRLIFT_RUN"] == "t23456"
+    assert found["PYTHONUNBUFFERED"] == ""
 
 
 def test_the_recipe_inherits_no_descriptor_and_no_terminal(tmp_path: Path) -> None:
@@ -1023,7 +1102,8 @@ def test_output_comes_as_it_is_written(tmp_path: Path) -> None:
 
 def test_a_full_disk_under_the_log_does_not_end_the_recipe(tmp_path: Path) -> None:
     with tmpfs(tmp_path / "ws", "size=64k") as workspace:
-        code, out = ran(plan(command="head -c 300000 /dev/zero | tr '\\0' x; echo THE END; exit 5", run_root=str(workspace)),
+        code, out = ran(plan(command="head -c 300000 /dev/zero | tr '\\0' x; echo THE END; exit 5",
+                             run_root=str(workspace)),
                         tmp_path / "scratch")
         assert code == 5, out.text[-500:]
         assert "THE END" in out.text and out.text.count("x" * 1000) >= 290
@@ -1042,7 +1122,8 @@ def test_a_log_that_cannot_be_opened_does_not_end_the_recipe(tmp_path: Path) -> 
 def test_nobody_reads_the_output(tmp_path: Path, workspace: bool) -> None:
     """The other end of standard output is closed: the recipe goes on, and its code comes back."""
     recipe = b"import os, sys\ntry:\n    os.write(1, b'x' * 300000)\nexcept BrokenPipeError:\n    pass\nsys.exit(5)"
-    whole = plan({SCRIPT: recipe}, command='python "$AIRLIFT_CODE"/' + SCRIPT, run_root=str(tmp_path / "ws") if workspace else None)
+    whole = plan({SCRIPT: recipe}, command='python "$AIRLIFT_CODE"/' + SCRIPT,
+                 run_root=str(tmp_path / "ws") if workspace else None)
     read, write = os.pipe()
     with started(whole, tmp_path / "scratch", stdout=write) as running:
         os.close(write)
@@ -1069,14 +1150,17 @@ def test_pod_is_written_for_python_3_8() -> None:
     source = (ROOT / "pod.py").read_text()
     module = ast.parse(source, feature_version=(3, 8))
     ast.parse(source, feature_version=(3, 7))
-    imported = {alias.name.split(".")[0] for node in ast.walk(module) if isinstance(node, ast.Import) for alias in node.names}
+    imported = {alias.name.split(".")[0] for node in ast.walk(module) if isinstance(node, ast.Import)
+                for alias in node.names}
     imported |= {str(node.module).split(".")[0] for node in ast.walk(module) if isinstance(node, ast.ImportFrom)}
     assert imported <= sys.stdlib_module_names - NEWER
-    newer = {"removeprefix", "removesuffix", "waitstatus_to_exitcode", "pidfd_open", "is_relative_to", "randbytes", "file_digest",
+    newer = {"removeprefix", "removesuffix", "waitstatus_to_exitcode", "pidfd_open", "is_relative_to", "randbytes",
+             "file_digest",
              "add_note", "process_group", "pairwise", "bit_count"}
     used = {node.attr for node in ast.walk(module) if isinstance(node, ast.Attribute)}
     assert not used & newer
-    assert not [node for node in ast.walk(module) if type(node).__name__ in ("Match", "NamedExpr")], "3.7 must be able to read it"
+    assert not [node for node in ast.walk(module)
+                if type(node).__name__ in ("Match", "NamedExpr")], "3.7 must be able to read it"
 
 
 def pythons() -> list[Any]:
@@ -1089,15 +1173,18 @@ def pythons() -> list[Any]:
 @pytest.mark.parametrize("python", pythons())
 def test_every_python_of_this_machine(tmp_path: Path, python: str) -> None:
     version = json.loads(subprocess.check_output([python, "-c", "import sys; print(list(sys.version_info[:2]))"]))
-    if version < [3, 7]:
-        pytest.skip("3.7 is the oldest that can read pod.py")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python3").write_text('#!/bin/sh\nexec %s "$@"\n' % python)
     (tmp_path / "bin/python3").chmod(0o755)
     env = {"PATH": str(tmp_path / "bin") + os.pathsep + PATH}
     files = {"src/größe.txt": b"x", SCRIPT: b"import sys; sys.exit(9)"}
-    whole = plan(files, command='python3 "$AIRLIFT_CODE"/' + SCRIPT, run_root=str(tmp_path / "ws"), config='a: "/nemo_run/x"\n')
+    whole = plan(files, command='python3 "$AIRLIFT_CODE"/' + SCRIPT, run_root=str(tmp_path / "ws"),
+                 config='a: "/nemo_run/x"\n')
     code, out = ran(whole, tmp_path / "scratch", env=env)
+    if version < [3, 7]:  # it cannot even read pod.py
+        assert (code, out.text) == (pod.PYTHON, "airlift: the python3 of this image is too old\n"
+                                                "airlift: rank unknown ended with exit code 85\n")
+        return
     if version == [3, 7]:
         assert code == pod.PYTHON and failed(code, out, "?") == "python3 is 3.7; 3.8 is the oldest that works"
         return
@@ -1126,20 +1213,23 @@ def test_pod_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
 
 
 def test_an_error_of_our_own_is_said_with_its_traceback(tmp_path: Path) -> None:
-    code, out = ran(plan(setup=None, command="echo RECIPE RAN"), tmp_path) if False else ran(
-        plan_for("local", tree(), {"nodes": 1}), tmp_path)
+    code, out = ran(plan_for("local", tree(), {"nodes": 1}), tmp_path)  # a description without the rest
     assert code == pod.INTERNAL
     assert "Traceback" in out.text and "KeyError" in out.text
     assert out.text.endswith("airlift: rank 0: pod.py itself failed\n" + ENDED % ("0", 89))
 
 
 def test_each_failure_has_its_sentences() -> None:
-    assert {pod.POD, pod.PAYLOAD, pod.RANK, pod.PLACE, pod.PYTHON, pod.SETUP, pod.TOOL, pod.INTERNAL} <= set(pod.FAILURES)
-    assert all(80 <= code <= 89 and what and fix and "\n" not in what + fix for code, (what, fix) in pod.FAILURES.items())
+    assert {pod.POD, pod.PAYLOAD, pod.RANK, pod.PLACE, pod.PYTHON, pod.SETUP, pod.TOOL,
+            pod.INTERNAL} <= set(pod.FAILURES)
+    assert all(80 <= code <= 89 and what and fix and "\n" not in what + fix for code,
+               (what, fix) in pod.FAILURES.items())
     assert len({what for what, _ in pod.FAILURES.values()}) == len(pod.FAILURES)
 
 
 def test_the_tests_leave_nothing_behind() -> None:
-    everything = b"".join(path.read_bytes() for path in Path("/proc").glob("[0-9]*/environ") if _readable(path))
-    assert len(MARKS) > 100 or len(MARKS) == 0, "this test comes last"
-    assert not [mark for mark in MARKS if mark.encode() in everything]
+    environs = b""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            environs += path.read_bytes()
+    assert not [mark for mark in MARKS if mark.encode() in environs]

@@ -1,4 +1,4 @@
-"""transport.py: what ships and what does not, one tar for one tree, and nothing over a limit, against the real kernel."""
+"""transport.py: what ships and what does not, one tar for one tree, nothing over a limit, against the real kernel."""
 
 import ast
 import base64
@@ -21,10 +21,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import transport
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import SCRIPT, job, need, plan, plant, tree
+
+import transport
 from transport import LIMITS, Entry, Limits, Refusal, Tree, collect, pack, plan_for
 
 ROOT = Path(transport.__file__).parent
@@ -52,7 +53,7 @@ def repo(tmp_path: Path) -> Path:
 
 
 def test_family_scope(tmp_path: Path) -> None:
-    """Every package; of recipes/ the script's family, plain files and folders that begin with `_`; nothing of steps/."""
+    """Every package; of recipes/ the script's family, plain files and folders that begin with `_`; no steps/."""
     root = plant(tmp_path, dict.fromkeys([
         "src/nemotron/__init__.py", "src/nemotron/kit/io.py", "src/other/recipes_like.py",
         "src/nemotron/recipes/__init__.py", "src/nemotron/recipes/_shared/a.py",
@@ -111,7 +112,8 @@ def test_gitignored_source_ships(repo: Path) -> None:
     (".env", "credential"), (".env.local", "credential"), (".netrc", "credential"), ("id_rsa", "credential"),
     ("id_ed25519.pub", "credential"), ("server.pem", "credential"), ("server.key", "credential"),
     ("credentials.json", "credential"), ("service-account-7.json", "credential"), ("env.toml", "credential"),
-    (".npmrc", "credential"), ("kubeconfig", "credential"), (".aws/config", "credential"), (".ssh/known_hosts", "credential"),
+    (".npmrc", "credential"), ("kubeconfig", "credential"), (".aws/config", "credential"),
+    (".ssh/known_hosts", "credential"),
     (".kube/x", "credential"), (".docker/config.json", "credential"),
 ])
 def test_left_out_and_listed(repo: Path, name: str, reason: str) -> None:
@@ -132,14 +134,16 @@ PEM = "-----BEGIN %sPRIVATE KEY-----"  # put together here as well
     json.dumps({"type": "service_account", "private_key": PEM % "" + "\n" + KEY_LINE + "\n"}),
 ], ids=lambda secret: secret[:12].strip())
 def test_tokens_by_their_shape(repo: Path, secret: str) -> None:
-    plant(repo, {"src/pkg/notes.txt": "first line\nkey = '%s'\n" % secret, "src/pkg/clean.txt": "key = os.environ['KEY']"})
+    plant(repo, {"src/pkg/notes.txt": "first line\nkey = '%s'\n" % secret,
+                 "src/pkg/clean.txt": "key = os.environ['KEY']"})
     found = collect(repo, SCRIPT)
     assert [entry.path for entry in found.entries] == ["src/pkg/clean.txt", SCRIPT]
     assert found.left_out == (("src/pkg/notes.txt", "credential"),)
 
 
 @pytest.mark.parametrize("text", [
-    "from hf_transfer import x; ghp_ = 1; sk- AKIA xoxb- nvapi-", "task-" + "a" * 40, "hf_home_and_more_words_than_thirty_letters",
+    "from hf_transfer import x; ghp_ = 1; sk- AKIA xoxb- nvapi-", "task-" + "a" * 40,
+    "hf_home_and_more_words_than_thirty_letters",
     'PATTERN = "-----BEGIN PRIVATE KEY-----"', "whisk-" + "b" * 40,
 ])
 def test_what_only_looks_a_little_like_a_token_ships(repo: Path, text: str) -> None:
@@ -159,7 +163,8 @@ def test_exclude_and_ignore_file(repo: Path) -> None:
     found = collect(repo, SCRIPT, ("*.csv",))
     assert [e.path for e in found.entries] == ["src/pkg/keep.py", SCRIPT, "src/pkg/sub/only/here.py"]
     assert dict(found.left_out) == {
-        "src/pkg/big": "excluded by big/", "src/pkg/notes.txt": "excluded by notes.*", "src/pkg/only": "excluded by src/pkg/only",
+        "src/pkg/big": "excluded by big/", "src/pkg/notes.txt": "excluded by notes.*",
+        "src/pkg/only": "excluded by src/pkg/only",
         "src/pkg/x.csv": "excluded by *.csv", "src/pkg/sub/x.csv": "excluded by *.csv"}
 
 
@@ -176,7 +181,8 @@ def test_uncommitted_and_executable(repo: Path) -> None:
 
 def test_links_in_the_tree(repo: Path) -> None:
     plant(repo, {
-        "src/pkg/real/a.py": "", "src/pkg/file": "-> real/a.py", "src/pkg/folder": "-> real", "src/pkg/up": "-> ../pkg/real/a.py",
+        "src/pkg/real/a.py": "", "src/pkg/file": "-> real/a.py", "src/pkg/folder": "-> real",
+        "src/pkg/up": "-> ../pkg/real/a.py",
         "src/pkg/chain": "-> file", "src/pkg/loop": "-> .", "src/pkg/through": "-> folder/a.py",
         "src/pkg/round": "-> ../../../%s/src/pkg/real/a.py" % repo.name, "src/abs": "-> %s/src/pkg/real" % repo,
         "src/all": "-> ../src",
@@ -211,9 +217,11 @@ def test_a_relative_root(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("target, word", [
-    ("/etc/passwd", "leaves the tree"), ("../../../outside.txt", "leaves the tree"), ("../../../outside", "leaves the tree"),
+    ("/etc/passwd", "leaves the tree"), ("../../../outside.txt", "leaves the tree"),
+    ("../../../outside", "leaves the tree"),
     ("../../../nowhere", "leaves the tree"), ("nowhere.py", "does not ship"), ("real/nowhere", "does not ship"),
-    ("big.parquet", "does not ship"), ("empty", "does not ship"), (".env", "does not ship"), ("__pycache__/x.pyc", "not ship"),
+    ("big.parquet", "does not ship"), ("empty", "does not ship"), (".env", "does not ship"),
+    ("__pycache__/x.pyc", "not ship"),
     ("../../src2/x.py", "leaves the tree"), ("link", "does not ship"), ("other", "does not ship"),
     ("gone/a.py", "does not ship"),
 ])
@@ -483,7 +491,8 @@ def test_same_tar_from_every_python(fixed: Path) -> None:
 
 
 NAMES = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="/\0"), min_size=1, max_size=8)
-FILES = st.dictionaries(NAMES.filter(lambda name: name not in (".", "..")), st.tuples(st.binary(max_size=60), st.booleans()),
+FILES = st.dictionaries(NAMES.filter(lambda name: name not in (".", "..")),
+                        st.tuples(st.binary(max_size=60), st.booleans()),
                         min_size=1, max_size=8)
 
 
@@ -500,7 +509,8 @@ def test_order_of_entries_does_not_matter(files: dict[str, tuple[bytes, bool]], 
 def test_any_change_gives_another_digest(files: dict[str, tuple[bytes, bool]]) -> None:
     entries = tuple(Entry("src/" + name, data, run) for name, (data, run) in sorted(files.items()))
     first = entries[0]
-    changed = [Entry(first.path, first.data + b"x", first.executable), Entry(first.path + "x", first.data, first.executable),
+    changed = [Entry(first.path, first.data + b"x", first.executable),
+               Entry(first.path + "x", first.data, first.executable),
                Entry(first.path, first.data, not first.executable)]
     tars = {pack(Tree((entry, *entries[1:]))) for entry in [first, *changed]}
     assert len(tars) == 4
@@ -541,7 +551,8 @@ def test_the_stripped_program_is_the_same_program() -> None:
 
 
 SNIPPETS = ['"""doc"""\nx = "# no comment"  # yes\n', 'def f():\n    """doc\n    more"""\n    return "#"\n',
-            'def f(): "doc"\n', 'class A:\n    "doc"  # here\n    y = """a\n# b\n"""\n', "x = 1 # end", "def f():\n    'é' # ü\n"]
+            'def f(): "doc"\n', 'class A:\n    "doc"  # here\n    y = """a\n# b\n"""\n', "x = 1 # end",
+            "def f():\n    'é' # ü\n"]
 
 
 @pytest.mark.parametrize("source", SNIPPETS)

@@ -12,6 +12,7 @@ number of workers or the time, so that they come out the same, byte for byte.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -106,11 +107,8 @@ class Prep(Protocol):
     def ingredients(self) -> Any:
         """What decides the output besides rows, holdout and seed, for JSON."""
 
-    def scanner(self, scratch: Path, check: bool) -> Callable[[Range], Scan]:
-        """What looks at a range; with ``check`` also at all that can be wrong with a row."""
-
-    def build(self, split: Split, ranges: list[Range], scans: list[Scan], held: list[Held], folder: Path) -> Built:
-        """Fill ``folder``."""
+    def build(self, split: Split, ranges: list[Range], held: list[Held], folder: Path) -> Built:
+        """Fill ``folder``, and look at all that can be wrong with a row."""
 
     def finish(self, output: Path, manifest: dict[str, Any], splits: list[Split]) -> None:
         """Add to the manifest, and write what belongs to no split."""
@@ -163,27 +161,24 @@ def prepare(cfg: PrepConfig, prep: Prep, split: Split, output: Path, scratch: Pa
     ranges = shards.cut(split.shards, prep.range_size)
     before = stamps(split)
 
-    def scan(check: bool) -> list[Scan]:
-        return watched(f"{split.name}: read", prep.scanner(scratch, check), ranges, ranges, cfg.workers)
-
-    old = None if cfg.force else read_receipt(folder)
-    if old:
-        scans = scan(check=False)
-        if old["key"] == split_key(cfg, prep, split, holdout, scans) and intact(folder, old, cfg.workers):
-            say(f"{split.name}: unchanged, {sum(scan.rows for scan in scans):,} rows")
+    look = functools.partial(shards.scan, seed=cfg.seed, holdout=holdout)
+    scans = watched(f"{split.name}: read", look, ranges, ranges, cfg.workers)
+    rows, key = sum(found.rows for found in scans), split_key(cfg, prep, split, holdout, scans)
+    old = read_receipt(folder)
+    if old and not cfg.force:
+        if old["key"] == key and intact(folder, old, cfg.workers):
+            say(f"{split.name}: unchanged, {rows:,} rows")
             return old
         say(f"{split.name}: not what is there now: built anew")
-    scans = scan(check=True)
-    rows = sum(scan.rows for scan in scans)
     held = shards.choose(scans, holdout)
     if holdout and not held:
         say(f"{split.name}: only {rows} rows, and {holdout} were to be held out: all of them go to train")
     new = scratch / split.name
     new.mkdir()
-    built = prep.build(split, ranges, scans, held, new)
+    built = prep.build(split, ranges, held, new)
     if stamps(split) != before:
         raise RecipeError(f"a shard of {split.name} changed while it was read.\nWait until it is written, then again.")
-    receipt = {"key": split_key(cfg, prep, split, holdout, scans), "parts": built.parts, "files": built.files}
+    receipt = {"key": key, "parts": built.parts, "files": built.files}
     write_json(new / RECEIPT, receipt)
     publish(new, folder, scratch)
     say(f"{split.name}: {rows - len(held):,} rows for {split.part}" + (f", {len(held):,} for val" if held else ""))
@@ -227,24 +222,29 @@ def split_key(cfg: PrepConfig, prep: Prep, split: Split, holdout: int, scans: li
 
 
 def build_parts(
-    what: str, work: Callable[[Task], Done], split: Split, ranges: list[Range], scans: list[Scan], held: list[Held],
-    folder: Path, workers: int | None,
+    what: str, work: Callable[[Task], Done], split: Split, ranges: list[Range], held: list[Held], folder: Path,
+    workers: int | None,
 ) -> Built:  # fmt: skip
     """Have ``work`` turn each range into files of its own: DATASET-NUMBER, whatever suffix it gives them."""
     parts = [split.part, "val"] if held else [split.part]
     for part in parts:
         (folder / part).mkdir()
-    places: list[set[int]] = [set() for _ in scans]
-    for row in held:
-        places[row.scan].add(row.offset)
     tasks = [
-        Task(part, frozenset(places[i]), folder, split.part, f"{part.shard.dataset.name}-{i:05d}")
-        for i, part in enumerate(ranges)
+        Task(part, places, folder, split.part, f"{part.shard.dataset.name}-{i:05d}")
+        for i, (part, places) in enumerate(zip(ranges, held_places(ranges, held), strict=True))
     ]
     done = watched(f"{split.name}: {what}", work, tasks, ranges, workers)
     for part in parts:
         sync_folder(folder / part)
     return Built({part: part for part in parts}, {name: facts for one in done for name, facts in one.files.items()})
+
+
+def held_places(ranges: list[Range], held: list[Held]) -> list[frozenset[int]]:
+    """For each range, where the rows begin that are held out of it."""
+    places: list[set[int]] = [set() for _ in ranges]
+    for row in held:
+        places[row.part].add(row.at)
+    return [frozenset(found) for found in places]
 
 
 # ---------------------------------------------------------------- what lies in the output folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +11,7 @@ from typing import Any, NoReturn
 from starter import chat, megatron, prep, shards
 from starter.files import sha256, write_json
 from starter.prep import Built, Done, PrepConfig, Split, Task
-from starter.shards import Held, Range, Scan
+from starter.shards import Held, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +61,9 @@ class PretrainPrep:
     def ingredients(self) -> Any:
         return chat.fingerprint(tokenizer(self.cfg.tokenizer))
 
-    def scanner(self, scratch: Path, check: bool) -> Callable[[Range], Scan]:
-        return functools.partial(shards.scan_keys, seed=self.cfg.seed, holdout=self.cfg.holdout)
-
-    def build(self, split: Split, ranges: list[Range], scans: list[Scan], held: list[Held], folder: Path) -> Built:
+    def build(self, split: Split, ranges: list[Range], held: list[Held], folder: Path) -> Built:
         work = functools.partial(tokenize, tokenizer_name=self.cfg.tokenizer)
-        return prep.build_parts("tokenize", work, split, ranges, scans, held, folder, self.cfg.workers)
+        return prep.build_parts("tokenize", work, split, ranges, held, folder, self.cfg.workers)
 
     def finish(self, output: Path, manifest: dict[str, Any], splits: list[Split]) -> None:
         """Write blend.json: each data set's weight, shared out among its files by their sizes."""

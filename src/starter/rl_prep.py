@@ -7,13 +7,12 @@ into ``responses_create_params.input``, the answer into ``expected_answer``; its
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -21,9 +20,10 @@ from typing import Any, BinaryIO, NoReturn
 from starter import prep, shards
 from starter.config import RecipeError, build
 from starter.files import BLOCK
+from starter.pool import parallel
 from starter.prep import Built, PrepConfig, Split
 from starter.progress import Progress
-from starter.shards import Held, Lowest, Range, Scan
+from starter.shards import Held, Range
 from starter.tables import Table, TableConfig, index_table
 
 PLACEHOLDER = "_hf_placeholder"
@@ -42,25 +42,6 @@ def main(recipe: Path) -> NoReturn:
 
 
 # ---------------------------------------------------------------- rows
-
-
-def quick_json() -> Callable[[bytes], Any] | None:
-    """A faster reader of JSON, where there is one. What it refuses, ``strict_json`` decides."""
-    try:
-        import orjson
-
-        return orjson.loads
-    except ImportError:
-        pass
-    try:
-        from pydantic_core import from_json
-
-        return functools.partial(from_json, allow_inf_nan=False)
-    except ImportError:
-        return None
-
-
-QUICK = quick_json()
 
 
 def members(text: str) -> dict[str, str]:
@@ -135,12 +116,19 @@ def fill_skywork(source: str, template: Any) -> tuple[str, str]:
 TEMPLATES = {"dapo": fill_dapo, "skywork": fill_skywork}
 
 
+def not_a_number(name: str) -> Any:
+    raise ValueError(f"{name} is a text")
+
+
+NUMBERS_ONLY = json.JSONDecoder(parse_constant=not_a_number)  # the answer Infinity stays the text it is
+
+
 def first_value(answer: Any) -> str:
     """A source's answer as JSON: texts hold JSON themselves, and of a list or table the first value counts."""
     if not isinstance(answer, str):
         return spelled(answer)
     try:
-        decoded = shards.DECODER.decode(answer)
+        decoded = NUMBERS_ONLY.decode(answer)
     except (ValueError, RecursionError):
         return spelled(answer)
     if isinstance(decoded, dict) and decoded:
@@ -151,69 +139,100 @@ def first_value(answer: Any) -> str:
     return answer.strip()
 
 
-# ---------------------------------------------------------------- scan
+# ---------------------------------------------------------------- ranges
+
+
+def quick_check(required: tuple[str, ...]) -> Callable[[bytes], dict[str, Any]] | None:
+    """A faster look at a row, where pydantic is: its placeholder, once it is known to be JSON and to have its fields.
+
+    It raises ValueError for all else, and for some rows that are sound: those the slower way decides.
+    """
+    try:
+        from pydantic_core import SchemaValidator, core_schema
+    except ImportError:
+        return None
+    table = core_schema.typed_dict_schema({}, extra_behavior="ignore")  # which builds none of what it ignores
+    anything = core_schema.union_schema([table, core_schema.any_schema()], mode="left_to_right")
+    fields = {name: core_schema.typed_dict_field(anything) for name in required}
+    fields[PLACEHOLDER] = core_schema.typed_dict_field(core_schema.any_schema(), required=False)
+    return SchemaValidator(core_schema.typed_dict_schema(fields, extra_behavior="ignore")).validate_json
+
+
+def slow_check(line: bytes) -> dict[str, Any]:
+    raise ValueError
 
 
 @dataclass(frozen=True)
-class RowScanner:
-    """Checks each row of a range and fills what is to be filled; with a copy of the range only where a row changes."""
+class Checked:
+    """The rows of a range: they stand in ``source`` from ``start`` to ``end``; and those that are held out, as
+    (where it was in the shard, where it is in the source, length)."""
+
+    rows: int
+    source: str
+    start: int
+    end: int
+    held: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Checks each row of a range and fills what is to be filled, with a copy of the range only where a row changes."""
 
     scratch: str
-    seed: int
-    holdout: int
     tables: dict[str, Table]
     required: tuple[str, ...]
 
-    def __call__(self, part: Range) -> Scan:
-        prefix, keys, lowest, rows = shards.seed_prefix(self.seed), hashlib.sha256(), Lowest(self.holdout), 0
-        sha256, quick, required = hashlib.sha256, QUICK or shards.strict_json, self.required
+    def __call__(self, item: tuple[Range, frozenset[int]]) -> Checked:
+        part, places = item
+        quick = quick_check(self.required) or slow_check
+        rows, held = 0, list[tuple[int, int, int]]()
         file, at = shards.open_at(part)
         start, written, copy = at, 0, None
         with file:
             for line in file:
                 if at >= part.end:
                     break
-                place, size = at, len(line)
-                at += size
+                place, at = at, at + len(line)
                 try:
-                    row = quick(line)
+                    plain = line[-1] == shards.NEWLINE and quick(line).get(PLACEHOLDER) is None
                 except ValueError:
-                    row = None
-                if type(row) is not dict or line[-1] != 10:
-                    if line.isspace():
+                    plain = False
+                if not plain:
+                    changed = self.checked(part, place, line)
+                    if changed != line:
                         copy = copy or self.copy(part, start, place)
+                        line = changed
+                    if not line:
                         continue
-                    row = shards.parse_row(part, place, line)
-                    if line[-1] != 10:
-                        line, copy = line + b"\n", copy or self.copy(part, start, place)
-                key = sha256(prefix + line).digest()
-                keys.update(key)
-                if row.get(PLACEHOLDER) is not None:
-                    copy = copy or self.copy(part, start, place)
-                    line = self.filled(part, place, line, row)
-                    row = row | {"question": 0, "expected_answer": 0, "responses_create_params": 0}
-                for name in required:
-                    if name not in row:
-                        raise shards.bad_row(part, place, f"the row has no {name}", "Add it, or set required.")
                 if copy:
                     copy.write(line)
-                if key < lowest.bound:
-                    lowest.add(key, written, len(line))
+                if place in places:
+                    held.append((place, written, len(line)))
                 written += len(line)
                 rows += 1
-        begin = start
+        begin = 0 if copy else start
         if copy:
             copy.close()
-            begin = 0
-        found = [(key, begin + offset, length) for key, offset, length in lowest.cut()]
         source = copy.name if copy else str(part.shard.path)
-        return Scan(rows, keys.digest(), found, source, begin, begin + written)
+        return Checked(rows, source, begin, begin + written, [(p, begin + offset, n) for p, offset, n in held])
 
-    def filled(self, part: Range, place: int, line: bytes, row: dict[str, Any]) -> bytes:
-        try:
-            return fill(line, row, self.tables)
-        except ValueError as error:
-            raise shards.bad_row(part, place, f"cannot fill the row: {error}", "Mend the row, or sources.") from error
+    def checked(self, part: Range, place: int, line: bytes) -> bytes:
+        """The row as it is to be written, or nothing for a blank line. Raises what names file and line."""
+        if line.isspace():
+            return b""
+        row = shards.parse_row(part, place, line)
+        if not line.endswith(b"\n"):
+            line += b"\n"
+        if row.get(PLACEHOLDER) is not None:
+            try:
+                line = fill(line, row, self.tables)
+            except ValueError as error:
+                raise shards.bad_row(part, place, f"cannot fill the row: {error}", "Mend it, or sources.") from error
+            row = row | {"question": 0, "expected_answer": 0, "responses_create_params": 0}
+        for name in self.required:
+            if name not in row:
+                raise shards.bad_row(part, place, f"the row has no {name}", "Add it, or set required.")
+        return line
 
     def copy(self, part: Range, start: int, end: int) -> BinaryIO:
         """A file for the rows of this range, with those that went before."""
@@ -227,15 +246,19 @@ class RowScanner:
         return copy
 
 
+# ---------------------------------------------------------------- prepare
+
+
 class RLPrep:
-    mode, range_size = "rl", 1 << 25
+    mode, range_size = "rl", 1 << 24
     takes: tuple[str, ...] = ()
 
     def __init__(self, cfg: RLPrepConfig, recipe: Path) -> None:
-        self.cfg, self.recipe, self.tables = cfg, recipe, dict[str, Table]()
+        self.cfg, self.recipe, self.tables, self.scratch = cfg, recipe, dict[str, Table](), recipe
         self.digests: dict[str, str] = {}
 
     def begin(self, scratch: Path) -> None:
+        self.scratch = scratch
         for name, values in self.cfg.sources.items():
             spec = build(TableConfig, values, f"sources.{name}")
             if spec.template not in TEMPLATES:
@@ -243,78 +266,82 @@ class RLPrep:
             self.tables[name], self.digests[name] = index_table(name, spec, self.recipe, scratch)
 
     def ingredients(self) -> Any:
-        return [self.cfg.sources, self.digests, self.cfg.required]
+        tables = {name: (table.template, table.question, table.answer) for name, table in self.tables.items()}
+        return [tables, self.digests, self.cfg.required]
 
-    def scanner(self, scratch: Path, check: bool) -> Callable[[Range], Scan]:
-        if not check:
-            return functools.partial(shards.scan_keys, seed=self.cfg.seed, holdout=0)
-        required = tuple(map(str, self.cfg.required))
-        return RowScanner(str(scratch), self.cfg.seed, self.cfg.holdout, self.tables, required)
-
-    def build(self, split: Split, ranges: list[Range], scans: list[Scan], held: list[Held], folder: Path) -> Built:
+    def build(self, split: Split, ranges: list[Range], held: list[Held], folder: Path) -> Built:
         """``<part>-split.jsonl`` in the order of the shards without what is held out, which lies in val by its keys."""
-        name = f"{split.part}-split.jsonl"
-        rows = sum(scan.rows for scan in scans) - len(held)
-        files = {name: {"rows": rows, **copy_rows(folder / name, remaining(scans, held), split.name)}}
-        parts = {split.part: name}
-        if split.part == "train":
-            pieces = [(scans[row.scan].source, row.offset, row.offset + row.length) for row in held]
-            files["val-split.jsonl"] = {"rows": len(held), **copy_rows(folder / "val-split.jsonl", pieces, split.name)}
-            parts["val"] = "val-split.jsonl"
-        return Built(parts, files)
+        checker = Checker(str(self.scratch), self.tables, tuple(map(str, self.cfg.required)))
+        items = list(zip(ranges, prep.held_places(ranges, held), strict=True))
+        place: dict[Held, tuple[str, int, int]] = {}
+        name, rows = f"{split.part}-split.jsonl", 0
+        progress = Progress(f"{split.name}: write", sum(part.end - part.start for part in ranges))
+        with Copier(folder / name) as copier:
+            for i, checked in enumerate(parallel(checker, items, self.cfg.workers)):
+                at = checked.start
+                for was, offset, length in checked.held:
+                    copier.copy(checked.source, at, offset)
+                    at = offset + length
+                    place[Held(i, was)] = (checked.source, offset, at)
+                copier.copy(checked.source, at, checked.end)
+                rows += checked.rows
+                progress.add(ranges[i].end - ranges[i].start, checked.rows)
+        progress.end()
+        files = {name: {"rows": rows - len(held), **copier.facts}}
+        if split.part != "train":
+            return Built({split.part: name}, files)
+        with Copier(folder / "val-split.jsonl") as copier:
+            for row in held:
+                copier.copy(*place[row])
+        files["val-split.jsonl"] = {"rows": len(held), **copier.facts}
+        return Built({"train": name, "val": "val-split.jsonl"}, files)
 
     def finish(self, output: Path, manifest: dict[str, Any], splits: list[Split]) -> None:
         pass
 
 
-# ---------------------------------------------------------------- build
+class Copier:
+    """A file that pieces of others are copied to, by the kernel, while a thread hashes what has been written."""
 
+    def __init__(self, path: Path) -> None:
+        self.file, self.digest, self.size, self.hashed = path.open("w+b", buffering=0), hashlib.sha256(), 0, 0
+        self.thread, self.waiting = ThreadPoolExecutor(1), list[Future[None]]()
+        self.buffer, self.facts = memoryview(bytearray(BLOCK)), dict[str, Any]()
 
-def remaining(scans: list[Scan], held: list[Held]) -> list[tuple[str, int, int]]:
-    """The pieces (file, start, end) of all ranges between the rows that are held out."""
-    pieces = []
-    by_scan: dict[int, list[Held]] = {}
-    for row in held:
-        by_scan.setdefault(row.scan, []).append(row)
-    for i, scan in enumerate(scans):
-        at = scan.start
-        for row in sorted(by_scan.get(i, []), key=lambda row: row.offset):
-            pieces.append((scan.source, at, row.offset))
-            at = row.offset + row.length
-        pieces.append((scan.source, at, scan.end))
-    return [piece for piece in pieces if piece[1] < piece[2]]
+    def copy(self, source: str, start: int, end: int) -> None:
+        with open(source, "rb", buffering=0) as rows:
+            while start < end:
+                size = copy_some(rows.fileno(), self.file.fileno(), start, min(CHUNK, end - start))
+                if not size:
+                    raise RecipeError(f"{source} became shorter while it was read.\nWait until it is written.")
+                start, self.size = start + size, self.size + size
+                if self.size - self.hashed >= CHUNK:
+                    self.hash_rest()
 
+    def hash_rest(self) -> None:
+        self.waiting.append(self.thread.submit(self.hash, self.hashed, self.size))
+        self.hashed = self.size
 
-def copy_rows(path: Path, pieces: list[tuple[str, int, int]], name: str) -> dict[str, Any]:
-    """Write the pieces one after the other. The kernel copies them, and a thread hashes what has been written."""
-    digest, total, place = hashlib.sha256(), 0, 0
-    progress = Progress(f"{name}: write {path.name}", sum(end - start for _, start, end in pieces))
-    with path.open("w+b", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+    def hash(self, at: int, end: int) -> None:
+        while at < end:
+            size = os.preadv(self.file.fileno(), [self.buffer[: end - at]], at)
+            self.digest.update(self.buffer[:size])
+            at += size
 
-        def hash_next(at: int, end: int) -> None:
-            while at < end:
-                block = os.pread(file.fileno(), min(BLOCK, end - at), at)
-                digest.update(block)
-                at += len(block)
+    def __enter__(self) -> Copier:
+        return self
 
-        done = []
-        for source, start, end in pieces:
-            with open(source, "rb", buffering=0) as rows:
-                while start < end:
-                    size = copy_some(rows.fileno(), file.fileno(), start, min(CHUNK, end - start))
-                    if not size:
-                        raise RecipeError(f"{source} became shorter while it was read.\nWait until it is written.")
-                    start, total = start + size, total + size
-                    progress.add(size, 0)
-                    if total - place >= CHUNK:
-                        done.append(hasher.submit(hash_next, place, total))
-                        place = total
-        done.append(hasher.submit(hash_next, place, total))
-        for part in done:
-            part.result()
-        os.fsync(file.fileno())
-    progress.clear()
-    return {"bytes": total, "sha256": digest.hexdigest()}
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self.hash_rest()
+            if kind is None:
+                os.fsync(self.file.fileno())
+            for part in self.waiting:
+                part.result()
+            self.facts = {"bytes": self.size, "sha256": self.digest.hexdigest()}
+        finally:
+            self.thread.shutdown(cancel_futures=True)
+            self.file.close()
 
 
 def copy_some(source: int, target: int, start: int, size: int) -> int:

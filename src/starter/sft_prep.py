@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +13,7 @@ from starter import chat, prep, shards
 from starter.config import RecipeError
 from starter.files import sha256
 from starter.prep import Built, Done, PrepConfig, Split, Task
-from starter.shards import Held, Range, Scan
+from starter.shards import Held, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +75,9 @@ class SFTPrep:
     def ingredients(self) -> Any:
         return [chat.fingerprint(tokenizer(self.cfg.tokenizer)), self.cfg.seq_length]
 
-    def scanner(self, scratch: Path, check: bool) -> Callable[[Range], Scan]:
-        return functools.partial(shards.scan_keys, seed=self.cfg.seed, holdout=self.cfg.holdout)
-
-    def build(self, split: Split, ranges: list[Range], scans: list[Scan], held: list[Held], folder: Path) -> Built:
+    def build(self, split: Split, ranges: list[Range], held: list[Held], folder: Path) -> Built:
         work = functools.partial(pack, tokenizer_name=self.cfg.tokenizer, seq_length=self.cfg.seq_length)
-        return prep.build_parts("pack", work, split, ranges, scans, held, folder, self.cfg.workers)
+        return prep.build_parts("pack", work, split, ranges, held, folder, self.cfg.workers)
 
     def finish(self, output: Path, manifest: dict[str, Any], splits: list[Split]) -> None:
         manifest["tokenizer"], manifest["seq_length"] = self.ingredients()

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from starter.config import RecipeError, build
 from starter.files import BLOCK
 
+NEWLINE = 10
 PASSED_THROUGH = {"validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
 
 
@@ -51,25 +52,21 @@ class Range:
     end: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scan:
-    """What one pass over a range found. The rows stand in ``source`` from ``start`` to ``end``."""
+    """What a first look at a range found: its rows, the digest of their keys, and the lowest keys with their places."""
 
     rows: int
     digest: bytes
-    lowest: list[tuple[bytes, int, int]]  # key, offset in source, length
-    source: str
-    start: int
-    end: int
+    lowest: list[tuple[bytes, int]]
 
 
 @dataclass(frozen=True)
 class Held:
-    """A row to hold out: the range it is in, and where it stands in that range's source."""
+    """A row to hold out: the number of its range, and the byte of the shard at which it begins."""
 
-    scan: int
-    offset: int
-    length: int
+    part: int
+    at: int
 
 
 # ---------------------------------------------------------------- blend
@@ -166,9 +163,9 @@ def bad_row(part: Range, at: int, what: str, fix: str) -> RecipeError:
 
 
 def parse_row(part: Range, at: int, line: bytes) -> dict[str, Any]:
-    """The row as JSON, strictly. Raises an error that names file and line."""
+    """The row, from JSON. Raises an error that names file and line."""
     try:
-        row = strict_json(line)
+        row = read_json(line)
     except ValueError as error:
         raise bad_row(part, at, f"not JSON ({error})", "Mend that line: no row is left out in silence.") from error
     if not isinstance(row, dict):
@@ -176,15 +173,11 @@ def parse_row(part: Range, at: int, line: bytes) -> dict[str, Any]:
     return row
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
+DECODER = json.JSONDecoder()
 
 
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def strict_json(line: bytes) -> Any:
-    """What ``json`` makes of a line in UTF-8, less what it takes beyond JSON. Raises ValueError."""
+def read_json(line: bytes) -> Any:
+    """What Python makes of a line of JSON in UTF-8; NaN and Infinity, which it writes, it reads too. Raises ValueError."""
     try:
         return DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -197,43 +190,46 @@ def strict_json(line: bytes) -> Any:
 
 
 class Lowest:
-    """The ``count`` rows with the lowest keys among those that were added, the earlier of two with one key."""
+    """The ``count`` lowest keys of those that were added, with their places; the earlier of two that are the same."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.rows = count, list[tuple[bytes, int, int]]()
+        self.count, self.rows = count, list[tuple[bytes, int]]()
         self.bound = b"\xff" * 33 if count else b""  # a key that is not below it need not be added
 
-    def add(self, key: bytes, offset: int, length: int) -> None:
-        self.rows.append((key, offset, length))
+    def add(self, key: bytes, at: int) -> None:
+        self.rows.append((key, at))
         if len(self.rows) > 2 * self.count + 64:
             self.cut()
 
-    def cut(self) -> list[tuple[bytes, int, int]]:
+    def cut(self) -> list[tuple[bytes, int]]:
         self.rows = sorted(self.rows)[: self.count]
         if len(self.rows) == self.count and self.count:
             self.bound = self.rows[-1][0]
         return self.rows
 
 
-def seed_prefix(seed: int) -> bytes:
-    return b"%d:" % seed
-
-
-def scan_keys(part: Range, seed: int, holdout: int) -> Scan:
-    """Rows, digest and lowest keys of a range, which is looked at as bytes."""
-    prefix, keys, lowest, rows = seed_prefix(seed), hashlib.sha256(), Lowest(holdout), 0
-    for at, line in lines(part):
-        key = hashlib.sha256(prefix + line).digest()
-        keys.update(key)
-        rows += 1
-        if key < lowest.bound:
-            lowest.add(key, at, len(line))
-    return Scan(rows, keys.digest(), lowest.cut(), str(part.shard.path), part.start, part.end)
+def scan(part: Range, seed: int, holdout: int) -> Scan:
+    """Look at a range as bytes. Blank lines are no rows."""
+    prefix, keys, lowest, rows, sha256 = b"%d:" % seed, hashlib.sha256(), Lowest(holdout), 0, hashlib.sha256
+    file, at = open_at(part)
+    with file:
+        for line in file:
+            if at >= part.end:
+                break
+            place, at = at, at + len(line)
+            if line.isspace():
+                continue
+            key = sha256(prefix + line if line[-1] == NEWLINE else prefix + line + b"\n").digest()
+            keys.update(key)
+            rows += 1
+            if key < lowest.bound:
+                lowest.add(key, place)
+    return Scan(rows, keys.digest(), lowest.cut())
 
 
 def choose(scans: list[Scan], count: int) -> list[Held]:
     """The ``count`` rows to hold out of all ranges, by key; none where that would leave nothing to train on."""
-    if sum(scan.rows for scan in scans) <= count:
+    if sum(found.rows for found in scans) <= count:
         return []
-    everyone = sorted((key, i, offset, length) for i, scan in enumerate(scans) for key, offset, length in scan.lowest)
-    return [Held(i, offset, length) for key, i, offset, length in everyone[:count]]
+    everyone = sorted((key, i, at) for i, found in enumerate(scans) for key, at in found.lowest)
+    return [Held(i, at) for key, i, at in everyone[:count]]

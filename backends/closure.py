@@ -1,0 +1,309 @@
+"""scope = "imports": of a collected tree, what the script reaches. Nothing is imported or run; the source is read.
+
+From the script on, to the end:
+
+  - its own folder and its config folder: every file that is not Python, and the Python beside the script
+    that is no recipe of its own
+  - `import a.b`, `from a import b` (module or attribute), relative imports, and each package's __init__ on the way;
+    also from the folder of a script, which is first on its sys.path
+  - modules named in text: import_module("a.b"), "a.b:Class", `_target_: a.b.Class`, `python -m a.b`; an import_module
+    whose name is only begun in the source (f"a.b.{kind}") reaches all of that package
+  - files and folders of the tree that are named in text or put together with `/` from a Path
+  - what lies beside a module that is reached and is not Python: templates, tables, shell scripts
+
+A module named by a string that is put together at run time from elsewhere cannot be seen; `files` lists what stays here.
+"""
+
+import ast
+import posixpath
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from transport import COLLECTIONS, Entry, Tree, resolve_link
+
+DOTTED = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+RUN_MODULE = re.compile(r"(?<!\S)-m[\s\"',]+([A-Za-z_][\w.]*)")
+PLACE = re.compile(r"[\w.-]*(?:/[\w.-]+)+|[\w-]+\.[a-z0-9]{1,6}\b")
+TEXTS = (".yaml", ".yml", ".toml", ".json", ".sh", ".cfg", ".ini", ".jinja", ".j2")
+LOADERS = {"import_module", "__import__", "find_spec", "run_module", "files", "get_data", "read_text", "read_binary",
+           "open_text", "open_binary", "path", "contents", "is_resource", "as_file", "PackageLoader",
+           "resource_filename", "resource_string", "iter_modules"}
+
+
+def narrow(tree: Tree, script: str, configs: Iterable[str], texts: Iterable[str] = ()) -> tuple[Tree, set[str]]:
+    """(The tree without what the script does not reach, what it names that is not in the tree). `configs` are folders
+    and files of the tree, `texts` are compiled configs."""
+    walk = _Closure({entry.path: entry for entry in tree.entries}, script)
+    walk.start(configs, texts)
+    kept = tuple(entry for entry in tree.entries if entry.path in walk.reached)
+    left = [(entry.path, "not imported") for entry in tree.entries if entry.path not in walk.reached]
+    return Tree(kept, tuple(sorted([*tree.left_out, *left]))), walk.absent
+
+
+@dataclass
+class _Closure:
+    entries: dict[str, Entry]
+    script: str
+    reached: set[str] = field(default_factory=set)
+    absent: set[str] = field(default_factory=set)  # dotted names below a package of the tree that are no module of it
+    todo: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.links = {path: entry.data.decode() for path, entry in self.entries.items() if entry.link}
+        self.folders = {folder for path in self.entries for folder in _above(path)}
+        self.tops = {path.split("/")[1].removesuffix(".py") for path in self.entries if path.startswith("src/")}
+        self.roots = ["src"]  # of modules
+
+    def start(self, configs: Iterable[str], texts: Iterable[str]) -> None:
+        self.run(self.script)
+        folder = posixpath.dirname(self.script)
+        for path in configs:
+            self.add_all(path)
+        if folder.count("/") > 1:  # else it is a package's root, or src itself
+            self.add_all(folder, beside=True)
+        for text in texts:
+            self.read_text(text, folder)
+        while self.todo:
+            path = self.todo.pop()
+            data = self.entries[path].data
+            if path.endswith(".py"):
+                self.read_module(path, data)
+            elif path.endswith(TEXTS):
+                self.read_text(data.decode("utf-8", "replace"), posixpath.dirname(path))
+
+    # ------------------------------------------------------------ what is reached
+
+    def find(self, path: str) -> str | None:
+        """The file or folder of the tree that a path leads to."""
+        path = posixpath.normpath(path)
+        if self.links:
+            path = resolve_link(path, self.links)
+        return path if path in self.entries or path in self.folders else None
+
+    def add(self, path: str) -> bool:
+        """Reach a file, and the links on the way to it. Whether there is such a file."""
+        found = self.find(path)
+        for link in [link for link in self.links if (posixpath.normpath(path) + "/").startswith(link + "/")]:
+            if link not in self.reached:
+                self.reached.add(link)
+                self.add_all(link)
+        if found not in self.entries:
+            return False
+        assert found is not None
+        if found not in self.reached:
+            self.reached.add(found)
+            self.todo.append(found)
+            if found.endswith(".py"):
+                self.add_data(posixpath.dirname(found))
+        return True
+
+    def add_all(self, folder: str, beside: bool = False) -> None:
+        """Reach what lies below a folder (or that file); `beside`: of Python only what lies in the folder itself
+        and is no recipe of its own."""
+        found = self.find(folder)
+        if found is None or found in self.entries:
+            self.add(folder)
+            return
+        for path in [path for path in self.entries if path.startswith(found + "/")]:
+            if not (beside and path.endswith(".py") and (posixpath.dirname(path) != found or self.is_recipe(path))):
+                self.add(path)
+
+    def is_recipe(self, path: str) -> bool:
+        return b"[tool.runspec" in self.entries[path].data
+
+    def add_data(self, folder: str) -> None:
+        """Reach what is not Python in the folder of a module, and below it in folders without any Python; of packages
+        that hold recipes only the first."""
+        recipes = folder.split("/")[2:3] in [[name] for name in COLLECTIONS]
+        python = {above for path in self.entries if path.endswith(".py") for above in _above(path)}
+        for path in [path for path in self.entries if path.startswith(folder + "/") and not path.endswith(".py")]:
+            inner = [above for above in _above(path) if above.startswith(folder + "/")]
+            if not inner or not (recipes or python.intersection(inner)):
+                self.add(path)
+
+    def run(self, path: str) -> None:
+        """Reach a script that is started by its path: its folder is on its sys.path, and it may be run as a module."""
+        if self.add(path):
+            folder = posixpath.dirname(self.find(path) or path)
+            if folder not in self.roots:
+                self.roots.append(folder)
+            self.add_packages(path)
+
+    def add_packages(self, path: str) -> None:
+        for folder in _above(path):
+            self.add(folder + "/__init__.py")
+
+    def module(self, name: str) -> bool:
+        """Reach a module by its dotted name, with its packages. Whether there is one; a namespace counts."""
+        there = False
+        for root in self.roots:
+            path = root + "/" + name.replace(".", "/")
+            here = self.add(path + ".py") or self.add(path + "/__init__.py")
+            if here:
+                self.add_packages(path + "/x")
+            there = there or here or self.find(path) in self.folders
+        return there
+
+    def longest(self, name: str) -> None:
+        """Reach the module that a dotted name begins with: a.b.Class reaches a.b."""
+        parts = name.split(".")
+        if parts[0] in self.tops:
+            whole = self.module(name)
+            while not whole and len(parts) > 1:
+                parts.pop()
+                whole = self.module(".".join(parts))
+            if ".".join(parts) != name:
+                self.absent.add(name)
+
+    def whole_package(self, name: str) -> None:
+        if self.module(name):
+            self.add_all("src/" + name.replace(".", "/"))
+
+    # ------------------------------------------------------------ reading
+
+    def read_text(self, text: str, folder: str) -> None:
+        for match in DOTTED.finditer(text):
+            self.longest(match.group())
+        for match in RUN_MODULE.finditer(text):
+            self.module(match.group(1))
+            self.module(match.group(1) + ".__main__")
+        for match in PLACE.finditer(text):
+            self.place(match.group(), folder)
+
+    def place(self, text: str, folder: str) -> None:
+        """Reach a file or folder that a text names, from the tree's root, the text's folder or the script's."""
+        text = text.removeprefix("/nemo_run/code")
+        for base in ("", folder, posixpath.dirname(self.script)):
+            path = posixpath.normpath(posixpath.join(base, text.lstrip("/")))
+            found = self.find(path) if path.startswith("src/") else None
+            if found in self.entries and found is not None:
+                self.run(path) if path.endswith(".py") else self.add(path)
+            elif found in self.folders and found is not None and self.small(found, folder):
+                self.add_all(path)
+
+    def small(self, folder: str, here: str) -> bool:
+        """Whether a folder that is named is meant with all that lies in it: not one that holds who names it, not a
+        package's root, not a collection."""
+        parts = folder.split("/")
+        return len(parts) > 2 and not (len(parts) == 3 and parts[2] in COLLECTIONS) and not (here + "/").startswith(folder + "/")
+
+    def read_module(self, path: str, data: bytes) -> None:
+        try:
+            top = ast.parse(data)
+        except (SyntaxError, ValueError):  # a template, or Python of another age: nothing to follow
+            return
+        folder = posixpath.dirname(path)
+        package = folder.removeprefix("src").replace("/", ".").strip(".")
+        nodes = list(ast.walk(top))
+        loose = any(_called(node) in ("import_module", "__import__") and not _literal(node) for node in nodes)
+        docstrings = {id(node.body[0].value) for node in nodes
+                      if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+                      and node.body and isinstance(node.body[0], ast.Expr)}
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                for name in node.names:
+                    self.longest(name.name) if "." in name.name else self.module(name.name)
+            elif isinstance(node, ast.ImportFrom):
+                self.import_from(node, package)
+            elif isinstance(node, ast.Call) and _called(node) in LOADERS:
+                self.load(node, package)
+            elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+                self.joined(_parts(node), folder)
+            elif isinstance(node, (ast.List, ast.Tuple)):
+                words = [item.value if isinstance(item, ast.Constant) else None for item in node.elts]
+                for flag, word in zip(words, words[1:], strict=False):
+                    if flag == "-m" and isinstance(word, str):
+                        self.module(word)
+                        self.module(word + ".__main__")
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                self.read_text(node.value, folder)
+                if loose and re.fullmatch(r"\.*[A-Za-z_][\w.]*", node.value):
+                    self.relative(node.value, package)
+
+    def import_from(self, node: ast.ImportFrom, package: str) -> None:
+        base = node.module or ""
+        if node.level:
+            parts = package.split(".") if package else []
+            base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [base])])
+        self.longest(base) if "." in base else self.module(base)
+        for name in node.names:
+            if name.name == "*":
+                for path in [self.find("src/%s/__init__.py" % base.replace(".", "/"))]:
+                    self.star(path, base)
+            elif base.split(".")[0] in self.tops or len(self.roots) > 1:
+                self.module(base + "." + name.name)
+
+    def star(self, path: str | None, base: str) -> None:
+        """`from package import *` imports the modules that its __all__ names."""
+        if path in self.entries and path is not None:
+            for word in re.findall(r"[\"']([A-Za-z_]\w*)[\"']", self.entries[path].data.decode("utf-8", "replace")):
+                self.module(base + "." + word)
+
+    def relative(self, name: str, package: str) -> None:
+        """A name that some import_module of this file may get: `.writers`, or a plain `writers` of its own package."""
+        dots = len(name) - len(name.lstrip("."))
+        parts = package.split(".")
+        base = parts[: len(parts) - max(dots, 1) + 1]
+        if base and base != [""]:
+            self.module(".".join([*base, name.lstrip(".")]))
+
+    def load(self, node: ast.Call, package: str) -> None:
+        """import_module("a.b"), files("a.b"), get_data("a.b", "x.json")."""
+        for argument in node.args[:1]:
+            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                name = argument.value
+                self.relative(name, package) if name.startswith(".") else self.module(name)
+            begun = _begun(argument)
+            if begun and begun.endswith("."):
+                self.whole_package(begun.rstrip("."))
+        if len(node.args) > 1 and _called(node) != "import_module":
+            package_name, name = (item.value if isinstance(item, ast.Constant) else None for item in node.args[:2])
+            if isinstance(package_name, str) and isinstance(name, str):
+                self.place("src/%s/%s" % (package_name.replace(".", "/"), name), "src")
+
+    def joined(self, parts: list[str], folder: str) -> None:
+        """Path(__file__).parent / "templates" / "x.j2": from any folder above the one of the module."""
+        text = "/".join(parts)
+        for base in [folder, *_above(folder), ""] if text else []:
+            path = posixpath.normpath(posixpath.join(base, text))
+            found = self.find(path) if path.startswith("src/") else None
+            if found in self.entries:
+                self.run(path) if path.endswith(".py") else self.add(path)
+            elif found in self.folders and found is not None and self.small(found, folder):
+                self.add_all(path)
+
+
+def _above(path: str) -> Iterator[str]:
+    """The folders that a path lies in, the nearest first, up to src."""
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
+
+
+def _called(node: ast.AST) -> str:
+    """The last name of what is called: import_module of importlib.import_module(...)."""
+    if not isinstance(node, ast.Call):
+        return ""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+
+
+def _literal(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and bool(node.args) and isinstance(node.args[0], ast.Constant)
+
+
+def _begun(node: ast.AST) -> str:
+    """What a name that is put together begins with: "a.b." of f"a.b.{kind}" and of "a.b." + kind."""
+    first = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else \
+        node.left if isinstance(node, ast.BinOp) else None
+    return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
+
+
+def _parts(node: ast.AST) -> list[str]:
+    """The strings at the end of a / b / c."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        last = node.right
+        if isinstance(last, ast.Constant) and isinstance(last.value, str):
+            return [*_parts(node.left), last.value]
+        return []
+    return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []

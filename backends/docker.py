@@ -1,0 +1,207 @@
+"""Docker, or what speaks its API: one container on this machine, which carries its own source as on the clouds.
+
+nemo-run's DockerExecutor says what the container is like, and its list of jobs knows it. The daemon is found as the
+`docker` command finds it (DOCKER_HOST). When a container's end is first seen, its log and exit code move to Airlift's
+home and it is removed, since chunks and secrets are in its environment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import backends
+from backends import GONE, Job, Run, Status
+from backends.repositories import parse
+from profiles import FOLDER
+from transport import Plan, Refusal
+
+CAN = {"detach"}
+ANSWER_S = 60  # seconds for the daemon's answer
+GRACE_S = 20  # seconds between TERM and KILL
+
+
+# ---------------------------------------------------------------- the five functions
+
+
+def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
+    """Start the container."""
+    if job.nodes > 1:
+        raise Refusal("Docker starts one container on this machine, and the job has %d nodes" % job.nodes,
+                      "set nodes = 1 in the profile, or use --nodes 1")
+    if not job.image:
+        raise Refusal("the job has no image", "set container_image in the profile, or image in the recipe's header")
+    mounts = volumes(job.settings)
+    client = connect()
+    find_image(client, str(job.image))
+    name = "airlift-%s-%s" % (re.sub(r"[^A-Za-z0-9]+", "-", job.name, flags=re.ASCII).strip("-")[:40], job.run)
+    run.record |= {"name": name}
+    run.save()
+    from backends import nemo  # takes seconds; what can be refused has been by now
+
+    asked(lambda: nemo.submit_docker(docker_executor(job, mounts), job.run, name, plan.argv, plan.env, client))
+
+
+def follow(run: Run) -> Status:
+    """Pass the log on until the container ends."""
+    print("-- running in container %s" % run.record["name"], flush=True)
+    logs(run)
+    return status(run)
+
+
+def logs(run: Run) -> None:
+    """The log there is; of a container that still runs, to its end."""
+    container = find(run)
+    if container is None:
+        kept = _kept(run) / "log"
+        pieces: Any = [kept.read_bytes()] if kept.exists() else []
+    else:
+        pieces = container.logs(stream=True, follow=True)
+    for piece in pieces:
+        sys.stdout.buffer.write(piece)
+        sys.stdout.flush()
+
+
+def status(run: Run) -> Status:
+    container = find(run)
+    if container is None:
+        return _ended(run)
+    state = container.attrs["State"]
+    if state["Status"] in ("exited", "dead", "stopped"):
+        return _put_away(run, container)
+    return Status("waiting" if state["Status"] in ("created", "configured") else "running", state["Status"])
+
+
+def cancel(run: Run) -> str:
+    """TERM, and KILL when that does not end it; returns when it has ended."""
+    container = find(run)
+    if container is None or container.status == "exited":
+        return "it had already ended (%s)" % status(run).detail
+    _kept(run).mkdir(mode=0o700, parents=True, exist_ok=True)
+    (_kept(run) / "cancelled").touch()
+    asked(lambda: container.stop(timeout=GRACE_S))
+    status(run)
+    return "the container has ended"
+
+
+# ---------------------------------------------------------------- the container
+
+
+def volumes(settings: dict[str, Any]) -> list[str]:
+    """The mounts as Docker takes them: `~`, variables and relative paths (from launch.py's folder) filled in. A bare
+    name is a volume of Docker's own. Raises Refusal."""
+    result = []
+    for mount in settings.get("mounts") or []:
+        if isinstance(mount, str) and parse(mount, {}):
+            continue  # the pod clones it
+        found = re.fullmatch(r"([^:]+):(/[^:]*)(:[^:]+)?", str(mount))
+        if not found:
+            raise Refusal("the mount %r cannot be read" % mount, 'write "SRC:DST" or "SRC:DST:ro", DST a whole path')
+        source = os.path.expanduser(os.path.expandvars(found.group(1)))
+        unset = re.search(r"\$\{?(\w+)", source)
+        if unset:
+            raise Refusal("the mount %r reads %s, which is not set" % (mount, unset.group(1)),
+                          "export it, or write the path")
+        if "/" in source or source.startswith("."):
+            source = os.path.normpath(FOLDER.parent / source)
+            if not os.path.exists(source):
+                os.makedirs(source)  # as Docker does, but ours and not root's
+        result.append(source + ":" + found.group(2) + (found.group(3) or ""))
+    return result
+
+
+def docker_executor(job: Job, mounts: list[str]) -> Any:
+    """nemo-run's executor. GPUs, and the runtime for them, only where they are asked for."""
+    from nemo_run.core.execution.docker import DockerExecutor
+    from nemo_run.core.packaging.base import Packager
+
+    gpus = -1 if job.gpus_per_node == "gpu" else job.gpus_per_node
+    settings = job.settings
+    return DockerExecutor(
+        container_image=str(job.image), num_gpus=gpus or None, runtime=settings.get("runtime") if gpus else None,
+        ipc_mode=settings.get("ipc_mode"), volumes=mounts, network="host", packager=Packager(),
+        shm_size=settings.get("shm_size") if settings.get("ipc_mode") != "host" else None)  # it has the host's
+
+
+def connect() -> Any:
+    """The daemon's client. Raises Refusal: 4 where it refuses us, 5 where it cannot be reached."""
+    try:
+        import docker
+    except ImportError as error:
+        raise Refusal("Docker's SDK cannot be imported: %s" % error, "pip install -r requirements.txt") from None
+    return asked(lambda: docker.from_env(timeout=ANSWER_S))
+
+
+def asked(call: Any) -> Any:
+    """The call's result. Raises Refusal in the daemon's own words."""
+    import requests
+    from docker.errors import APIError, DockerException
+
+    where = os.environ.get("DOCKER_HOST", "its usual socket")
+    try:
+        return call()
+    except APIError as error:
+        raise Refusal("Docker refuses: %s" % " ".join(str(error.explanation or error).split())[:300],
+                      "mend what it names in the profile", 4) from None
+    except (DockerException, requests.RequestException) as error:
+        if "Permission denied" in str(error):
+            raise Refusal("Docker at %s does not let this user in" % where, "join its group, or set DOCKER_HOST", 4) from None
+        raise Refusal("Docker cannot be reached at %s" % where, "start it, or set DOCKER_HOST", 5) from None
+
+
+def find_image(client: Any, image: str) -> None:
+    """Pull the image unless it is here. Raises Refusal (exit code 4)."""
+    from docker.errors import ImageNotFound
+
+    def get() -> None:
+        try:
+            client.images.get(image)
+        except ImageNotFound:
+            client.images.pull(image)
+
+    asked(get)
+
+
+def find(run: Run) -> Any:
+    """The run's container, or None."""
+    from docker.errors import NotFound
+
+    client = connect()
+
+    def get() -> Any:
+        try:
+            return client.containers.get(run.record["name"])
+        except NotFound:
+            return None
+
+    return asked(get)
+
+
+# ---------------------------------------------------------------- its end
+
+
+def _kept(run: Run) -> Path:
+    return backends.home() / "docker" / run.run
+
+
+def _put_away(run: Run, container: Any) -> Status:
+    """Keep log and exit code, then remove the container."""
+    place = _kept(run)
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (place / "log").write_bytes(container.logs())
+    (place / "exit").write_text("%d\n" % container.attrs["State"]["ExitCode"])
+    asked(lambda: container.remove(force=True))
+    return _ended(run)
+
+
+def _ended(run: Run) -> Status:
+    """How a container that is gone ended."""
+    try:
+        code = int((_kept(run) / "exit").read_text())
+    except FileNotFoundError:
+        return Status("failed", GONE)
+    state = "done" if code == 0 else "cancelled" if (_kept(run) / "cancelled").exists() else "failed"
+    return Status(state, "exit code %d" % code, code)

@@ -1,0 +1,402 @@
+"""Slurm, by SSH or from the cluster itself: nemo-run packs, copies and submits; pod.py checks what came in each task.
+
+One srun starts one pod.py on each node, and its rank is found there, in the task. What the others need of a job lies in
+its folder, <remote_job_dir>/experiments/<name>/<name>_1/<name>: the tree (code/), one log for each rank and each start of
+the job, the batch script's own log, and, while the job may still run, secrets.json (0600).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import transport
+from backends import FINAL, GONE, Job, Run, Status
+from backends.hosts import Host, words
+from backends.repositories import parse
+from transport import Plan, Refusal
+
+CAN = {"detach"}
+POLL_S = 2.0  # seconds between two questions
+PATIENCE_S = 120.0  # seconds without an answer until following gives up
+LATE_S = 10.0  # seconds for a log's end to reach the login node through a shared file system
+MOST = 1 << 20  # bytes of one log in one answer
+STATES = {
+    "PENDING": "waiting", "CONFIGURING": "waiting", "REQUEUED": "waiting", "REQUEUE_FED": "waiting", "SUSPENDED": "waiting",
+    "REQUEUE_HOLD": "waiting", "RESV_DEL_HOLD": "waiting", "SPECIAL_EXIT": "waiting", "RUNNING": "running",
+    "COMPLETING": "running", "RESIZING": "running", "SIGNALING": "running", "STAGE_OUT": "running", "STOPPED": "running",
+    "COMPLETED": "done", "CANCELLED": "cancelled", "REVOKED": "cancelled", "FAILED": "failed", "TIMEOUT": "failed",
+    "PREEMPTED": "failed", "NODE_FAIL": "failed", "OUT_OF_MEMORY": "failed", "BOOT_FAIL": "failed", "DEADLINE": "failed",
+}
+PLAIN = re.compile(r"/[\w.@%+=:/-]+", re.ASCII)  # nemo-run hands these paths to a shell without quotes
+ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d+)")  # pod.py's last line
+
+
+# ---------------------------------------------------------------- the five functions
+
+
+def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
+    """Have everything on the cluster that the job needs, then sbatch. Raises Refusal with the cluster's own words."""
+    check(job)
+    settings, host = job.settings, host_of(job.settings)
+    base = settings["remote_job_dir"].rstrip("/")
+    look_around(host, base, [settings["persistent_cache"]] if settings.get("persistent_cache") else [])
+    mounts = resolved_mounts(host, settings, base)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", job.name, flags=re.ASCII).strip("-")[:40] + "-" + job.run
+    folder = "%s/experiments/%s/%s_1/%s" % (base, name, name, name)
+    run.record |= {"host": host.__dict__, "name": "airlift." + name, "folder": folder, "secrets": bool(job.secrets)}
+    run.save()
+    from backends import nemo  # takes seconds; what can be refused has been by now
+
+    secrets = {key: plan.env[key] for key in job.secrets}
+    package = transport.native(plan, job.description | {"secrets": bool(secrets)})
+    executor = slurm_executor(job, host, base, mounts, folder, attached, launcher=None)
+    try:
+        run.record["job"] = nemo.submit_slurm(name, executor, job.run, package, base,
+                                              lambda: leave_secrets(host, folder, secrets))
+    except BaseException as error:
+        if secrets and not (isinstance(error, Refusal) and error.code == 5):
+            host.run(forget(folder))
+        raise
+    run.save()
+
+
+def follow(run: Run) -> Status:
+    """Pass the logs on until the job ends for good; a job that is requeued is followed into its next start."""
+    host = host_of_run(run)
+    status = Watch(host, run, lambda text: print(text, flush=True)).to_the_end()
+    return settled(host, run, status)
+
+
+def logs(run: Run) -> None:
+    """The logs there are; of a job that still runs, to its end."""
+    host = host_of_run(run)
+    settled(host, run, Watch(host, run, lambda text: None).to_the_end())
+
+
+def status(run: Run) -> Status:
+    host = host_of_run(run)
+    return settled(host, run, ask(host, run))
+
+
+def cancel(run: Run) -> str:
+    """scancel; returns when the job has ended, or after a minute."""
+    host = host_of_run(run)
+    before = ask(host, run)
+    if before.state in FINAL:
+        settled(host, run, before)
+        return "it had already ended (%s)" % before.detail
+    host.ask("scancel " + job_id(host, run), "cancel the job")
+    deadline = time.monotonic() + 60
+    after = ask(host, run)
+    while after.state not in FINAL and time.monotonic() < deadline:
+        time.sleep(0.5)
+        after = ask(host, run)
+    settled(host, run, after)
+    return "cancelled" if after.state in FINAL else "told to end; it is still %s" % after.detail
+
+
+# ---------------------------------------------------------------- before it is sent
+
+
+def check(job: Job) -> None:
+    """What would fail later, or worse, somewhere else. Raises Refusal."""
+    settings = job.settings
+    base = settings["remote_job_dir"]
+    if not PLAIN.fullmatch(base) or ".." in base.split("/"):
+        raise Refusal("remote_job_dir is %r, and nemo-run hands it to shells as it is" % base,
+                      "name a folder by its whole path, of letters, digits and . _ - + = @ % :")
+    if settings.get("tunnel", "local") == "ssh" and not (settings.get("host") and settings.get("user")):
+        raise Refusal('tunnel is "ssh", but the profile names no %s' % ("user" if settings.get("host") else "host"),
+                      'set host and user, or tunnel = "local" on the cluster itself')
+    identity = settings.get("identity")
+    if settings.get("tunnel") == "ssh" and identity and not Path(identity).expanduser().is_file():
+        raise Refusal("there is no key %s" % identity, "mend identity in the profile, or leave it out for ssh's own choice")
+    if identity and re.search(r"[^\w.@%+=:/~-]", identity):
+        raise Refusal("identity is %r, and nemo-run hands it to a shell as it is" % identity, "move the key to a plain path")
+    for mount in settings.get("mounts") or []:
+        if not isinstance(mount, str):
+            raise Refusal("a mount is %r, and Slurm's are text" % mount, 'write "SRC:DST" or "SRC:DST:FLAGS"')
+        if parse(mount, settings.get("git_mirrors", {})):
+            if not job.image and settings.get("auto_mount") != "image":
+                raise Refusal("%s needs a container to be mounted into" % mount, "set container_image in the profile")
+        elif not re.fullmatch(r"/[^:,\s]*:/[^:,\s]*(:[^:,\s]+)?", mount):
+            raise Refusal("the mount %r cannot be read" % mount,
+                          'write "SRC:DST" or "SRC:DST:FLAGS", two whole paths of the cluster and the container')
+
+
+def host_of(settings: dict[str, Any]) -> Host:
+    if settings.get("tunnel", "local") == "local":
+        return Host()
+    identity = settings.get("identity")
+    return Host(settings["host"], settings["user"], settings.get("port"),
+                str(Path(identity).expanduser()) if identity else None)
+
+
+def host_of_run(run: Run) -> Host:
+    return Host(**run.record["host"])
+
+
+LOOK = """\
+command -v sbatch >/dev/null || { echo "there is no sbatch: no login node, or not in the PATH that ssh gives" >&2; exit 1; }
+mkdir -p %(base)s %(folders)s && test -w %(base)s
+"""
+
+
+def look_around(host: Host, base: str, folders: list[str]) -> None:
+    """Raises Refusal unless the host has Slurm and a folder for us; makes those that a container is to see."""
+    host.ask(LOOK % {"base": base, "folders": " ".join(map(shlex.quote, folders))}, "use %s" % base)
+
+
+def resolved_mounts(host: Host, settings: dict[str, Any], base: str) -> list[str]:
+    """The mounts as srun takes them: repositories cloned, lustre_mount and the folder of all jobs added."""
+    from backends.repositories import clone
+
+    mounts = []
+    for mount in settings.get("mounts") or []:
+        repository = parse(mount, settings.get("git_mirrors", {}))
+        if repository is None:
+            mounts.append(mount)
+        elif settings.get("auto_mount") != "image":
+            mounts.append("%s:%s" % (clone(host, repository, base), repository.target))
+    if settings.get("lustre_mount"):
+        mounts.append(settings["lustre_mount"])
+    for key in ("sif_dir", "persistent_cache"):
+        if settings.get(key):
+            mounts.append("%s:%s" % (settings[key], settings[key]))
+    return list(dict.fromkeys([*mounts, "%s:%s" % (base, base)]))
+
+
+# ---------------------------------------------------------------- the job
+
+
+def slurm_executor(job: Job, host: Host, base: str, mounts: list[str], folder: str, attached: bool, launcher: Any) -> Any:
+    """The one factory of nemo-run's executor for every kind of job. `launcher` None: pod.py starts torchrun or the
+    script itself, in the task; jobs that nemo-run starts otherwise (Ray on several nodes) pass their own."""
+    from backends import nemo
+
+    settings = job.settings
+    own = settings.get("run_partition" if attached else "batch_partition")
+    executor = nemo.CarriedSlurm(
+        account=settings["account"], partition=own or settings["partition"], nodes=job.nodes, ntasks_per_node=1,
+        gpus_per_node=job.gpus_per_node if isinstance(job.gpus_per_node, int) and job.gpus_per_node else None,
+        cpus_per_task=settings.get("cpus_per_task"), mem=settings.get("mem"), time=settings.get("time", "04:00:00"),
+        exclusive=settings.get("exclusive") or None, container_image=job.image or None,
+        container_mounts=mounts if job.image else [], job_name_prefix="airlift.", launcher=launcher,
+        setup_lines=setup_lines(settings, folder if job.secrets else ""), tunnel=nemo.tunnel(host, base + "/experiments"),
+        packager=nemo.TreePackager(airlift_run=job.run), poll_estimated_start_time=False, airlift_run=job.run,
+        job_details=nemo.LogOfEachRank())
+    return executor
+
+
+def setup_lines(settings: dict[str, Any], secrets: str) -> str:
+    """What the batch script does first. nemo-run traces it: that ends here, before the user's own lines."""
+    lines = ["{ set +vx; } 2>/dev/null"]
+    if secrets:
+        lines.append(FORGET_AT_END % forget(secrets))
+    return "\n".join([*lines, settings.get("setup_lines", "")])
+
+
+# When the batch script ends, however that is (Slurm sends it TERM), and Slurm has not counted one more start for the job.
+FORGET_AT_END = """\
+airlift_forget() {
+  restarts=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep -o ' Restarts=[0-9]*')
+  [ "${restarts#*=}" != "${SLURM_RESTART_COUNT:-0}" ] || %s
+}
+trap airlift_forget EXIT"""
+
+
+def leave_secrets(host: Host, folder: str, secrets: dict[str, str]) -> None:
+    """Put them into secrets.json, which only this user can read; pod.py does."""
+    if secrets:
+        host.ask("umask 077\nmkdir -p %s\ncat >%s/secrets.json <<'AIRLIFT_END'\n%s\nAIRLIFT_END"
+                 % (folder, folder, json.dumps(secrets)), "keep the secrets")
+
+
+def forget(folder: str) -> str:
+    return "rm -f %s/secrets.json" % folder
+
+
+# ---------------------------------------------------------------- what became of it
+
+
+def job_id(host: Host, run: Run) -> str:
+    """Slurm's number of the job; by its name where the launcher was cut off before it knew. Raises Refusal."""
+    if not run.record.get("job"):
+        name = shlex.quote(run.record["name"])
+        found = host.ask("squeue -h -n %s -o %%i; sacct -X -n -P --name %s -o JobID" % (name, name), "look for the job").split()
+        if not found:
+            raise Refusal("%s has no job of run %s" % (host, run.run), "it was not submitted; launch it again")
+        run.record["job"] = found[0]
+        run.save()
+    return str(run.record["job"])
+
+
+STATE = """\
+if ! said=$(scontrol -o show job %(job)s 2>&1); then
+  case $said in
+  *"Invalid job id"*) said=$(sacct -X -n -P -j %(job)s -o State,ExitCode,Timelimit) || exit 1 ;;
+  *) printf '%%s\\n' "$said" >&2; exit 1 ;;
+  esac
+fi
+printf '%%s\\n' "$said"
+"""
+
+
+def ask(host: Host, run: Run) -> Status:
+    """Slurm's word. Raises Refusal (exit code 5) where the controller does not answer."""
+    done = host.run(STATE % {"job": job_id(host, run)})
+    if done.returncode:
+        raise Refusal("%s: Slurm does not tell the job's state: %s" % (host, words(done.stderr)), "try again later", 5)
+    return read_state(done.stdout.decode("utf-8", "replace"))
+
+
+def read_state(text: str) -> Status:
+    """The Status that scontrol's line tells, or sacct's: State|ExitCode|Timelimit."""
+    fields = dict(re.findall(r"(\w+)=(\S*)", text))
+    if not fields:
+        row = (text.strip().splitlines() or [""])[-1].split("|")
+        fields = {"JobState": row[0].split(" ")[0], "ExitCode": (row + [""])[1], "TimeLimit": (row + ["", ""])[2]}
+    word = fields["JobState"]
+    if not word:
+        return Status("failed", GONE)
+    state = STATES.get(word, "waiting")
+    detail = word
+    if word == "TIMEOUT":
+        detail = "TIMEOUT: it reached its time limit of %s" % fields.get("TimeLimit", "")
+    elif word == "NODE_FAIL":
+        detail = "NODE_FAIL: a node went down"
+    elif word == "OUT_OF_MEMORY":
+        detail = "OUT_OF_MEMORY: it needed more than mem"
+    elif state == "waiting" and fields.get("Reason", "None") != "None":
+        detail = "%s: %s" % (word, fields["Reason"])
+    if fields.get("Restarts", "0") != "0":
+        detail += ", start %d" % (int(fields["Restarts"]) + 1)
+    code = int(fields["ExitCode"].split(":")[0]) if word == "FAILED" and re.match(r"[0-9]+:", fields.get("ExitCode", "")) else None
+    return Status(state, detail, 0 if state == "done" else code)
+
+
+def settled(host: Host, run: Run, status: Status) -> Status:
+    """At the end for good: no secret stays, and a failed job gets the code of the rank that failed first."""
+    if status.state not in FINAL:
+        return status
+    if run.record.get("secrets"):
+        host.run(forget(run.record["folder"]))
+    if status.state == "failed" and status.exit_code is not None:
+        return Status(status.state, status.detail, rank_code(host, run) or status.exit_code)
+    return status
+
+
+def rank_code(host: Host, run: Run) -> int | None:
+    """The first failure that is not an echo of another's end, from the last lines of each rank's newest log."""
+    script = "cd %s && for log in log-*_%s_*.out; do tail -c 300 \"$log\"; done" % (run.record["folder"], run.record["job"])
+    codes: dict[str, int] = {}
+    for found in ENDED.finditer(host.run(script).stdout.decode("utf-8", "replace")):
+        codes[found.group(1)] = int(found.group(2))  # a later start comes later
+    failures = [code for _, code in sorted(codes.items()) if code]
+    return next((code for code in failures if code not in (137, 143)), failures[0] if failures else None)
+
+
+# ---------------------------------------------------------------- logs
+
+# Each log that has grown: a line "NAME BYTES", then that many bytes.
+GROWN = """\
+cd %(folder)s 2>/dev/null || exit 0
+for log in log-*_%(job)s_%(rank)s_*.out; do
+  [ -f "$log" ] || continue
+  from=0
+  case $log in
+%(known)s
+  esac
+  size=$(wc -c <"$log")
+  [ $size -le $((from + %(most)d)) ] || size=$((from + %(most)d))
+  [ $size -gt $from ] || continue
+  echo "$log $((size - from))"
+  tail -c +$((from + 1)) "$log" | head -c $((size - from))
+done
+"""
+
+
+@dataclass
+class Watch:
+    """Watches one job: tells its states through `tell`, and prints what its logs have grown by."""
+
+    host: Host
+    run: Run
+    tell: Callable[[str], None]
+    offsets: dict[str, int] = field(default_factory=dict)  # of each log
+    rests: dict[str, bytes] = field(default_factory=dict)  # the last line of each, while it is not whole
+    ended: set[str] = field(default_factory=set)  # logs that say so
+
+    def to_the_end(self) -> Status:
+        last, heard, late = "", time.monotonic(), 0.0
+        while True:
+            try:
+                status = ask(self.host, self.run)
+                grown = self.print_grown()
+            except Refusal as refusal:
+                if refusal.code != 5 or time.monotonic() - heard > PATIENCE_S:
+                    raise
+                time.sleep(POLL_S)
+                continue
+            heard = time.monotonic()
+            told = "-- %s (%s)" % (status.state, status.detail)
+            if told != last:
+                self.tell("%s after %.0f s" % (told, time.time() - self.run.started))
+                last = told
+            if status.state in FINAL:
+                late = late or heard + LATE_S
+                if not grown and (self.ended or status.state == "cancelled" or heard > late):
+                    break
+            if not grown:
+                time.sleep(POLL_S)
+        self.print_rests()
+        if status.state == "failed" and not self.ended:
+            self.print_batch_log()
+        return status
+
+    def print_grown(self) -> bool:
+        """Print what is new. Whether there was anything."""
+        job = job_id(self.host, self.run)
+        known = "\n".join("  %s) from=%d ;;" % (shlex.quote(name), offset) for name, offset in self.offsets.items())
+        rank = "*" if self.run.record.get("all_ranks") else "0"
+        done = self.host.run(GROWN % {"folder": self.run.record["folder"], "job": job, "rank": rank, "known": known, "most": MOST})
+        data = done.stdout
+        while data:
+            header, _, data = data.partition(b"\n")
+            name, _, size = header.decode().rpartition(" ")
+            self.print_part(name, data[: int(size)])
+            data = data[int(size):]
+        return bool(done.stdout)
+
+    def print_part(self, name: str, data: bytes) -> None:
+        self.offsets[name] = self.offsets.get(name, 0) + len(data)
+        *whole, self.rests[name] = (self.rests.get(name, b"") + data).split(b"\n")
+        for line in whole:
+            self.print_line(name, line)
+        sys.stdout.flush()
+
+    def print_line(self, name: str, line: bytes) -> None:
+        if ENDED.search(line.decode("utf-8", "replace")):
+            self.ended.add(name)
+        prefix = b"[%s] " % name.split("_")[-2].encode() if self.run.record.get("all_ranks") else b""
+        sys.stdout.buffer.write(prefix + line + b"\n")
+
+    def print_rests(self) -> None:
+        for name, rest in self.rests.items():
+            if rest:
+                self.print_line(name, rest)
+        sys.stdout.flush()
+
+    def print_batch_log(self) -> None:
+        """No rank got as far as pod.py's end: the batch script's log tells why."""
+        script = "tail -n 20 %s/sbatch_*_%s.out" % (self.run.record["folder"], self.run.record["job"])
+        sys.stdout.buffer.write(self.host.run(script).stdout)
+        sys.stdout.flush()

@@ -1,0 +1,174 @@
+"""The Docker backend: how it reads mounts, without a daemon; and, marked slow, real containers of podman's service."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backends import Job, docker
+from transport import Refusal
+
+from tests import layout, support
+from tests.podman import Podman, why_not
+
+
+def job(**settings: Any) -> Job:
+    image = settings.get("container_image", "plain")
+    return Job("t23456", "fam/train", "docker", settings.get("nodes", 1), settings.get("gpus_per_node", 0), 1, image, settings,
+               support.job(), {})
+
+
+def test_mounts_fill_in_the_home_variables_and_relative_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(docker, "FOLDER", tmp_path / "airlift/profiles")
+    mounts = ["~/airlift:/workspace", "$DATA:/data:ro", "${DATA}/x:/x", "./here:/here", "a/b:/b", "models:/models", "/usr:/usr:ro"]
+    assert docker.volumes({"mounts": mounts}) == [
+        "%s/home/airlift:/workspace" % tmp_path, "%s/data:/data:ro" % tmp_path, "%s/data/x:/x" % tmp_path,
+        "%s/airlift/here:/here" % tmp_path, "%s/airlift/a/b:/b" % tmp_path, "models:/models", "/usr:/usr:ro"]
+    assert (tmp_path / "home/airlift").is_dir()
+
+
+@pytest.mark.parametrize("mount, said", [("$NOT_SET/x:/x", "NOT_SET, which is not set"), ("${NOT_SET}:/x", "NOT_SET"),
+                                         ("/x", "cannot be read"), ("/x:y", "cannot be read")])
+def test_a_mount_that_cannot_be_filled_in_is_refused(monkeypatch: pytest.MonkeyPatch, mount: str, said: str) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(Refusal, match=said):
+        docker.volumes({"mounts": [mount]})
+
+
+@pytest.mark.parametrize("gpus, asked", [(0, None), (2, 2), ("gpu", -1)])
+def test_gpus_and_their_runtime_only_when_asked_for(gpus: Any, asked: Any) -> None:
+    executor = docker.docker_executor(job(gpus_per_node=gpus, runtime="nvidia"), [])
+    assert (executor.num_gpus, executor.runtime) == (asked, "nvidia" if asked else None)
+
+
+def test_gpus_reach_the_daemon() -> None:
+    from backends import nemo
+
+    sent: dict[str, Any] = {}
+
+    class Containers:
+        def run(self, image: str, command: list[str], **options: Any) -> None:
+            sent.update(options, image=image, command=command)
+
+    class Client:
+        containers = Containers()
+
+    executor = docker.docker_executor(job(gpus_per_node=2, runtime="nvidia", shm_size="1g"), ["/a:/b"])
+    executor.experiment_id = "x"
+    nemo.ENVIRONMENT["t23456"] = {"A": "b"}
+    nemo.CarriedContainer(name="x", command=["true"], executor=executor, extra_env={}).run(Client(), "t23456")
+    assert sent["device_requests"][0]["Count"] == 2 and sent["runtime"] == "nvidia" and sent["shm_size"] == "1g"
+    assert (sent["command"], sent["environment"], sent["volumes"]) == (["true"], {"A": "b"}, ["/a:/b"])
+
+
+@pytest.mark.parametrize("settings, said", [({"nodes": 2}, "2 nodes"), ({"container_image": ""}, "no image")])
+def test_what_cannot_work_is_refused_before_the_daemon_is_asked(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(Refusal, match=said):
+        docker.submit(None, job(**settings), None, True)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- real containers
+
+slow = pytest.mark.slow
+SECRET = "s3cret-77aa"
+
+
+@pytest.fixture(scope="session")
+def podman() -> Iterator[Podman]:
+    support.need(not why_not(), why_not() or "")
+    with Podman() as made:
+        yield made
+
+
+class Person:
+    """Somebody with a folder of Airlift's scripts and a profile for the daemon."""
+
+    def __init__(self, podman: Podman, folder: Path) -> None:
+        self.podman, self.folder, self.home, self.recipes = podman, layout.flat_folder(folder / "airlift"), folder, folder / "src"
+        layout.write(self.folder / "profiles/here.toml", """\
+            executor = "docker"
+            container_image = "plain"
+            gpus_per_node = 0
+            nodes = 1
+            workspace = "/workspace"
+            mounts = %s
+            [env_vars]
+            PATH = "%s/bin:/usr/bin:/bin"
+            """ % (json.dumps(["$WORK:/workspace", *podman.mounts()]), sys.prefix))
+
+    def recipe(self, name: str, body: str) -> None:
+        layout.recipe(self.recipes, "fam/" + name, body, launch="python")
+
+    def run(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        whole = {"PATH": os.environ["PATH"], "HOME": str(self.home), "WORK": str(self.home / "work")} | self.podman.environment()
+        return layout.launcher(self.folder, *words, timeout=240, env=whole | env)
+
+    def launch(self, stage: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run("--repo-root", str(self.recipes), "fam", stage, "here", *words, **env)
+
+    def containers(self) -> list[str]:
+        return [container.name for container in self.podman.client().containers.list(all=True)]
+
+
+@pytest.fixture
+def person(podman: Podman, tmp_path: Path) -> Person:
+    return Person(podman, tmp_path)
+
+
+@slow
+def test_nano3_sft_in_a_container(person: Person) -> None:
+    words = ["nano3", "sft", "here", "--repo-root", str(layout.REPO), "train.steps=10"]
+    done = person.run(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ended with exit code 0" in done.stdout and (person.home / "work/nano3/sft/model/model.safetensors").is_file()
+    assert person.containers() == []
+
+
+@slow
+def test_the_exit_code_is_the_recipes_and_nothing_is_left(person: Person) -> None:
+    person.recipe("end", 'import os, sys; print("token", len(os.environ["HF_TOKEN"])); sys.exit(7)')
+    done = person.launch("end", "run.env.secrets.HF_TOKEN=env", HF_TOKEN=SECRET)
+    assert done.returncode == 1 and "exit code 7" in done.stderr and "token %d" % len(SECRET) in done.stdout, done.stderr
+    run = re.search(r"run (\w+)", done.stdout).group(1)
+    assert json.loads(person.run("status", run, "--json").stdout)[0]["job_exit_code"] == 7
+    assert "token %d" % len(SECRET) in person.run("logs", run).stdout
+    held = subprocess.run(["grep", "-rlF", SECRET, str(person.home)], capture_output=True, text=True).stdout
+    assert held == "" and person.containers() == []
+
+
+@slow
+def test_another_shell_sees_and_cancels_a_container(person: Person) -> None:
+    person.recipe("nap", """
+        import signal, sys, time
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
+        print("napping", flush=True)
+        time.sleep(600)
+        """)
+    started = person.launch("nap", "--detach")
+    assert started.returncode == 0, started.stderr
+    run = re.search(r"logs (\w+)", started.stdout).group(1)
+    assert json.loads(person.run("status", run, "--json").stdout)[0]["state"] == "running"
+    assert person.containers() == ["airlift-fam-nap-" + run]
+    assert person.run("cancel", run).stdout == "%s: the container has ended\n" % run
+    ended = json.loads(person.run("status", run, "--json").stdout)[0]
+    assert ended["state"] == "cancelled"
+    assert "already ended" in person.run("cancel", run).stdout and person.containers() == []
+
+
+@slow
+@pytest.mark.parametrize("words, env, code, said", [
+    (["run.env.container_image=127.0.0.1:1/gone:1"], {}, 4, "Docker refuses"),
+    ([], {"DOCKER_HOST": "unix:///nowhere/socket"}, 5, "cannot be reached"),
+])
+def test_what_docker_refuses_is_two_lines(person: Person, words: list[str], env: dict[str, str], code: int, said: str) -> None:
+    person.recipe("nap", "pass")
+    done = person.launch("nap", *words, **env)
+    assert done.returncode == code and said in done.stderr, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2 and person.containers() == []

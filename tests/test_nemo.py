@@ -1,0 +1,385 @@
+"""nemo-run's defects that touch the two clouds, by their numbers in the design's facts/nemo_run.md: what the library's
+own method does, on the emulated platform, and what ours does there. And nemo-run's records, read by a fresh process.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import layout
+import pytest
+from cloud import EMULATED, KEEPS_ON, PLATFORMS, cloud, noise, wait_for
+
+import backends
+from backends import clouds
+
+pytestmark = EMULATED
+
+
+@pytest.fixture(params=PLATFORMS)
+def here(request, tmp_path, monkeypatch, capsys):
+    yield from cloud(request.param, tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def lepton(tmp_path, monkeypatch, capsys):
+    yield from cloud("lepton", tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def runai(tmp_path, monkeypatch, capsys):
+    yield from cloud("dgxcloud", tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def naps(monkeypatch):
+    """The library's sleeps, a hundred times shorter; what it asked for is listed."""
+    from nemo_run.core.execution import dgxcloud, lepton
+
+    asked = []
+
+    def sleep(seconds):
+        asked.append(seconds)
+        time.sleep(seconds / 100)
+
+    for module in (dgxcloud, lepton):
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(sleep=sleep, time=time.time))
+    return asked
+
+
+def dgx_executor(here, **changes):
+    import nemo_run as run
+
+    server = here.server
+    return run.DGXCloudExecutor(**{
+        "base_url": server.url, "kube_apiserver_url": server.kube_apiserver_url, "client_id": server.client_id,
+        "client_secret": server.client_secret, "project_name": "team-a", "container_image": "python",
+        "pvc_nemo_run_dir": "/shared/nemo", "packager": run.Packager(),
+        "pvcs": [{"claimName": "workspace", "path": "/shared", "existingPvc": True}]} | changes)
+
+
+def lepton_executor(**changes):
+    import nemo_run as run
+
+    return run.LeptonExecutor(**{
+        "container_image": "python", "nemo_run_dir": "/shared/nemo", "resource_shape": "gpu.8xh100",
+        "node_group": "default-group", "packager": run.Packager(),
+        "mounts": [{"path": "/", "mount_path": "/shared", "from": "node-nfs:shared"}]} | changes)
+
+
+def experiment(executor, title, **tasks):
+    """The library's own path: one Experiment with one inline script for each task."""
+    import nemo_run as run
+
+    with run.Experiment(title, executor=executor, skip_status_at_exit=True, clean_mode=True,
+                        enable_goodbye_message=False) as made:
+        for name, script in tasks.items():
+            made.add(script if isinstance(script, run.Script) else run.Script(inline=script), name=name)
+        made.run(detach=True)
+    return made
+
+
+def trained(here):
+    """The workloads of a DGX Cloud experiment without its data movers, when they have ended, by name."""
+    jobs = {job.request["name"]: job for job in here.jobs if job.kind == "trainings"}
+    for job in jobs.values():
+        job.wait("Completed", "Failed")
+    return jobs
+
+
+# ---------------------------------------------------------------- DGX Cloud
+
+
+def test_1_2_4_5_exit_codes_scripts_secrets_and_values(runai, naps):
+    """The library: a job that exits 3 succeeds; two jobs of one experiment are one; secrets lie on the volume and in the
+    log; names are changed and values cut."""
+    executor = dgx_executor(runai, env_vars={"lower": "a b; c", "TOKEN": "secret-4711"})
+    experiment(executor, "pair", one="echo it is one; echo see lower=$lower LOWER=$LOWER.; exit 3", two="echo it is two")
+    jobs = trained(runai)
+    assert jobs["one"].state == "Completed"  # 1
+    texts = [job.pods[0].output for job in jobs.values()]
+    assert len({text.count("it is two") for text in texts}) == 1 and "it is one" not in "".join(texts)  # 2
+    volume = "".join(path.read_text(errors="replace") for path in runai.volume.rglob("*") if path.is_file())
+    assert "secret-4711" in volume and runai.server.client_secret in volume and "secret-4711" in texts[0]  # 4
+    experiment(executor, "alone", three="echo see lower=$lower LOWER=$LOWER.; exit 3")
+    assert "see lower=a b; c LOWER=a.\n" in trained(runai)["three"].pods[0].output  # 5
+
+    runai.profile("[env_vars]\nlower = 'a b; c'\n[secrets]\nTOKEN = 'env'\n")
+    runai.monkeypatch.setenv("TOKEN", "secret-0815")
+    body = "import os, sys\nprint('it is %s', os.environ['lower'], os.environ.get('LOWER'))\nsys.exit(3)"
+    for word in ("four", "five"):
+        runai.recipe(body % word)
+        result = runai.launch()
+        assert result.code == 1 and "exit code 3" in result.err and "it is %s a b; c None" % word in result.out
+    volume = "".join(path.read_text(errors="replace") for path in runai.volume.rglob("*") if path.is_file())
+    assert "secret-0815" not in volume + result.out
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_3_cancel(runai, nodes):
+    executor = dgx_executor(runai, nodes=nodes)
+    run = runai.up("--nodes", nodes)
+    executor.cancel(runai.job.id)
+    assert runai.server.requests[-1].status == 405 and runai.job.state == "Running"
+    assert runai.main("cancel", run).out == run + ": stopped\n" and runai.job.state == "Stopped"
+
+
+def test_6_a_bad_secret(runai, naps):
+    executor = dgx_executor(runai, client_secret="wrong")
+    assert executor.get_auth_token() is None and naps == [10, 10, 10]  # half a minute, and no reason
+    assert executor.status("any") is None  # which reads as pending, for ever
+    run = runai.up()
+    runai.monkeypatch.setenv("RUNAI_CLIENT_SECRET", "wrong")
+    begin = time.monotonic()
+    for words in (["nano3", "sft", "dgxcloud", "--repo-root", runai.root], ["status", run]):
+        result = runai.main(*words)
+        assert result.code == 4 and "wrong secret" in result.err
+    assert time.monotonic() - begin < 5
+
+
+def test_7_timeouts(runai):
+    """Spied on below both: what each asks of requests' transport."""
+    from requests.adapters import HTTPAdapter
+
+    asked, real = [], HTTPAdapter.send
+
+    def spy(adapter, request, stream=False, timeout=None, *rest, **more):
+        asked.append(timeout)
+        return real(adapter, request, stream, timeout, *rest, **more)
+
+    runai.monkeypatch.setattr(HTTPAdapter, "send", spy)
+    token = dgx_executor(runai).get_auth_token()
+    dgx_executor(runai).get_project_and_cluster_id(token)
+    assert asked == [None, None]
+    asked.clear()
+    assert runai.launch().code == 0
+    assert len(asked) >= 4 and set(asked) <= {(5.0, 30.0), (5.0, 300.0)}
+
+
+def test_8_17_data_that_does_not_fit_one_string(here, naps, tmp_path):
+    """The library: one helper job for each 9.5 kB on DGX Cloud; on Lepton one argument that no kernel takes. No network
+    is needed, but an image `busybox:1.37.0`."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "big").write_bytes(noise(150_000))
+    if here.kind == "dgxcloud":
+        (data / "big").write_bytes(noise(30_000))
+        executor = dgx_executor(here)
+        executor.job_dir, executor.pvc_job_dir = str(data), "/shared/data"
+        token = executor.get_auth_token()
+        executor.move_data(token, *executor.get_project_and_cluster_id(token))
+        assert len(here.posts) == 6 and len(naps) == 6  # five pieces and one to put them together, 10 s each
+    else:
+        executor = lepton_executor()
+        executor.job_dir, executor.lepton_job_dir = str(data), "/shared/data"
+        with pytest.raises(RuntimeError, match="failed with status"):
+            executor.move_data()
+        assert here.job.pods[0].reason == "StartError" and "argument list too long" in here.job.pods[0].message
+    before = len(here.posts)
+    here.pad(150_000)
+    result = here.launch()
+    assert (result.code, len(here.posts)) == (0, before + 1) and "hello from 0" in result.out
+
+
+# ---------------------------------------------------------------- Lepton
+
+
+def test_11_a_scripts_environment(lepton, naps):
+    import nemo_run as run
+
+    lepton.server.image = type(lepton.server.image)(hide=["wget"])
+    experiment(lepton_executor(), "dropped", show=run.Script(inline="echo see=$MINE.", env={"MINE": "x"}))
+    lepton.job.wait("Completed", "Failed")
+    assert "see=.\n" in lepton.job.pods[0].output
+    lepton.profile("[env_vars]\nMINE = 'x'\n")
+    lepton.recipe("import os\nprint('see=' + os.environ['MINE'])")
+    assert "see=x\n" in lepton.launch().out
+
+
+def test_12_13_names_that_are_taken(lepton, naps, tmp_path):
+    from leptonai.api.v1.api_resource import ClientError
+    from nemo_run.core.execution import lepton as library
+
+    now = library.datetime.now()
+    lepton.monkeypatch.setattr(library, "datetime", types.SimpleNamespace(now=lambda: now))
+    lepton.server.queue_seconds = 0.2  # the first is still there when the second comes
+    executor, errors = lepton_executor(), []
+    executor.job_dir, executor.lepton_job_dir = str(tmp_path / "home"), "/shared/data"
+    (tmp_path / "home").mkdir()
+
+    def move():
+        try:
+            executor.move_data()
+        except ClientError as error:
+            errors.append(error.response.status_code)
+
+    movers = [threading.Thread(target=move) for _ in range(2)]
+    for mover in movers:
+        mover.start()
+    for mover in movers:
+        mover.join(20)
+    assert errors == [409]  # 12: two in one second
+    executor.create_lepton_job("task")
+    with pytest.raises(ClientError, match="409"):  # 13: a rerun
+        executor.create_lepton_job("task")
+    lepton.monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0)
+    assert [lepton.launch("--detach").code for _ in range(2)] == [0, 0]
+
+
+def test_14_a_name_that_ends_in_a_dash(lepton, tmp_path):
+    from leptonai.api.v1.api_resource import ClientError
+
+    name = "a" * 33 + "-" + "b" * 5
+    executor = lepton_executor()
+    executor.job_dir, executor.move_data = str(tmp_path), lambda: None
+    with pytest.raises(ClientError, match='invalid job name "a*-"'):
+        executor.launch(name, ["true"])
+    stage = "b" * 21 + "-" + "c" * 9  # cut at 36, with our run id behind it, this one ends in a dash, too
+    lepton.recipe("print('hello')", "nano3/" + stage)
+    assert lepton.launch("--detach", stage=stage).code == 0 and "-" + "b" * 21 + "-" in lepton.job.name
+
+
+def test_15_a_mount_without_from(lepton, tmp_path):
+    executor = lepton_executor(mounts=[{"path": "/", "mount_path": "/shared"}])
+    executor.job_dir, executor.lepton_job_dir = str(tmp_path / "home"), "/shared/data"
+    (tmp_path / "home").mkdir()
+    executor._validate_mounts()  # finds nothing
+    with pytest.raises(ValueError, match="from"):
+        executor.launch("job", ["true"])
+    assert lepton.server.requests  # by then it had begun
+    before = len(lepton.server.requests)
+    lepton.profile(mounts=[{"path": "/", "mount_path": "/shared"}])
+    assert lepton.launch().code == 2 and len(lepton.server.requests) == before
+
+
+def test_16_logs_of_a_job_that_has_ended(lepton, naps):
+    from nemo_run.core.execution import lepton as library
+
+    result = lepton.launch()
+
+    class Enough(Exception):
+        """Waited long enough."""
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if len(naps) > 30:
+            raise Enough
+
+    lepton.monkeypatch.setattr(library.time, "sleep", sleep)
+    with pytest.raises(Enough):
+        library.LeptonExecutor.logs("x___y___" + lepton.job.name, None)
+    assert lepton.job.state == "Completed"
+    begin = time.monotonic()
+    assert "hello from 0\n" in lepton.main("logs", result.run).out and time.monotonic() - begin < 2
+
+
+# ---------------------------------------------------------------- both
+
+
+def test_21_lists_of_jobs_without_a_lock(here):
+    """Four writers, each of which has read before any has written: one job is left. That all four of ours stay, from
+    four processes, is shown in test_clouds.py."""
+    import nemo_run.run.torchx_backend.schedulers.dgxcloud as dgx
+    import nemo_run.run.torchx_backend.schedulers.lepton as lep
+
+    module, executor = (lep, lepton_executor()) if here.kind == "lepton" else (dgx, dgx_executor(here))
+    name = "LEPTON_JOB_DIRS" if here.kind == "lepton" else "DGX_JOB_DIRS"
+    here.monkeypatch.setattr(module, name, str(here.place / "jobs.json"))
+    executor.env_vars["TOKEN"] = "secret-4711"
+    barrier, load = threading.Barrier(4), json.load
+
+    def together(file):
+        try:
+            return load(file)
+        finally:
+            barrier.wait(10)
+
+    here.monkeypatch.setattr(module, "json", types.SimpleNamespace(load=together, dump=json.dump))
+    writers = [threading.Thread(target=module._save_job_dir, args=("app%d" % number, "Running", executor))
+               for number in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    left = json.loads((here.place / "jobs.json").read_text())
+    assert len(left) == 1
+    from cloud import seen_in
+
+    assert seen_in([here.place], ["secret-4711"])  # values of the environment, too
+
+
+def test_22_a_status_that_cannot_be_read(here):
+    import nemo_run as run
+
+    begun = here.up()
+    title = here.job.name
+    secret = "LEPTON_WORKSPACE_TOKEN" if here.kind == "lepton" else "RUNAI_CLIENT_SECRET"
+    here.monkeypatch.setenv(secret, "wrong")
+    said = run.Experiment.from_title(title).status(return_dict=True)
+    assert said[title]["status"].name == "SUBMITTED"
+    result = here.main("status", begun)
+    assert result.code == 4 and "answered 401" in result.err
+
+
+# ---------------------------------------------------------------- nemo-run's records
+
+READ = """
+import json, sys
+import nemo_run as run
+title = sys.argv[1]
+seen = []
+for found in (run.Experiment.from_title(title), run.Experiment.from_id(run.Experiment.catalog(title)[0])):
+    job = found.status(return_dict=True)[title]
+    seen.append((job["status"].name, job["handle"]))
+if sys.argv[2] == "cancel":
+    found.cancel(title)
+if sys.argv[2] == "logs":
+    found.logs(title)
+print("SEEN", json.dumps(seen))
+"""
+
+
+def fresh(here, *words):
+    done = subprocess.run([sys.executable, "-c", READ, *words], cwd=layout.REPO, capture_output=True, text=True, timeout=60)
+    assert "SEEN " in done.stdout, done.stderr
+    return json.loads(done.stdout.rpartition("SEEN ")[2]), done.stdout + done.stderr
+
+
+def test_a_fresh_process_knows_the_job(here):
+    """By its title and by its id: its state, its handle; and it can end it."""
+    run = here.up()
+    title = here.job.name
+    identity = here.job.name if here.kind == "lepton" else here.job.id
+    seen, _ = fresh(here, title, "cancel")
+    assert [state for state, _ in seen] == ["RUNNING", "RUNNING"] and all(identity in handle for _, handle in seen)
+    wait_for(lambda: here.job.state == "Stopped")
+    assert "cancelled" in here.main("status", run).out
+
+
+def test_a_fresh_process_prints_the_log(here):
+    assert here.launch().code == 0
+    seen, said = fresh(here, here.job.name, "logs")
+    assert [state for state, _ in seen] == ["SUCCEEDED", "SUCCEEDED"] and "hello from 0" in said
+
+
+def test_states_for_nemo_run(here):
+    """nemo-run leaves Queueing and others unknown, and calls Unknown a failure."""
+    import nemo_run as run
+
+    here.server.queue_seconds = 60
+    assert here.launch("--detach").code == 0
+    status = run.Experiment.from_title(here.job.name).status(return_dict=True)[here.job.name]["status"]
+    assert status.name == "PENDING"
+
+
+def test_a_refused_job_leaves_no_record(here):
+    import nemo_run as run
+
+    here.server.fault("status", status=400, method="POST", path="/(jobs|trainings)$")
+    here.monkeypatch.setattr(backends, "new_run_id", lambda: "refuse")
+    assert here.launch().code == 4
+    assert run.Experiment.catalog("nano3-sft-refuse") == [] and backends.all_runs() == []
+    assert KEEPS_ON and clouds
