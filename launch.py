@@ -22,9 +22,11 @@ if sys.version_info < (3, 11):
     sys.exit(2)
 
 import argparse  # noqa: E402
+import difflib  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
+import threading  # noqa: E402
 import time  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -33,6 +35,7 @@ import pod  # noqa: E402
 import profiles  # noqa: E402
 import recipes  # noqa: E402
 import transport  # noqa: E402
+from backends import closure  # noqa: E402
 from transport import Refusal  # noqa: E402
 
 USAGE = """\
@@ -50,8 +53,22 @@ payload does not fit, 4 the platform refused, 5 the platform could not be reache
 """
 
 
+FLAGS = ("--dry-run", "--json", "--detach", "--all-ranks", "--debug")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
+        unknown = re.match(r"unrecognized arguments: ([^ =]+)", message)
+        number = re.match(r"argument --nodes: invalid int value: (.*)", message)
+        lacks = re.match(r"argument (?:-c/)?(--[a-z-]+): expected one argument", message)
+        if unknown:
+            close = difflib.get_close_matches(unknown.group(1), list(FLAGS) + ["--config", "--nodes", "--repo-root"], 1)
+            raise Refusal("there is no option %s" % unknown.group(1), "did you mean %s?" % close[0] if close else
+                          "overrides are KEY=VALUE, without dashes; --help shows the options")
+        if number:
+            raise Refusal("--nodes is %s" % number.group(1), "it must be a whole number, 1 or more")
+        if lacks:
+            raise Refusal("%s stands without a value" % lacks.group(1), "write it behind, like: --nodes 2, -c default")
         raise Refusal(message, "see python launch.py --help")
 
     def format_help(self):
@@ -67,7 +84,7 @@ def parse(argv):
     parser.add_argument("-c", "--config")
     parser.add_argument("--nodes", type=int)
     parser.add_argument("--repo-root", type=Path)
-    for flag in ("--dry-run", "--json", "--detach", "--all-ranks", "--debug"):
+    for flag in FLAGS:
         parser.add_argument(flag, action="store_true")
     options = parser.parse_intermixed_args(words)
     if not options.words:
@@ -133,6 +150,41 @@ def one_line(text):
 # ---------------------------------------------------------------- launch
 
 
+class Ahead(object):
+    """Collects and packs the tree that the profile asks for while the config is compiled, which takes as long: lzma
+    lets Python work beside it. What the config then changes (the script, what to leave out) is done again."""
+
+    def __init__(self, root, recipe, profile):
+        self.root, self.wanted, self.found = root, self.wishes(recipe, profile.keys | profile.stage, ""), None
+        self.executor = profile.executor
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    @staticmethod
+    def wishes(recipe, settings, text):
+        return (recipe.script, tuple(settings.get("exclude", ())), settings.get("scope", "family"),
+                settings.get("compression", ""), [path for path in recipes.named_sources(text)
+                                                  if transport.family_of(path) != transport.family_of(recipe.script)])
+
+    def run(self):
+        script, exclude, scope, compression, _ = self.wanted
+        if scope == "family":
+            try:
+                tree = transport.collect(self.root, script, exclude)
+                self.found = tree, transport.packed(tree, transport.method_for(self.executor, compression))
+            except Exception:  # take() meets it again, and tells
+                pass
+
+    def take(self, recipe, settings, config):
+        """(tree, the same packed or None), as recipe and settings are now."""
+        wanted = script, exclude, scope, _, also = self.wishes(recipe, settings, config.text)
+        if self.found and wanted == self.wanted:
+            return self.found
+        if scope == "family":
+            return transport.collect(self.root, script, exclude, tuple(also)), None
+        return closure.collect(self.root, script, exclude, (recipe.config_dir, config.path), config.text), None
+
+
 class Launch(object):
     """One launch, resolved: profile, recipe, config, job, tree and plan. Nothing has been asked of a platform."""
 
@@ -143,18 +195,24 @@ class Launch(object):
             self.profile.require_set()
         root = options.repo_root or self.profile.keys.get("repo_root") or HERE
         self.root = Path(root).resolve()
-        self.recipe = recipes.find(self.root, family + "/" + stage)
-        notes = []  # type: list[str]
-        self.config = recipes.compile_config(
-            self.recipe, options.config, overrides,
-            lambda yaml, forced: backends.settle(self.recipe, self.profile, options.nodes, yaml, forced, notes),
-            profiles.shared("wandb"), profiles.shared("artifacts"))
-        self.job = self.make_job(options.args, notes)
+        recipe = recipes.find(self.root, family + "/" + stage)
+        ahead = Ahead(self.root, recipe, self.profile)
+        try:
+            notes = list(self.profile.notes)
+            self.config = recipes.compile_config(
+                recipe, options.config, overrides,
+                lambda recipe, yaml, forced: backends.settle(recipe, self.profile, options.nodes, yaml, forced, notes),
+                profiles.shared("wandb", dry), profiles.shared("artifacts", dry))
+            self.recipe = self.config.recipe
+            self.job = self.make_job(options.args, notes)
+            transport.pod_program()  # is made here, beside the packing, and kept
+        finally:
+            ahead.thread.join()  # a local launch forks: no thread may hold a lock then
         settings = self.job.settings
-        self.tree = transport.collect(self.root, self.job.description["script"], tuple(settings.get("exclude", ())))
+        self.tree, ready = ahead.take(self.recipe, settings, self.config)
         self.plan = transport.plan_for(
             self.profile.executor, self.tree, self.job.description, compression=settings.get("compression", ""),
-            chunk_bytes=settings.get("chunk_bytes", 0), env=backends.secret_values(self.job, dry),
+            chunk_bytes=settings.get("chunk_bytes", 0), env=backends.secret_values(self.job, dry), ready=ready,
             limits=transport.limits_for(self.profile.executor, self.job.description,
                                         settings.get("dgxcloud_max_args_chars", 0)))
 
@@ -165,7 +223,7 @@ class Launch(object):
         if root is None:
             notes.append("no workspace is set: what the job writes stays in the pod and goes with it")
         command, tool, said = recipes.command(recipe, settings, args, backends.is_cloud(profile.executor))
-        secrets, about = backends.check_secrets(settings.get("secrets", {}), profile.executor)
+        secrets, about = backends.check_secrets(settings.get("secrets", {}), profile.executor, settings["env_vars"])
         repositories, cloned = backends.clones(settings, profile.executor)
         run = backends.new_run_id()
         description = {
@@ -316,17 +374,18 @@ def as_json(plan):
                    "image": job.image},
         "profile": {"name": plan.profile.name, "executor": plan.profile.executor, "files": list(plan.profile.files)},
         "config": {"path": str(plan.config.path), "sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text),
-                   "text": plan.config.text},
+                   "text": hide(plan.config.text)},
         "payload": {"files": payload.files, "tar_bytes": len(payload.tar),
                     "encoded_chars": -(-len(payload.tar) // 3) * 4,
                     "sha256": payload.digest, "compression": payload.compression, "chunks": payload.chunks,
                     "chunk_limit": payload.chunk_limit or None, "env_bytes": env_bytes, "env_limit": env_limit,
                     "object_bytes": object_bytes or None, "object_limit": object_limit or None, "fits": payload.fits},
-        "env": shown_env(plan), "argv": payload.argv, "command": job.description["command"], "notes": plan.notes(),
+        "env": shown_env(plan), "argv": payload.argv, "command": hide(job.description["command"]),
+        "notes": plan.notes(),
     }
 
 
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 
 
 def shown_env(plan):
@@ -338,7 +397,20 @@ def shown_env(plan):
             env[name] = "<%d characters>" % len(value)
         elif SECRET_NAME.search(name) and not value.startswith("<unset "):
             env[name] = "***"
+        else:
+            env[name] = hide(value)
     return env
+
+
+def hide(text):
+    """`text` without the value of any variable that is set here and named like a secret: a profile may have read it
+    with ${env:NAME} into a variable of another name, or into a command."""
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+        elif SECRET_NAME.search(name) and len(value) >= 4 and text == value:
+            text = "***"
+    return text
 
 
 def show(plan):
@@ -347,7 +419,7 @@ def show(plan):
     print("%s on %s (%s): %s, %s" % (job.name, plan.profile.name, job.executor, shape(job), job.description["launch"]))
     rows = [
         ("script", job.description["script"]), ("config", str(plan.config.path)), ("image", job.image),
-        ("command", job.description["command"]), ("outputs", job.description["run_root"]),
+        ("command", hide(job.description["command"])), ("outputs", job.description["run_root"]),
         ("ships", "%d files, %s as %s, %d chunks, sha256 %s" % (
             payload.files, transport.human(len(payload.tar)), payload.compression, payload.chunks,
             payload.digest[:16])),
@@ -443,14 +515,18 @@ def find_run(options):
 
 def status(options):
     """One run, or all: a run whose state cannot be read is an error, but does not hide the others."""
-    rows, worst = [], 0
+    rows, worst, silent = [], 0, {}  # silent: profile -> why its platform cannot be reached, waited for once
     for run in [find_run(options)] if options.words else backends.all_runs():
         try:
+            if run.profile in silent and not run.ended:
+                raise silent[run.profile]
             state = backends.status(run)
         except Refusal as refusal:
             if options.words:
                 raise
             state, worst = backends.Status("unknown", one_line(refusal.what)), max(worst, refusal.code)
+            if refusal.code == 5:
+                silent[run.profile] = refusal
         rows.append(dict(run=run.run, recipe=run.recipe, profile=run.profile, nodes=run.nodes, state=state.state,
                          detail=state.detail, age_s=int(time.time() - run.started), job_exit_code=state.exit_code))
     if options.json:

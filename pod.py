@@ -468,7 +468,7 @@ class Shared:
             pass  # a sweeper that was killed went as far, if what is left is what it would have left
         except OSError:
             return  # in use, or nothing of ours
-        if set(self.listed("trees", name)) <= {"code", "told"}:
+        if set() < set(self.listed("trees", name)) <= {"code", "told"}:
             self.discard("trees", name)
 
     def discard(self, folder: str, name: str, ours: bool = False) -> None:
@@ -835,7 +835,7 @@ def main() -> int:
         if sys.version_info < (3, 8):
             raise Failure(PYTHON, "python3 is %d.%d; 3.8 is the oldest that works" % sys.version_info[:2])
         manifest = sys.argv[1] if len(sys.argv) > 1 else ""  # on Slurm: the tree has come by itself, and lies beside it
-        job = read_manifest(manifest) if manifest else {"nodes": nodes_sent(env)}
+        job: dict = read_manifest(manifest) if manifest else {"nodes": nodes_sent(env)}
         rank = find_rank(env, socket.gethostname(), job["nodes"])
         rank_text = str(rank)
         if manifest:

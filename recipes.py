@@ -13,7 +13,7 @@ import shlex
 import string
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +61,16 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 WORDS = {str: "a string", int: "a whole number", dict: "a table"}
 
 
-def scan(root: Path) -> tuple[dict[str, Recipe], list[Refusal]]:
-    """All recipes under root by name, and what is wrong with headers that cannot be used."""
+def scan(root: Path, word: bytes = b"") -> tuple[dict[str, Recipe], list[Refusal]]:
+    """All recipes under root by name, and what is wrong with headers that cannot be used; with a word, only of scripts
+    that hold it."""
     by_name: dict[str, list[Recipe]] = {}
     found: dict[str, Recipe] = {}
     problems: list[Refusal] = []
     for collection in COLLECTIONS:
         for path in sorted(root.glob("src/*/%s/**/*.py" % collection)):
             try:
-                recipe = read_header(root, path)
+                recipe = read_header(root, path, word)
                 if recipe:
                     by_name.setdefault(recipe.name, []).append(recipe)
             except Refusal as problem:
@@ -84,7 +85,9 @@ def scan(root: Path) -> tuple[dict[str, Recipe], list[Refusal]]:
 
 def find(root: Path, name: str) -> Recipe:
     """The recipe of that name. Raises Refusal that names the nearest ones, or a header that may have hidden it."""
-    found, problems = scan(root)
+    found, problems = scan(root, name.encode())  # the others need not be read as TOML
+    if name not in found:
+        found, problems = scan(root)
     if name in found:
         return found[name]
     for problem in problems:
@@ -117,8 +120,9 @@ def _choose(candidates: list[Recipe]) -> Recipe:
     return others[0]
 
 
-def read_header(root: Path, path: Path) -> Recipe | None:
-    """The Recipe of one script; None if it has no runspec header. Raises Refusal that names file and line."""
+def read_header(root: Path, path: Path, word: bytes = b"") -> Recipe | None:
+    """The Recipe of one script; None if it has no runspec header, or not that word. Raises Refusal that names file and
+    line."""
     script = path.relative_to(root).as_posix()
     try:
         data = path.read_bytes()
@@ -126,7 +130,7 @@ def read_header(root: Path, path: Path) -> Recipe | None:
         return None
     except OSError as error:
         raise Refusal("%s cannot be read: %s" % (script, error.strerror), "make it readable, or remove it") from None
-    if b"[tool.runspec" not in data:
+    if b"[tool.runspec" not in data or word not in data:
         return None
     match = HEADER.search(data)
     if match is None:
@@ -210,12 +214,14 @@ def variable(name: Any, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Config:
-    """A compiled config: the YAML's path, the text that the script reads, its run section, and things to say."""
+    """A compiled config: the YAML's path, the text that the script reads, its run section, things to say, and the
+    recipe, with the script that run.train_script names in the place of its own."""
 
     path: Path
     text: str
     run: dict[str, Any]
     notes: tuple[str, ...]
+    recipe: Recipe
 
 
 def config_file(recipe: Recipe, name: str | None) -> Path:
@@ -238,8 +244,9 @@ def config_file(recipe: Recipe, name: str | None) -> Path:
 
 def compile_config(recipe: Recipe, name: str | None, overrides: list[str], settings: Any,
                    wandb: dict[str, Any] | None = None, artifacts: dict[str, Any] | None = None) -> Config:
-    """Read, merge and override the YAML. `settings(env, forced)` merges the profile over its run.env and gives the
-    result; `forced` is what KEY=VALUE says of run.env. `wandb` replaces run.wandb, `artifacts` goes below the YAML's.
+    """Read, merge and override the YAML. `settings(recipe, env, forced)` merges the profile over its run.env and gives
+    the result; `forced` is what KEY=VALUE says of run.env. `wandb` replaces run.wandb, `artifacts` goes below those of
+    the YAML.
 
     Raises Refusal for a file that is not YAML, a cycle in `defaults:`, or an override that does not parse.
     """
@@ -250,9 +257,10 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
     run = _table(plain.pop("run", None), "run", path)
     forced = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(overrides)).get("run") or {}
     yaml_env = _table(run.get("env"), "run.env", path)
-    env = settings(yaml_env, forced.get("env") or {})
+    recipe = with_script(recipe, run.get("train_script"), path)
+    env = settings(recipe, yaml_env, forced.get("env") or {})
     if wandb:
-        run = run | {"wandb": wandb | (forced.get("wandb") or {})}
+        run = run | {"wandb": wandb | _table(forced.get("wandb"), "run.wandb", path)}
     if artifacts:
         plain["artifacts"] = artifacts | _table(plain.get("artifacts"), "artifacts", path)
     run = run | {"env": env, "recipe": {"name": recipe.name, "script": recipe.script}}
@@ -262,7 +270,28 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
     text = dump(plain | {"run": kept} if kept else plain)
     missing = sorted(set(re.findall(r"\$\{(run\.[^}:]+)\}", text)))
     notes = ["the config still holds ${%s}, which nothing sets here" % reference for reference in missing]
-    return Config(path, text, run, tuple(notes))
+    notes += ["run.%s is not read; write run.env.%s" % (key, key) for key in ENV_KEYS if key in run]
+    return Config(path, text, run, tuple(notes), recipe)
+
+
+ENV_KEYS = ("container_image", "container", "nodes", "gpus_per_node", "nproc_per_node", "ntasks_per_node", "mounts",
+            "env_vars", "startup_commands", "run_command", "workdir")  # of run.env; some write them a level too high
+
+
+def with_script(recipe: Recipe, script: Any, path: Path) -> Recipe:
+    """The recipe with another script: that one's header says how it is launched, and its name and configs stay. Raises
+    Refusal for a script that is not in the tree."""
+    if script is None:
+        return recipe
+    place = posixpath.normpath(str(script).replace("${oc.env:PWD}/", "").removeprefix(str(recipe.root) + "/"))
+    if not isinstance(script, str) or not place.startswith("src/") or not (recipe.root / place).is_file():
+        raise Refusal("%s: run.train_script is %r, which is not there" % (path, script),
+                      "name a script below %s/src, like %s" % (recipe.root, recipe.script))
+    other = read_header(recipe.root, recipe.root / place)
+    if other is None:
+        return replace(recipe, script=place)
+    return replace(other, name=recipe.name, image=other.image or recipe.image, config_dir=recipe.config_dir,
+                   config_default=recipe.config_default)
 
 
 def _table(value: Any, name: str, path: Path) -> dict[str, Any]:
@@ -332,6 +361,11 @@ def is_artifact(value: Any) -> bool:
         return False
     name, colon, version = value.rpartition(":")
     return "Artifact" in value or bool(colon and "." not in name and re.match(r"v|latest$|\d+$", version))
+
+
+def named_sources(text: str) -> tuple[str, ...]:
+    """The paths below src that a compiled config names."""
+    return tuple(sorted(set(re.findall(r"/nemo_run/code/(src(?:/(?!\.\.)[\w.-]+)+)", text))))
 
 
 def _map_strings(value: Any, change: Any) -> Any:
@@ -406,7 +440,7 @@ SCRIPT_AT, CONFIG_AT = '"$AIRLIFT_CODE"/', '"$AIRLIFT_CONFIG"'
 
 def command(recipe: Recipe, settings: dict[str, Any], args: list[str], cloud: bool) -> tuple[str, str, list[str]]:
     """(what bash runs in the pod, the tool it starts with, things to say): run_command, else cmd, else by mode."""
-    script = SCRIPT_AT + shlex.quote(settings.get("train_script") or recipe.script)
+    script = SCRIPT_AT + shlex.quote(recipe.script)
     notes: list[str] = []
     template = settings.get("run_command") or recipe.cmd
     if template:

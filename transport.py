@@ -25,6 +25,7 @@ Edge cases, all of them tested against the real kernel:
 import ast
 import base64
 import fnmatch
+import functools
 import gzip
 import hashlib
 import io
@@ -131,11 +132,13 @@ def family_of(script: str) -> tuple[str, str] | None:
     return (parts[2], parts[3]) if len(parts) > 4 and parts[0] == "src" and parts[2] in COLLECTIONS else None
 
 
-def collect(root: Path, script: str, exclude: tuple[str, ...] = ()) -> Tree:
+def collect(root: Path, script: str, exclude: tuple[str, ...] = (), also: tuple[str, ...] = (), whole: bool = False
+            ) -> Tree:
     """The files under root/src that the script (relative to root, posix) may need: every package, but of recipes/ and
     steps/ only the one that the script lies in, and of that only its family, the plain files, and the folders whose
     names begin with `_`. Where another folder is divided by recipe families too (cli/commands/nano3, …/super3), only
-    the script's family ships from it as well.
+    the script's family ships from it as well. `also` are files and folders that ship whatever their family; `whole` is
+    all families.
 
     Raises Refusal for a link that leaves what ships, a name that is not UTF-8, a device or socket, or a file that
     changes meanwhile.
@@ -143,9 +146,11 @@ def collect(root: Path, script: str, exclude: tuple[str, ...] = ()) -> Tree:
     if not (root / "src").is_dir():
         raise Refusal("%s has no src folder, so there is nothing to ship" % root,
                       "name the source tree with --repo-root")
-    walk = _Walk(os.path.realpath(root / "src"), family_of(script), exclude + _ignore_file(root))
+    walk = _Walk(os.path.realpath(root / "src"), None if whole else family_of(script), exclude + _ignore_file(root))
     try:
         walk.all()
+        for path in also:
+            walk.one(path)
     except OSError as error:
         raise Refusal("%s cannot be read: %s" % (error.filename, error.strerror),
                       "make it readable, or name it in exclude") from None
@@ -190,6 +195,19 @@ class _Walk:
             with os.scandir(real) as items:
                 for item in sorted(items, key=lambda item: item.name):
                     self._item(path + "/" + _utf8(item.name, path), item)
+
+    def one(self, path: str) -> None:
+        """A path of another family that ships all the same, if it is there."""
+        left = [folder for folder, reason in self.left_out if reason == "another family" and
+                (path + "/").startswith(folder + "/")]
+        if left and os.path.isdir(os.path.dirname(self.top + path[3:])):
+            self.family = ""
+            with os.scandir(os.path.dirname(self.top + path[3:])) as items:
+                for item in items:
+                    if item.name == path.rpartition("/")[2]:
+                        self.left_out = [(name, reason) for name, reason in self.left_out if name != path]
+                        self._item(path, item)
+            self.all()
 
     def _item(self, path: str, item: "os.DirEntry[str]") -> None:
         reason = self._reason(path, item)
@@ -334,9 +352,9 @@ def pack(tree: Tree) -> bytes:
     return buffer.getvalue()
 
 
-# For text: four literal context bits and longer matches; against preset 9e 0.3 % smaller and a third faster (measured
-# on a Nemotron checkout). Beyond preset 6 only the dictionary grows, past any payload.
-XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 4, "lp": 0, "pb": 0, "nice_len": 128}]
+# For text: four literal context bits. On a Nemotron checkout within 1 % of the smallest, in three quarters of its time
+# (measured). Beyond preset 6 only the dictionary grows, past any payload.
+XZ_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 4, "lp": 0, "pb": 0, "nice_len": 40}]
 
 
 def compress(data: bytes, method: str) -> bytes:
@@ -348,6 +366,7 @@ def compress(data: bytes, method: str) -> bytes:
     raise Refusal("compression %r is not known" % method, 'set compression to "xz" or "gz"')
 
 
+@functools.cache
 def pod_program() -> bytes:
     """pod.py's source without comments and docstrings; its lines keep their numbers, so that tracebacks fit."""
     return _bare(Path(__file__).with_name("pod.py").read_text(encoding="utf-8")).encode()
@@ -449,37 +468,55 @@ class Plan:
                     fix.get(name, "leave files out with exclude or .airliftignore; the biggest are " + files), 3)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A tree as it travels: the digest of its tar, and the tar compressed."""
+
+    digest: str
+    method: str
+    data: bytes = field(repr=False)
+
+
+def method_for(executor: str, compression: str = "") -> str:
+    """How a tree is compressed for an executor. Raises Refusal for an executor that is not known."""
+    if executor not in LIMITS:
+        raise Refusal("executor %r is not known" % executor, "use one of " + ", ".join(sorted(LIMITS)))
+    return compression or ("xz" if LIMITS[executor].chunk else "gz")
+
+
+def packed(tree: Tree, method: str) -> Packed:
+    """Raises Refusal for an unknown method."""
+    tar = pack(tree)
+    return Packed(hashlib.sha256(tar).hexdigest(), method, compress(tar, method))
+
+
 def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str = "", chunk_bytes: int = 0,
-             env: dict[str, str] | None = None, limits: Limits | None = None) -> Plan:
+             env: dict[str, str] | None = None, limits: Limits | None = None, ready: Packed | None = None) -> Plan:
     """The Plan that carries `tree` and the description `job` (JSON-able; see pod.py for its keys) on `executor`.
 
     `env` is what must be visible to the platform besides (numbers, a rank, secrets sent by value). `compression` and
-    `chunk_bytes` (characters of base64) replace the executor's own. A plan that does not fit is returned all the same:
-    ask `fits`, or call `require_fit()`. Raises Refusal for an unknown executor or compression, for chunks too
-    small to count, and for text that no environment can hold.
+    `chunk_bytes` (characters of base64) replace the executor's own; `ready` is the tree, if it is packed already. A
+    plan that does not fit is returned all the same: ask `fits`, or call `require_fit()`. Raises Refusal for an unknown
+    executor or compression, for chunks too small to count, and for text that no environment can hold.
     """
-    if executor not in LIMITS:
-        raise Refusal("executor %r is not known" % executor, "use one of " + ", ".join(sorted(LIMITS)))
+    standard = method_for(executor, compression)
     limits = limits or limits_for(executor, job)
-    method = compression or ("xz" if limits.chunk else "gz")
     size = chunk_bytes or limits.chunk
     if limits.chunk and size < MIN_CHUNK:
         raise Refusal("chunk_bytes is %d" % size, "set it to %d or more" % MIN_CHUNK)
-    tar = pack(tree)
-    digest = hashlib.sha256(tar).hexdigest()
-    packed = compress(tar, method)
-    job = job | {"tree": {"sha256": digest, "files": len(tree.entries), "compression": method}}
+    done = ready or packed(tree, standard)
+    job = job | {"tree": {"sha256": done.digest, "files": len(tree.entries), "compression": done.method}}
     whole = dict(env or {}) | {"AIRLIFT_NODES": str(job["nodes"])}
     recipe = _recipe_exec(whole, job)
     chunks: dict[str, str] = {}
     if limits.chunk:
-        chunks = stream("TREE", packed, size)
+        chunks = stream("TREE", done.data, size)
         whole |= chunks | stream("POD", zlib.compress(pod_program(), 9), size)
         whole |= stream("JOB", zlib.compress(json.dumps(job, sort_keys=True).encode(), 9), size)
     argv = list(ARGV) if limits.chunk else ["python3", "pod.py"]
     biggest = sorted(((len(entry.data), entry.path) for entry in tree.entries), reverse=True)[:10]
-    return Plan(executor, whole, argv, digest, method, len(tree.entries), packed, max(0, len(chunks) - 2), size,
-                tuple(_budgets(whole, argv, limits, recipe)), tuple(biggest))
+    return Plan(executor, whole, argv, done.digest, done.method, len(tree.entries), done.data,
+                max(0, len(chunks) - 2), size, tuple(_budgets(whole, argv, limits, recipe)), tuple(biggest))
 
 
 MANIFEST = "airlift.json"

@@ -87,6 +87,7 @@ def require(job: Job, attached: bool) -> None:
 
 YAML_WINS = ("container_image", "nodes", "gpus_per_node", "ntasks_per_node", "nproc_per_node")
 COUNTS = ("nodes", "gpus_per_node", "nproc_per_node")
+PROFILES_OWN = ("executor", "extends", "stages", "repo_root")
 
 
 def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, Any], forced: dict[str, Any],
@@ -96,8 +97,12 @@ def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, 
     unknown = sorted(str(key) for key in yaml if key not in KEYS)
     if unknown:
         notes.append("run.env holds %s, which Airlift does not use" % ", ".join(unknown))
-    usable = {key: value for key, value in yaml.items()
-              if key in KEYS and (not KEYS[key].executors or profile.executor in KEYS[key].executors)}
+    profiles_own = [key for key in PROFILES_OWN if key in yaml]
+    if profiles_own:
+        notes.append("run.env holds %s, which only a profile can set" % ", ".join(profiles_own))
+    mine = {key: value for key, value in yaml.items() if key in KEYS and key not in PROFILES_OWN}
+    usable = {key: value for key, value in mine.items()
+              if not KEYS[key].executors or profile.executor in KEYS[key].executors}
     for key, value in usable.items():
         problem = "" if value is None or KEYS[key].kind == "count" or key == "nodes" else wrong(KEYS[key].kind, value)
         if problem:
@@ -116,7 +121,7 @@ def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, 
                 settings[KEYS[key].alias or key] = value
     settings["env_vars"] = {"%s" % name: _text(value) for layer in ({"env_vars": recipe.env}, *layers)
                             for name, value in (layer.get("env_vars") or {}).items()}
-    foreign = sorted(key for key in forced if key in KEYS and key not in usable)
+    foreign = sorted(key for key in forced if key in mine and key not in usable)
     if foreign:
         notes.append("run.env holds %s, which is not for executor %s" % (", ".join(foreign), profile.executor))
     if "mounts" not in profile.stage and "mounts" not in forced:
@@ -248,8 +253,9 @@ def environment(settings: dict[str, Any], run: dict[str, Any], name: str, execut
         names = {"entity": "WANDB_ENTITY", "project": "WANDB_PROJECT", "name": "WANDB_NAME", "run_name": "WANDB_NAME",
                  "group": "WANDB_GROUP", "job_type": "WANDB_JOB_TYPE"}
         env |= {names[key]: str(value) for key, value in wandb.items() if key in names and value}
-        if wandb.get("tags"):
-            env["WANDB_TAGS"] = ",".join(map(str, wandb["tags"]))
+        tags = wandb.get("tags")
+        if tags:
+            env["WANDB_TAGS"] = ",".join(map(str, tags)) if isinstance(tags, list) else str(tags)
         if wandb.get("project"):
             env = {"WANDB_ENABLED": "true", "WANDB_JOB_TYPE": name, "WANDB_NAME": name.replace("/", "-")} | env
     return env | settings["env_vars"]
@@ -260,17 +266,20 @@ REFERENCES = {"lepton": (r"env|lepton:[\w.-]+", ', or "lepton:name" for a secret
               "dgxcloud": (r"env|runai:[\w.-]+/[\w.-]+", ', or "runai:credential/key"')}
 
 
-def check_secrets(wanted: dict[str, Any], executor: str) -> tuple[dict[str, str], list[str]]:
-    """[secrets] of a profile and what to say about it. Raises Refusal for a reference that this executor lacks."""
+def check_secrets(wanted: dict[str, Any], executor: str, plain: Any = ()) -> tuple[dict[str, str], list[str]]:
+    """[secrets] of a profile and what to say about it; `plain` is the recipe's environment besides. Raises Refusal for a reference that this executor lacks."""
     pattern, example = REFERENCES.get(executor, ("env", ""))
     notes = []
     for name, source in wanted.items():
         if not isinstance(source, str) or not re.fullmatch(pattern, source):
             raise Refusal("secrets.%s is not a reference that %s has" % (name, executor), 'write "env"' + example)
         if source == "env":
-            notes.append("%s is sent by value, in the job's environment" % name)
+            notes.append("%s is sent by value, in %s" % (name, "a private file that goes when the job is over"
+                                                          if executor == "slurm" else "the job's environment"))
     notes += ["%s is set here but not sent; name it under [secrets] to send it" % name
-              for name in TOKENS if os.environ.get(name) and name not in wanted]
+              for name in TOKENS if os.environ.get(name) and name not in wanted and name not in plain]
+    notes += ["%s is sent as a plain variable; under [secrets] it would stay out of files and records" % name
+              for name in TOKENS if name in plain and plain[name] and name not in wanted]
     return dict(wanted), notes
 
 

@@ -11,15 +11,18 @@ From the script on, to the end:
   - files and folders of the tree that are named in text or put together with `/` from a Path
   - what lies beside a module that is reached and is not Python: templates, tables, shell scripts
 
-A module named by a string that is put together at run time from elsewhere cannot be seen; `files` lists what stays here.
+A module whose name is put together at run time from elsewhere cannot be seen; `files` lists what stays here.
 """
 
 import ast
+import itertools
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import transport
 from transport import COLLECTIONS, Entry, Tree, resolve_link
 
 DOTTED = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
@@ -41,12 +44,24 @@ def narrow(tree: Tree, script: str, configs: Iterable[str], texts: Iterable[str]
     return Tree(kept, tuple(sorted([*tree.left_out, *left]))), walk.absent
 
 
+def collect(root: Path, script: str, exclude: tuple[str, ...], configs: Iterable[Path], text: str) -> Tree:
+    """The tree that the script reaches. `configs` are folders and files anywhere, `text` is the compiled config."""
+    inside = [path.resolve().relative_to(root).as_posix() for path in configs if path.resolve().is_relative_to(root)]
+    tree = transport.collect(root, script, exclude)
+    narrowed, absent = narrow(tree, script, inside, [text])
+    elsewhere = [path for path, reason in tree.left_out if reason == "another family"]
+    if any((name + "/").startswith(folder + "/") for name in absent for folder in elsewhere):
+        found, _ = narrow(transport.collect(root, script, exclude, whole=True), script, inside, [text])
+        return Tree(found.entries, narrowed.left_out)
+    return narrowed
+
+
 @dataclass
 class _Closure:
     entries: dict[str, Entry]
     script: str
     reached: set[str] = field(default_factory=set)
-    absent: set[str] = field(default_factory=set)  # dotted names below a package of the tree that are no module of it
+    absent: set[str] = field(default_factory=set)  # paths, without a suffix or with one, that are named and not there
     todo: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -154,7 +169,7 @@ class _Closure:
                 parts.pop()
                 whole = self.module(".".join(parts))
             if ".".join(parts) != name:
-                self.absent.add(name)
+                self.absent.add("src/" + name.replace(".", "/"))
 
     def whole_package(self, name: str) -> None:
         if self.module(name):
@@ -174,6 +189,8 @@ class _Closure:
     def place(self, text: str, folder: str) -> None:
         """Reach a file or folder that a text names, from the tree's root, the text's folder or the script's."""
         text = text.removeprefix("/nemo_run/code")
+        if not re.search(r"\w", posixpath.normpath(text)):  # "." or "../.."
+            return
         for base in ("", folder, posixpath.dirname(self.script)):
             path = posixpath.normpath(posixpath.join(base, text.lstrip("/")))
             found = self.find(path) if path.startswith("src/") else None
@@ -181,12 +198,15 @@ class _Closure:
                 self.run(path) if path.endswith(".py") else self.add(path)
             elif found in self.folders and found is not None and self.small(found, folder):
                 self.add_all(path)
+            elif path.startswith("src/"):
+                self.absent.add(path)
 
     def small(self, folder: str, here: str) -> bool:
         """Whether a folder that is named is meant with all that lies in it: not one that holds who names it, not a
         package's root, not a collection."""
         parts = folder.split("/")
-        return len(parts) > 2 and not (len(parts) == 3 and parts[2] in COLLECTIONS) and not (here + "/").startswith(folder + "/")
+        above = (here + "/").startswith(folder + "/")
+        return len(parts) > 2 and not (len(parts) == 3 and parts[2] in COLLECTIONS) and not above
 
     def read_module(self, path: str, data: bytes) -> None:
         try:
@@ -212,13 +232,14 @@ class _Closure:
                 self.joined(_parts(node), folder)
             elif isinstance(node, (ast.List, ast.Tuple)):
                 words = [item.value if isinstance(item, ast.Constant) else None for item in node.elts]
-                for flag, word in zip(words, words[1:], strict=False):
+                for flag, word in itertools.pairwise(words):
                     if flag == "-m" and isinstance(word, str):
                         self.module(word)
                         self.module(word + ".__main__")
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
                 self.read_text(node.value, folder)
-                if loose and re.fullmatch(r"\.*[A-Za-z_][\w.]*", node.value):
+                if loose and re.fullmatch(r"\.+[A-Za-z_][\w.]*|[A-Za-z_]\w*" if path.endswith("/__init__.py") else
+                                          r"\.+[A-Za-z_][\w.]*", node.value):
                     self.relative(node.value, package)
 
     def import_from(self, node: ast.ImportFrom, package: str) -> None:
@@ -241,7 +262,7 @@ class _Closure:
                 self.module(base + "." + word)
 
     def relative(self, name: str, package: str) -> None:
-        """A name that some import_module of this file may get: `.writers`, or a plain `writers` of its own package."""
+        """A name that some import_module of this file may get: `.writers`, or in an __init__ a plain `writers`."""
         dots = len(name) - len(name.lstrip("."))
         parts = package.split(".")
         base = parts[: len(parts) - max(dots, 1) + 1]
@@ -258,9 +279,9 @@ class _Closure:
             if begun and begun.endswith("."):
                 self.whole_package(begun.rstrip("."))
         if len(node.args) > 1 and _called(node) != "import_module":
-            package_name, name = (item.value if isinstance(item, ast.Constant) else None for item in node.args[:2])
-            if isinstance(package_name, str) and isinstance(name, str):
-                self.place("src/%s/%s" % (package_name.replace(".", "/"), name), "src")
+            words = [item.value if isinstance(item, ast.Constant) else None for item in node.args[:2]]
+            if isinstance(words[0], str) and isinstance(words[1], str):
+                self.place("src/%s/%s" % (words[0].replace(".", "/"), words[1]), "src")
 
     def joined(self, parts: list[str], folder: str) -> None:
         """Path(__file__).parent / "templates" / "x.j2": from any folder above the one of the module."""
@@ -285,7 +306,7 @@ def _called(node: ast.AST) -> str:
     """The last name of what is called: import_module of importlib.import_module(...)."""
     if not isinstance(node, ast.Call):
         return ""
-    return node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id if isinstance(node.func, ast.Name) else ""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
 def _literal(node: ast.AST) -> bool:

@@ -26,7 +26,7 @@ from transport import Refusal
 
 CONNECT_S, READ_S, LOG_READ_S = 5.0, 30.0, 300.0  # seconds; a log may be silent for a while
 RETRIES, READ_RETRIES, BACKOFF_S, LONGEST_WAIT_S = 4, 2, 0.5, 10.0  # waits of 0, 1, 2 and 4 s, or what Retry-After says
-POLL_S = 2.0  # seconds between two questions for the state
+POLL_S, SLOWER_AFTER_S = 2.0, 120.0  # between two questions for the state; five times that for a job that takes long
 PATIENCE_S = 600.0  # how long the platform of a job that is followed may be out of reach
 OTHERS_S = 30.0  # for reading the logs of all ranks after a failure
 
@@ -199,7 +199,7 @@ class Follower:
         return Status("failed", "; ".join(filter(None, (status.detail, quiet, self._trouble()))))
 
     def _watch(self) -> Status:
-        last, warned = "", False
+        last, warned, begun = "", False, time.monotonic()
         while True:
             try:
                 status = self.ask()
@@ -221,7 +221,7 @@ class Follower:
                     self._check_image()
                 if status.state in FINAL:
                     return status
-            time.sleep(POLL_S)
+            time.sleep(POLL_S if time.monotonic() - begun < SLOWER_AFTER_S else 5 * POLL_S)  # an answer holds all chunks
 
     def _check_image(self) -> None:
         trouble = self._trouble()

@@ -68,6 +68,8 @@ def create(client: Client, run: Run, body: dict[str, Any], hide: tuple[str, ...]
     name = body["name"]
     try:
         made = client.call("POST", "/workloads/" + run.record["kind"], "create workload " + name, body, name, hide)
+        if not made.get("workloadId"):
+            raise Refusal("run:AI gave no id of workload " + name, "look for it in the console", 5)
         run.record["id"] = str(made["workloadId"])
     except Refusal as refusal:
         try:
@@ -206,7 +208,6 @@ class Client:
                 break
         raise Refusal("run:AI has no project %r that this client may see" % name,
                       "it sees %s; set project_name in the profile" % (", ".join(known) or "none"), 4)
-
 
     def find(self, name: str) -> str | None:
         """The id of a workload, by its name; None if there is none."""

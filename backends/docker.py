@@ -148,7 +148,8 @@ def asked(call: Any) -> Any:
                       "mend what it names in the profile", 4) from None
     except (DockerException, requests.RequestException) as error:
         if "Permission denied" in str(error):
-            raise Refusal("Docker at %s does not let this user in" % where, "join its group, or set DOCKER_HOST", 4) from None
+            raise Refusal("Docker at %s does not let this user in" % where, "join its group, or set DOCKER_HOST",
+                          4) from None
         raise Refusal("Docker cannot be reached at %s" % where, "start it, or set DOCKER_HOST", 5) from None
 
 

@@ -20,8 +20,8 @@ from transport import Refusal
 
 CONNECT_S, ANSWER_S = 10, 60.0  # seconds for a connection, and for a command
 MARK = b"airlift: here begins the answer\n"  # what a login script prints before it is not ours
-REFUSED = re.compile(r"Permission denied|Host key verification failed|IDENTIFICATION HAS CHANGED|host key|"
-                     r"Too many authentication failures|invalid format|bad permissions|UNPROTECTED PRIVATE KEY", re.IGNORECASE)
+REFUSED = re.compile(r"permission denied|host key|identification has changed|too many authentication failures|"
+                     r"invalid format|bad permissions|unprotected private key", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Host:
     identity: str | None = None
 
     def __str__(self) -> str:
-        return "%s@%s%s" % (self.user, self.name, ":%d" % self.port if self.port else "") if self.name else "this machine"
+        port = ":%d" % self.port if self.port else ""
+        return "%s@%s%s" % (self.user, self.name, port) if self.name else "this machine"
 
     def command(self) -> list[str]:
         """What runs a shell there."""
@@ -57,7 +58,8 @@ class Host:
         try:
             done = subprocess.run(self.command(), input=text.encode(), capture_output=True, timeout=seconds)
         except subprocess.TimeoutExpired:
-            raise Refusal("%s did not answer in %d s" % (self, seconds), "look whether it is well, then try again", 5) from None
+            raise Refusal("%s did not answer in %d s" % (self, seconds), "look whether it is well, then try again",
+                          5) from None
         except FileNotFoundError:
             raise Refusal("there is no ssh on this machine", 'install an SSH client, or set tunnel = "local"') from None
         if self.name and done.returncode == 255 and MARK not in done.stdout:

@@ -2,8 +2,8 @@
 
 The subclasses mend nemo-run 0.11.1 where it is broken (the numbers are those of the design's facts/nemo_run.md); no
 library is patched. What they submit is made by the backend (`create` below), since nemo-run writes every field of an
-executor to disk: environment, chunks and secrets are never among them. Everything else asks the backend, too. On Slurm its packager
-brings the tree.
+executor to disk: environment, chunks and secrets are never among them. Everything else asks the backend, too. On Slurm
+its packager brings the tree.
 
 Importing this costs two seconds, nemo-run's own: backends import it only where they submit.
 """
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import nemo_run as run
+from docker.types import DeviceRequest
 from leptonai.api.v1.types.job import LeptonJobState
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.execution.base import Executor
-from docker.types import DeviceRequest
 from nemo_run.core.execution.dgxcloud import DGXCloudExecutor, DGXCloudState
 from nemo_run.core.execution.docker import (
     LABEL_ID,
@@ -84,7 +84,12 @@ class CarriedLepton(LeptonExecutor):
     def logs(cls, app_id: str, fallback_path: str | None) -> None:
         from backends import lepton
 
-        lepton.logs(_run_of(app_id))
+        try:
+            ours = _run_of(app_id)
+        except Refusal:  # nemo-run asks us for every job on Lepton
+            super().logs(app_id, fallback_path)
+        else:
+            lepton.logs(ours)
 
 
 @dataclass(kw_only=True)
@@ -190,7 +195,8 @@ class Session:
         done = self._host.run(command)
         if done.returncode and not warn:
             doing = "submit the job" if command.startswith("sbatch") else "run `%s`" % command
-            raise Refusal("%s: cannot %s: %s" % (self._host, doing, words(done.stderr)), "mend what it names, then launch again", 4)
+            raise Refusal("%s: cannot %s: %s" % (self._host, doing, words(done.stderr)),
+                          "mend what it names, then launch again", 4)
         return Answer(command, done.stdout.decode("utf-8", "replace"), done.returncode)
 
     def local(self, command: str, hide: bool = True) -> Answer:
@@ -260,7 +266,8 @@ class CarriedContainer(DockerContainer):
             entrypoint=[], **options)
 
 
-def submit_docker(executor: DockerExecutor, run_id: str, name: str, argv: list[str], env: dict[str, str], client: Any) -> None:
+def submit_docker(executor: DockerExecutor, run_id: str, name: str, argv: list[str], env: dict[str, str],
+                  client: Any) -> None:
     """Start the container and put it on nemo-run's list."""
     ENVIRONMENT[run_id] = env
     executor.experiment_id, executor.job_name = name, name
@@ -276,6 +283,7 @@ for subclass, scheduler in ((CarriedLepton, "lepton"), (CarriedDGXCloud, "dgx_cl
     api.EXECUTOR_MAPPING[subclass] = scheduler
     for table in ("_PARALLEL_SUPPORTED_EXECUTORS", "_DETACH_SUPPORTED_EXECUTORS"):
         setattr(run.Experiment, table, (*getattr(run.Experiment, table), subclass))
+api.REVERSE_EXECUTOR_MAPPING["lepton"] = CarriedLepton  # whose logs() is called (16)
 
 
 def submit(title: str, executor: Executor, run_id: str, create: Callable[[], tuple[str, Any]]) -> None:
@@ -294,8 +302,8 @@ def _experiment(title: str, executor: Executor, script: run.Script, base: str | 
     os.makedirs(home, exist_ok=True)
     with open(os.path.join(home, ".airlift.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with run.Experiment(title, executor=executor, id=title + "_1", base_dir=base, log_level="WARNING", clean_mode=True,
-                            enable_goodbye_message=False, skip_status_at_exit=True) as experiment:
+        with run.Experiment(title, executor=executor, id=title + "_1", base_dir=base, log_level="WARNING",
+                            clean_mode=True, enable_goodbye_message=False, skip_status_at_exit=True) as experiment:
             experiment.add(script, name=title)
             try:
                 experiment.run(detach=True)

@@ -30,7 +30,8 @@ class AutoMount:
     target: str
 
     def folder(self, base: str) -> str:
-        name = re.sub(r"[^A-Za-z0-9._-]", "-", posixpath.basename(self.url.rstrip("/")).removesuffix(".git")) or "repository"
+        last = posixpath.basename(self.url.rstrip("/")).removesuffix(".git")
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", last) or "repository"
         return "%s/auto_mounts/%s-%s" % (base, name, hashlib.sha256(self.url.encode()).hexdigest()[:8])
 
 
@@ -64,7 +65,7 @@ if [ -z "$commit" ]; then
     commit=$(printf '%%s\n' "$refs" | awk -v name="$name" '$2 == name { print $1; exit }')
     [ -z "$commit" ] || break
   done
-  [ -n "$commit" ] || { echo "it has neither a tag nor a branch $ref; name one of those, or a full commit" >&2; exit 1; }
+  [ -n "$commit" ] || { echo "it has neither a tag nor a branch $ref; name one, or a full commit" >&2; exit 1; }
 fi
 if [ ! -d "$base/$commit" ]; then
   mkdir -p "$base"
@@ -83,5 +84,6 @@ printf '%%s\n' "$base/$commit"
 
 def clone(host: Host, mount: AutoMount, base: str) -> str:
     """Have the commit on the cluster, and give its folder. Raises Refusal with git's own words."""
-    script = CLONE % {"url": shlex.quote(mount.url), "ref": shlex.quote(mount.ref), "base": shlex.quote(mount.folder(base))}
+    words = {"url": mount.url, "ref": mount.ref, "base": mount.folder(base)}
+    script = CLONE % {name: shlex.quote(word) for name, word in words.items()}
     return host.ask(script, "get %s of %s" % (mount.ref, mount.url), FETCH_S).strip().splitlines()[-1]

@@ -1,8 +1,8 @@
 """Slurm, by SSH or from the cluster itself: nemo-run packs, copies and submits; pod.py checks what came in each task.
 
 One srun starts one pod.py on each node, and its rank is found there, in the task. What the others need of a job lies in
-its folder, <remote_job_dir>/experiments/<name>/<name>_1/<name>: the tree (code/), one log for each rank and each start of
-the job, the batch script's own log, and, while the job may still run, secrets.json (0600).
+its folder, <remote_job_dir>/experiments/<name>/<name>_1/<name>: the tree (code/), one log for each rank and each start
+of the job, the batch script's own log, and, while the job may still run, secrets.json (0600).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ CAN = {"detach"}
 POLL_S = 2.0  # seconds between two questions
 PATIENCE_S = 120.0  # seconds without an answer until following gives up
 LATE_S = 10.0  # seconds for a log's end to reach the login node through a shared file system
+SQUASH_S = 7200.0  # seconds for an image to be squashed, in the queue and on a node
 MOST = 1 << 20  # bytes of one log in one answer
 STATES = {
-    "PENDING": "waiting", "CONFIGURING": "waiting", "REQUEUED": "waiting", "REQUEUE_FED": "waiting", "SUSPENDED": "waiting",
-    "REQUEUE_HOLD": "waiting", "RESV_DEL_HOLD": "waiting", "SPECIAL_EXIT": "waiting", "RUNNING": "running",
-    "COMPLETING": "running", "RESIZING": "running", "SIGNALING": "running", "STAGE_OUT": "running", "STOPPED": "running",
-    "COMPLETED": "done", "CANCELLED": "cancelled", "REVOKED": "cancelled", "FAILED": "failed", "TIMEOUT": "failed",
-    "PREEMPTED": "failed", "NODE_FAIL": "failed", "OUT_OF_MEMORY": "failed", "BOOT_FAIL": "failed", "DEADLINE": "failed",
-}
-PLAIN = re.compile(r"/[\w.@%+=:/-]+", re.ASCII)  # nemo-run hands these paths to a shell without quotes
+    "RUNNING": "running", "COMPLETING": "running", "RESIZING": "running", "SIGNALING": "running", "STOPPED": "running",
+    "STAGE_OUT": "running", "COMPLETED": "done", "CANCELLED": "cancelled", "REVOKED": "cancelled", "FAILED": "failed",
+    "TIMEOUT": "failed", "PREEMPTED": "failed", "NODE_FAIL": "failed", "OUT_OF_MEMORY": "failed", "BOOT_FAIL": "failed",
+    "DEADLINE": "failed",
+}  # all others are kinds of waiting: PENDING, CONFIGURING, REQUEUED, SUSPENDED, REQUEUE_HOLD and more
+PLAIN = re.compile(r"/[\w.@+=/-]+", re.ASCII)  # to shells without quotes, to sbatch's patterns (%) and mounts (: and ,)
 ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d+)")  # pod.py's last line
 
 
@@ -49,6 +49,9 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     base = settings["remote_job_dir"].rstrip("/")
     look_around(host, base, [settings["persistent_cache"]] if settings.get("persistent_cache") else [])
     mounts = resolved_mounts(host, settings, base)
+    image = squashed(host, settings, str(job.image), base) if job.image else None
+    if not image and settings.get("mounts"):
+        print("note: there is no container image, so nothing is mounted")
     name = re.sub(r"[^A-Za-z0-9]+", "-", job.name, flags=re.ASCII).strip("-")[:40] + "-" + job.run
     folder = "%s/experiments/%s/%s_1/%s" % (base, name, name, name)
     run.record |= {"host": host.__dict__, "name": "airlift." + name, "folder": folder, "secrets": bool(job.secrets)}
@@ -57,7 +60,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
 
     secrets = {key: plan.env[key] for key in job.secrets}
     package = transport.native(plan, job.description | {"secrets": bool(secrets)})
-    executor = slurm_executor(job, host, base, mounts, folder, attached, launcher=None)
+    executor = slurm_executor(job, host, base, image, mounts, folder, attached, launcher=None)
     try:
         run.record["job"] = nemo.submit_slurm(name, executor, job.run, package, base,
                                               lambda: leave_secrets(host, folder, secrets))
@@ -112,15 +115,16 @@ def check(job: Job) -> None:
     base = settings["remote_job_dir"]
     if not PLAIN.fullmatch(base) or ".." in base.split("/"):
         raise Refusal("remote_job_dir is %r, and nemo-run hands it to shells as it is" % base,
-                      "name a folder by its whole path, of letters, digits and . _ - + = @ % :")
+                      "name a folder by its whole path, of letters, digits and . _ - + = @")
     if settings.get("tunnel", "local") == "ssh" and not (settings.get("host") and settings.get("user")):
         raise Refusal('tunnel is "ssh", but the profile names no %s' % ("user" if settings.get("host") else "host"),
                       'set host and user, or tunnel = "local" on the cluster itself')
     identity = settings.get("identity")
     if settings.get("tunnel") == "ssh" and identity and not Path(identity).expanduser().is_file():
-        raise Refusal("there is no key %s" % identity, "mend identity in the profile, or leave it out for ssh's own choice")
+        raise Refusal("there is no key %s" % identity, "mend identity in the profile, or leave it out")
     if identity and re.search(r"[^\w.@%+=:/~-]", identity):
-        raise Refusal("identity is %r, and nemo-run hands it to a shell as it is" % identity, "move the key to a plain path")
+        raise Refusal("identity is %r, and nemo-run hands it to a shell as it is" % identity,
+                      "move the key to a plain path")
     for mount in settings.get("mounts") or []:
         if not isinstance(mount, str):
             raise Refusal("a mount is %r, and Slurm's are text" % mount, 'write "SRC:DST" or "SRC:DST:FLAGS"')
@@ -145,7 +149,8 @@ def host_of_run(run: Run) -> Host:
 
 
 LOOK = """\
-command -v sbatch >/dev/null || { echo "there is no sbatch: no login node, or not in the PATH that ssh gives" >&2; exit 1; }
+command -v sbatch >/dev/null ||
+  { echo "there is no sbatch: no login node, or not in the PATH that ssh gives" >&2; exit 1; }
 mkdir -p %(base)s %(folders)s && test -w %(base)s
 """
 
@@ -168,32 +173,61 @@ def resolved_mounts(host: Host, settings: dict[str, Any], base: str) -> list[str
             mounts.append("%s:%s" % (clone(host, repository, base), repository.target))
     if settings.get("lustre_mount"):
         mounts.append(settings["lustre_mount"])
-    for key in ("sif_dir", "persistent_cache"):
-        if settings.get(key):
-            mounts.append("%s:%s" % (settings[key], settings[key]))
+    mounts += [settings[key] for key in ("sif_dir", "persistent_cache") if settings.get(key)]
+    mounts = [mount if ":" in mount else "%s:%s" % (mount, mount) for mount in mounts]
     return list(dict.fromkeys([*mounts, "%s:%s" % (base, base)]))
+
+
+# Prints the file. Whoever comes second waits for the first; a file under its own name is whole.
+SQUASH = """\
+set -e
+mkdir -p %(base)s/images
+file=%(base)s/images/%(key)s.sqsh
+exec 9>"$file.lock"
+flock 9
+if [ ! -f "$file" ]; then
+  rm -f "$file.new"
+  srun -J airlift.squash -N1 -n1 -A %(account)s -p %(partition)s -t 60 enroot import -o "$file.new" %(url)s >&2
+  mv "$file.new" "$file"
+fi
+echo "$file"
+"""
+
+
+def squashed(host: Host, settings: dict[str, Any], image: str, base: str) -> str:
+    """The image as srun takes it: as given, or, where the profile has a squash_partition and the image is a registry's
+    address, as a file that enroot makes there once for each tag or digest. Raises Refusal in enroot's own words."""
+    if not settings.get("squash_partition") or image.startswith(("/", "./")) or image.endswith(".sqsh"):
+        return image
+    plain = image.removeprefix("docker://")
+    registry, _, rest = plain.partition("/")
+    if "#" not in plain and rest and re.search("[.:]", registry):
+        plain = registry + "#" + rest  # enroot divides a registry from an image so
+    words = {"base": base, "key": re.sub(r"[^A-Za-z0-9._-]+", "-", plain), "url": shlex.quote("docker://" + plain),
+             "account": shlex.quote(settings["account"]), "partition": shlex.quote(settings["squash_partition"])}
+    return host.ask(SQUASH % words, "squash " + image, SQUASH_S).strip().splitlines()[-1]
 
 
 # ---------------------------------------------------------------- the job
 
 
-def slurm_executor(job: Job, host: Host, base: str, mounts: list[str], folder: str, attached: bool, launcher: Any) -> Any:
+def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: list[str], folder: str, attached: bool,
+                   launcher: Any) -> Any:
     """The one factory of nemo-run's executor for every kind of job. `launcher` None: pod.py starts torchrun or the
     script itself, in the task; jobs that nemo-run starts otherwise (Ray on several nodes) pass their own."""
     from backends import nemo
 
     settings = job.settings
     own = settings.get("run_partition" if attached else "batch_partition")
-    executor = nemo.CarriedSlurm(
+    return nemo.CarriedSlurm(
         account=settings["account"], partition=own or settings["partition"], nodes=job.nodes, ntasks_per_node=1,
         gpus_per_node=job.gpus_per_node if isinstance(job.gpus_per_node, int) and job.gpus_per_node else None,
         cpus_per_task=settings.get("cpus_per_task"), mem=settings.get("mem"), time=settings.get("time", "04:00:00"),
-        exclusive=settings.get("exclusive") or None, container_image=job.image or None,
-        container_mounts=mounts if job.image else [], job_name_prefix="airlift.", launcher=launcher,
-        setup_lines=setup_lines(settings, folder if job.secrets else ""), tunnel=nemo.tunnel(host, base + "/experiments"),
-        packager=nemo.TreePackager(airlift_run=job.run), poll_estimated_start_time=False, airlift_run=job.run,
-        job_details=nemo.LogOfEachRank())
-    return executor
+        exclusive=settings.get("exclusive") or None, container_image=image,
+        container_mounts=mounts if image else [], job_name_prefix="airlift.", launcher=launcher,
+        setup_lines=setup_lines(settings, folder if job.secrets else ""), job_details=nemo.LogOfEachRank(),
+        packager=nemo.TreePackager(airlift_run=job.run), tunnel=nemo.tunnel(host, base + "/experiments"),
+        poll_estimated_start_time=False, airlift_run=job.run)
 
 
 def setup_lines(settings: dict[str, Any], secrets: str) -> str:
@@ -204,7 +238,7 @@ def setup_lines(settings: dict[str, Any], secrets: str) -> str:
     return "\n".join([*lines, settings.get("setup_lines", "")])
 
 
-# When the batch script ends, however that is (Slurm sends it TERM), and Slurm has not counted one more start for the job.
+# When the batch script ends, however that is (Slurm sends it TERM), unless Slurm has counted one more start for it.
 FORGET_AT_END = """\
 airlift_forget() {
   restarts=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep -o ' Restarts=[0-9]*')
@@ -231,7 +265,8 @@ def job_id(host: Host, run: Run) -> str:
     """Slurm's number of the job; by its name where the launcher was cut off before it knew. Raises Refusal."""
     if not run.record.get("job"):
         name = shlex.quote(run.record["name"])
-        found = host.ask("squeue -h -n %s -o %%i; sacct -X -n -P --name %s -o JobID" % (name, name), "look for the job").split()
+        script = "squeue -h -n %s -o %%i; sacct -X -n -P --name %s -o JobID" % (name, name)
+        found = host.ask(script, "look for the job").split()
         if not found:
             raise Refusal("%s has no job of run %s" % (host, run.run), "it was not submitted; launch it again")
         run.record["job"] = found[0]
@@ -262,8 +297,8 @@ def read_state(text: str) -> Status:
     """The Status that scontrol's line tells, or sacct's: State|ExitCode|Timelimit."""
     fields = dict(re.findall(r"(\w+)=(\S*)", text))
     if not fields:
-        row = (text.strip().splitlines() or [""])[-1].split("|")
-        fields = {"JobState": row[0].split(" ")[0], "ExitCode": (row + [""])[1], "TimeLimit": (row + ["", ""])[2]}
+        row = [*(text.strip().splitlines() or [""])[-1].split("|"), "", ""]
+        fields = {"JobState": row[0].split(" ")[0], "ExitCode": row[1], "TimeLimit": row[2]}
     word = fields["JobState"]
     if not word:
         return Status("failed", GONE)
@@ -279,8 +314,8 @@ def read_state(text: str) -> Status:
         detail = "%s: %s" % (word, fields["Reason"])
     if fields.get("Restarts", "0") != "0":
         detail += ", start %d" % (int(fields["Restarts"]) + 1)
-    code = int(fields["ExitCode"].split(":")[0]) if word == "FAILED" and re.match(r"[0-9]+:", fields.get("ExitCode", "")) else None
-    return Status(state, detail, 0 if state == "done" else code)
+    code = re.match("[0-9]+", fields.get("ExitCode", "")) if word == "FAILED" else None
+    return Status(state, detail, 0 if state == "done" else int(code.group()) if code else None)
 
 
 def settled(host: Host, run: Run, status: Status) -> Status:
@@ -296,7 +331,8 @@ def settled(host: Host, run: Run, status: Status) -> Status:
 
 def rank_code(host: Host, run: Run) -> int | None:
     """The first failure that is not an echo of another's end, from the last lines of each rank's newest log."""
-    script = "cd %s && for log in log-*_%s_*.out; do tail -c 300 \"$log\"; done" % (run.record["folder"], run.record["job"])
+    place = run.record["folder"], run.record["job"]
+    script = "cd %s && for log in log-*_%s_*.out; do tail -c 300 \"$log\"; done" % place
     codes: dict[str, int] = {}
     for found in ENDED.finditer(host.run(script).stdout.decode("utf-8", "replace")):
         codes[found.group(1)] = int(found.group(2))  # a later start comes later
@@ -367,7 +403,8 @@ class Watch:
         job = job_id(self.host, self.run)
         known = "\n".join("  %s) from=%d ;;" % (shlex.quote(name), offset) for name, offset in self.offsets.items())
         rank = "*" if self.run.record.get("all_ranks") else "0"
-        done = self.host.run(GROWN % {"folder": self.run.record["folder"], "job": job, "rank": rank, "known": known, "most": MOST})
+        words = {"folder": self.run.record["folder"], "job": job, "rank": rank, "known": known, "most": MOST}
+        done = self.host.run(GROWN % words)
         data = done.stdout
         while data:
             header, _, data = data.partition(b"\n")

@@ -95,6 +95,7 @@ KEYS: dict[str, Key] = {
     "setup_lines": Key("str", "lines for the batch script, before srun", _SLURM),
     "lustre_mount": Key("str", "a file system that is mounted into the container at its own path", _SLURM),
     "sif_dir": Key("str", "a folder of images, mounted at its own path", _SLURM),
+    "squash_partition": Key("str", "where enroot squashes images of registries, once each", _SLURM),
     # DGX Cloud Lepton
     "node_group": Key("str", "the node group's name", _LEPTON),
     "resource_shape": Key("str", "like gpu.8xh100-80gb", _LEPTON),
@@ -122,19 +123,26 @@ KEYS: dict[str, Key] = {
 # Keys of NVIDIA's launcher that are refused, and why.
 REFUSED = {
     "launcher": "the recipe's header says how it is launched; take it out",
-    "head_resource_shape": "Ray clusters on Lepton are not built by this version; use one node",
-    "ray_version": "Ray clusters on Lepton are not built by this version; use one node",
     "existing_ray_cluster": "Ray clusters on Lepton are not used by this version; use one node",
-    "build_partition": "images are used as they are named, and never built; take it out",
-    "build_time": "images are used as they are named, and never built; take it out",
+    **dict.fromkeys(("packager", "packager_include_pattern", "packager_subpath", "packager_include_submodules",
+                     "packager_relative_path"), "Airlift packs the tree itself; exclude and scope say what ships"),
 }
+# Those that change nothing here: refused too, but in an env.toml, which NVIDIA's launcher reads as well, only named.
+UNUSED = {
+    **dict.fromkeys(("build_partition", "build_time", "build_cache_dir", "build_image", "build_include_gpus",
+                     "build_gpus_per_node"), "images are used as they are named, and never built"),
+    "code_src_dir": "the source travels with the job",
+    **dict.fromkeys(("ray_version", "head_resource_shape"), "this version builds no Ray clusters on Lepton"),
+}
+# Executors of NVIDIA's launcher that have none here.
+ELSEWHERE = ("skypilot", "kubeflow")
 REQUIRED = {
     "local": (), "docker": (), "slurm": ("account", "partition", "remote_job_dir"),
     "lepton": ("node_group", "resource_shape"),
     "dgxcloud": ("base_url", "client_id", "client_secret", "project_name"),
 }
-CHOICES = {"compression": ("xz", "gz"), "unpack": ("local", "shared"), "scope": ("family",), "tunnel": ("local", "ssh"),
-           "auto_mount": ("image",)}
+CHOICES = {"compression": ("xz", "gz"), "unpack": ("local", "shared"), "scope": ("family", "imports"),
+           "tunnel": ("local", "ssh"), "auto_mount": ("image",)}
 SECRET_KEYS = ("client_secret", "app_secret")  # never shown
 
 
@@ -148,6 +156,7 @@ class Profile:
     keys: dict[str, Any]
     stage: dict[str, Any]
     unset: tuple[str, ...]  # variables that ${env:NAME} asked for and that are not set
+    notes: tuple[str, ...] = ()  # things to say
 
     def require_set(self) -> None:
         """Raises Refusal if the profile reads a variable that is not set: fine for a dry run, not for a launch."""
@@ -161,10 +170,15 @@ def env_file() -> Path | None:
     """The env.toml that counts here. Raises Refusal if NEMOTRON_ENV_FILE names one that is not there."""
     named = os.environ.get("NEMOTRON_ENV_FILE")
     if named:
-        if not Path(named).expanduser().is_file():
+        path = Path(os.path.expanduser(named))
+        if not path.is_file():
             raise Refusal("NEMOTRON_ENV_FILE names %s, which is not there" % named, "mend it, or unset it")
-        return Path(named).expanduser().resolve()
-    for folder in (Path.cwd(), *Path.cwd().parents):
+        return path.resolve()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # a folder that was removed has nothing above it
+        return None
+    for folder in (here, *here.parents):
         if (folder / "env.toml").is_file():
             return folder / "env.toml"
         if (folder / "pyproject.toml").exists():
@@ -182,11 +196,12 @@ def sections() -> dict[str, dict[str, Any]]:
     return found
 
 
-def shared(name: str) -> dict[str, Any]:
-    """env.toml's [wandb], [artifacts] or [cache], with variables read; {} where there is none."""
+def shared(name: str, dry: bool = False) -> dict[str, Any]:
+    """env.toml's [wandb] or [artifacts], with variables read; {} where there is none. Raises Refusal for a variable
+    that is not set, unless it is only for show."""
     unset: list[str] = []
     found = _resolve(sections().get(name, {}), unset)
-    if unset:
+    if unset and not dry:
         raise Refusal("[%s] of %s reads %s, which is not set" % (name, env_file(), unset[0]),
                       "export it, or write it there")
     return dict(found)
@@ -199,19 +214,25 @@ def names() -> list[str]:
 
 def load(name: str, stage: str = "") -> Profile:
     """The profile of that name for a stage. Raises Refusal that names file, key and the nearest known word."""
-    keys, files = _extended(name, ())
+    layers = _layers(name, ())
     unset: list[str] = []
+    keys: dict[str, Any] = {}
+    for table, _ in reversed(layers):
+        keys = _merge(keys, table)
     keys = _resolve(keys, unset)
     executor = keys.get("executor")
     if executor is None:
         raise Refusal("profile %s names no executor" % name, "add executor = one of " + ", ".join(LIMITS))
+    if executor in ELSEWHERE:
+        raise Refusal("profile %s: executor %s is not supported" % (name, executor), "use one of " + ", ".join(LIMITS))
     if not isinstance(executor, str) or executor not in LIMITS:
         raise Refusal("profile %s: executor %r is not known" % (name, executor),
                       "did you mean %s?" % nearest(str(executor), LIMITS))
     stages = keys.pop("stages", {})
     if not isinstance(stages, dict):
         raise Refusal("profile %s: stages is %r" % (name, stages), "write tables like [stages.rl]")
-    keys = _checked(keys, executor, "profile " + name)
+    notes: list[str] = []
+    keys = _checked(keys, executor, "profile " + name, layers, notes)
     overrides: dict[str, Any] = {}
     for prefix in sorted(stages, key=len):
         if not isinstance(stages[prefix], dict):
@@ -221,30 +242,35 @@ def load(name: str, stage: str = "") -> Profile:
         if nested:
             raise Refusal("profile %s: stages.%s has no key %r" % (name, prefix, nested[0]),
                           'for stages below it write [stages."%s/%s"]' % (prefix, nested[0]))
-        for key in ("executor", "extends", "stages"):
+        for key in ("executor", "extends", "stages", "repo_root"):
             if key in stages[prefix]:
                 raise Refusal("profile %s: stages.%s sets %s" % (name, prefix, key), "set it at the top of the profile")
-        checked = _checked(stages[prefix], executor, "profile %s, stages.%s" % (name, prefix))
-        if stage == prefix or stage.startswith(prefix + "/"):
+        parts = [(_table(_table(table.get("stages")).get(prefix)), path) for table, path in layers]
+        matches = stage == prefix or stage.startswith(prefix + "/")
+        where = "profile %s, stages.%s" % (name, prefix)
+        checked = _checked(stages[prefix], executor, where, parts, notes if matches else [])
+        if matches:
             overrides = _merge(overrides, checked)
     missing = [key for key in REQUIRED[executor] if key not in keys and key not in overrides]
     if missing:
         raise Refusal("profile %s lacks %s" % (name, ", ".join(missing)), "executor %s needs it; see profiles/%s.toml"
                       % (executor, executor))
-    base = Path(files[0]).parent
-    for table in (keys, overrides):
-        anchor(table, executor, FOLDER.parent if base == FOLDER else base)
-    return Profile(name, executor, files, keys, overrides, tuple(dict.fromkeys(unset)))
+    return Profile(name, executor, tuple(str(path) for _, path in layers), keys, overrides, tuple(dict.fromkeys(unset)),
+                   tuple(dict.fromkeys(notes)))
 
 
-def anchor(table: dict[str, Any], executor: str, base: Path | None = None) -> None:
+PATHS = ("repo_root", "workspace", "ca_bundle")
+
+
+def anchor(table: dict[str, Any], executor: str, base: Path | None = None, *keys: str) -> None:
     """Relative paths of this machine begin at launch.py's folder, or at env.toml's."""
-    for key in ("repo_root", "workspace" if executor == "local" else "ca_bundle"):
-        if key in table:
+    for key in keys or PATHS:
+        if key in table and (key != "workspace" or executor == "local"):
             table[key] = os.path.normpath((base or FOLDER.parent) / os.path.expanduser(table[key]))
 
 
-def _extended(name: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _layers(name: str, seen: tuple[str, ...]) -> list[tuple[dict[str, Any], Path]]:
+    """The profile's own table and those that it extends, nearest first, each with its file."""
     if name in seen:
         raise Refusal("profiles extend each other in a circle: " + " -> ".join((*seen, name)), "take one extends out")
     if name not in names():
@@ -254,13 +280,15 @@ def _extended(name: str, seen: tuple[str, ...]) -> tuple[dict[str, Any], tuple[s
     path = env_file() if in_env else FOLDER / (name + ".toml")
     assert path is not None
     keys = _canonical(dict(sections()[name]) if in_env else _read(path), "profile " + name)
+    if isinstance(keys.get("stages"), dict):
+        keys["stages"] = {prefix: _canonical(part, "profile %s, stages.%s" % (name, prefix))
+                          if isinstance(part, dict) else part for prefix, part in keys["stages"].items()}
     parent = keys.pop("extends", None)
     if parent is None:
-        return keys, (str(path),)
+        return [(keys, path)]
     if not isinstance(parent, str):
         raise Refusal("%s: extends is %r" % (path, parent), 'write extends = "name"')
-    above, files = _extended(parent, (*seen, name))
-    return _merge(above, keys), (str(path), *files)
+    return [(keys, path), *_layers(parent, (*seen, name))]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -270,6 +298,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise Refusal("%s cannot be read: %s" % (path, error.strerror), "make it readable, or remove it") from None
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number or a nesting beyond all bounds
         raise Refusal("%s is not TOML: %s" % (path, error), "mend the file") from None
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _canonical(table: dict[str, Any], where: str) -> dict[str, Any]:
@@ -293,34 +325,63 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resolve(value: Any, unset: list[str]) -> Any:
-    """`${env:NAME}` and `${oc.env:NAME[,default]}` replaced; a variable that is not set shows as <unset NAME>."""
+    """Variables read in every string of a table, as _read_variables does."""
     if isinstance(value, dict):
         return {key: _resolve(item, unset) for key, item in value.items()}
     if isinstance(value, list):
         return [_resolve(item, unset) for item in value]
-    if not isinstance(value, str):
-        return value
-
-    def read(match: re.Match[str]) -> str:
-        name, default = match.group(1), match.group(2)
-        if name in os.environ or default is not None:
-            return os.environ.get(name, default or "")
-        unset.append(name)
-        return "<unset %s>" % name
-
-    return re.sub(r"\$\{(?:oc\.)?env:([A-Za-z_][A-Za-z0-9_]*)(?:,([^}]*))?\}", read, value)
+    return _read_variables(value, unset) if isinstance(value, str) else value
 
 
-def _checked(table: dict[str, Any], executor: str, where: str) -> dict[str, Any]:
-    """The table with aliases under their own names. Raises Refusal for an unknown key, a wrong type or executor."""
+REFERENCE = re.compile(r"\$\{(?:oc\.)?env:([A-Za-z_][A-Za-z0-9_]*)([,}])")
+
+
+def _read_variables(text: str, unset: list[str]) -> str:
+    """`${env:NAME}` and `${oc.env:NAME[,default]}` replaced; a default may be quoted, and read variables itself. One
+    that is not set shows as <unset NAME>. What was read is not read again."""
+    if text.count("${") > 100:
+        raise Refusal("a value reads more than 100 variables: %s..." % text[:60], "write it out")
+    result, at = "", 0
+    while match := REFERENCE.search(text, at):
+        name, end, default = match.group(1), match.end(), None
+        if match.group(2) == ",":
+            depth = 1
+            while end < len(text) and depth:
+                depth += {"{": 1, "}": -1}.get(text[end], 0)
+                end += 1
+            if depth:  # it never ends
+                break
+            default = text[match.end():end - 1]
+        if name in os.environ:
+            value = os.environ[name]
+        elif default is not None:
+            plain = _read_variables(default, unset).strip()
+            value = plain[1:-1] if len(plain) > 1 and plain[0] == plain[-1] in "'\"" else plain
+        else:
+            unset.append(name)
+            value = "<unset %s>" % name
+        result, at = result + text[at:match.start()] + value, end
+    return result + text[at:]
+
+
+def _checked(table: dict[str, Any], executor: str, where: str, layers: list[tuple[dict[str, Any], Path]],
+             notes: list[str]) -> dict[str, Any]:
+    """The table, with paths of this machine whole. Raises Refusal for an unknown key, a wrong type or executor.
+    `layers` are the tables that it was merged from, nearest first, with their files."""
     result: dict[str, Any] = {}
-    for key, value in _canonical(table, where).items():
-        known = KEYS.get(key)
-        if key in REFUSED:
-            raise Refusal("%s: %s is not supported" % (where, key), REFUSED[key])
+    for key, value in table.items():
+        known, path = KEYS.get(key), next(path for layer, path in layers if key in layer)
+        foreign = known is not None and bool(known.executors) and executor not in known.executors
+        if path.parent != FOLDER and (key in UNUSED or foreign):
+            why = UNUSED.get(key) or "it is for " + ", ".join(known.executors if known else ())
+            notes.append("%s: %s is not used: %s" % (where, key, why))
+            continue
+        if key in REFUSED or key in UNUSED:
+            raise Refusal("%s: %s is not supported" % (where, key),
+                          REFUSED.get(key) or UNUSED[key] + "; take it out")
         if known is None:
             raise Refusal("%s: there is no key %r" % (where, key), "did you mean %s?" % nearest(key, KEYS))
-        if known.executors and executor not in known.executors:
+        if foreign:
             raise Refusal("%s: %s is not for executor %s" % (where, key, executor),
                           "it is for %s; take it out" % ", ".join(known.executors))
         problem = wrong(known.kind, value)
@@ -330,6 +391,8 @@ def _checked(table: dict[str, Any], executor: str, where: str) -> dict[str, Any]
         if key in CHOICES and value not in CHOICES[key]:
             raise Refusal("%s: %s is %r" % (where, key, value), "it must be " + " or ".join(CHOICES[key]))
         result[key] = value
+        if key in PATHS:
+            anchor(result, executor, FOLDER.parent if path.parent == FOLDER else path.parent, key)
     return result
 
 

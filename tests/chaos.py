@@ -43,7 +43,6 @@ import transport
 from transport import Entry, Tree
 
 NAME = re.compile(r"[0-9]{6,18}-([0-9a-f]{64})\.[0-9a-f]{8}")
-SLACK = 5.0  # seconds a waiter may take beyond its deadline on a machine with far more pods than cores
 REAL_OPEN, REAL_RENAME, REAL_LISTDIR = open, os.rename, os.listdir
 
 
@@ -94,7 +93,8 @@ class Faults:
 
     kill: (k, "before" | "after" | "half") of the k-th call. quota: renames into trees/ fail with EDQUOT, with `quota`
     as the reason. lost: so many renames are carried out and answered ENOENT. stale: so many listings of each folder
-    are answered as the first was. slow: seconds before each call.
+    are answered as the first was. full: from the k-th call on, nothing can be made or written. slow: seconds before
+    each call.
     """
 
     CALLS = ("mkdir", "rename", "unlink", "rmdir", "listdir", "open", "utime", "chmod", "symlink", "scandir", "lstat")
@@ -112,6 +112,8 @@ class Faults:
             if not self.armed:
                 return real(*args, **options)
             self.point("before")
+            if call in ("mkdir", "symlink") or (call == "open" and args[1] & os.O_CREAT):
+                self.space(args[0])
             answer = getattr(self, call, real)(*args, **options)
             self.point("after")
             return answer
@@ -124,6 +126,10 @@ class Faults:
             time.sleep(self.plan["slow"])
         if self.kill == (self.calls, when):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def space(self, path: Any) -> None:
+        if 0 < self.plan.get("full", 0) <= self.calls:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     def rename(self, old: Any, new: Any, **options: Any) -> None:
         if "quota" in self.plan and os.path.join(self.top, "trees") in str(new):
@@ -164,6 +170,7 @@ class Slow:
         self.faults.point("before")
         self.file.write(data[: len(data) // 2])
         self.file.flush()
+        self.faults.space(self.file.name)
         self.faults.point("half")
         self.file.write(data[len(data) // 2 :])
         self.file.flush()
@@ -254,7 +261,7 @@ class Ground:
             os.setgid(wanted.uid)
             os.setuid(wanted.uid)
         entry: dict[str, Any] = {"name": wanted.name, "rank": wanted.rank, "pid": os.getpid(), "code": 0, "seen": "",
-                                 "patience": wanted.patience, "faulty": bool(set(wanted.plan) - {"kill", "slow"})}
+                                 "patience": wanted.patience, "faulty": bool({"quota", "full"} & set(wanted.plan))}
         faults = Faults(top, wanted.plan)
         places = pod.Places(job, env)
         begin = time.monotonic()
@@ -380,6 +387,7 @@ class Storm:
     pods: int
     seed: int
     patience: float = 1.0
+    slack: float = 5.0  # seconds a waiter may take beyond its deadline on a machine with far more pods than cores
     tops: list[str] = field(default_factory=list)
     calls: int = 130  # file-system calls among which a killed pod dies; a pod makes some 90, more when it sweeps
 
@@ -404,14 +412,19 @@ class Storm:
         """Until so many have been killed; then all that still live come to their end."""
         observer = self.observe()
         self.launches = [self.launch() for _ in range(6)]
-        began = time.monotonic()
+        began = look = time.monotonic()
         try:
             while self.figures["kills"] < self.kills:
                 while len(self.alive) < self.pods:
                     self.spawn()
-                if self.dice.random() < 0.02:
-                    self.misfortune()
+                    if self.dice.random() < 0.15:
+                        self.misfortune()
                 self.step()
+                if time.monotonic() > look:
+                    look = time.monotonic() + 0.5
+                    self.check()
+                    if self.violations:
+                        break
             while self.alive:
                 self.step()
         finally:
@@ -457,17 +470,19 @@ class Storm:
             plan["lost"] = dice.choice([1, 2, 99])
         elif chance < 0.26:
             plan["stale"] = dice.choice([1, 3, 9])
-        elif chance < 0.36:
+        elif chance < 0.30:
+            plan["full"] = dice.randrange(1, self.calls)
+        elif chance < 0.40:
             plan["slow"] = dice.choice([0.001, 0.01])
         wanted = Pod(launch.run, launch.source, attempt, rank, launch.keep, self.patience,
                      dice.choice([0, 0.02, 0.1, 0.5]), 0, dice.choice(self.tops or [""]), plan)
-        if rank == 0 and "quota" in plan:
+        if rank == 0 and ("quota" in plan or "full" in plan):
             self.may_fail.add(wanted.name)
         now = time.monotonic()
         pid = self.ground.start(wanted)
         self.figures["runs"] += 1
         # the last of a slow pod's calls may come after its deadline
-        self.alive[pid] = wanted, now + self.patience + wanted.hold + SLACK + plan.get("slow", 0) * 3000
+        self.alive[pid] = wanted, now + self.patience + wanted.hold + self.slack + plan.get("slow", 0) * 3000
         if dice.random() < 0.35:
             self.doom[pid] = now + dice.choice([0.005, 0.02, 0.1, 0.5, 1]) * dice.random()
 
@@ -517,7 +532,7 @@ class Storm:
             over = entry["waited"] - entry["patience"]
             if entry["rank"]:
                 self.longest = max(self.longest, over)
-            if entry["rank"] and over > SLACK:
+            if entry["rank"] and over > self.slack:
                 self.violations.append("too late: " + who)
             if entry["code"] not in (0, pod.PLACE, pod.WAIT) or (entry["code"] and not entry["seen"]):
                 self.violations.append("no failure of ours: " + who)
@@ -554,14 +569,61 @@ def aftermath(ground: Ground, clean: Pod, tops: list[str] | None = None) -> list
     return found + looked(ground)
 
 
-def storm(place: str | Path, kills: int, pods: int, seed: int, patience: float = 1.0, top: str = "",
-          tops: list[str] | None = None) -> tuple[dict[str, Any], list[str]]:
+def storm(place: str | Path, options: argparse.Namespace, top: str = "", tops: list[str] | None = None
+          ) -> tuple[dict[str, Any], list[str]]:
     """(figures, violations). `tops` are ways to see the folder `top`, one of which each pod uses."""
-    ground = Ground(place, [source(number) for number in range(5)], top)
-    raging = Storm(ground, kills, pods, seed, patience, tops or [])
+    ground = Ground(place, [source(number) for number in range(8)], top)
+    raging = Storm(ground, options.kills, options.pods, options.seed, options.patience, options.slack, tops or [])
     raging.rage()
     found = raging.violations + aftermath(ground, Pod("clean", source(0)), tops)
     return dict(sorted(raging.figures.items())) | {"longest wait beyond the deadline": round(raging.longest, 2)}, found
+
+
+# ---------------------------------------------------------------- flaws that a storm must find
+
+
+def _published_at_once(self: pod.Shared) -> str:
+    self.used = "%06d-%s.%s" % (self.next_number(), self.digest, os.urandom(4).hex())
+    for folder in ("uses", "told", "code"):
+        os.makedirs(self.path("trees", self.used, folder))
+    self.fill(self.path("trees", self.used))
+    return self.used
+
+
+def _taken_unseen(self: pod.Shared, name: str) -> bool:
+    self.release()
+    self.used = name
+    return self.mark(self.path("trees", name, "uses", self.use))
+
+
+def _taken_without_use(self: pod.Shared, name: str) -> bool:
+    return pod.holds(self.path("trees", name, "code"), self.tar)
+
+
+def _waited_for_ever(self: pod.Shared) -> str:
+    while True:
+        for name in filter(self.told, self.ours()):
+            if self.take(name):
+                return name
+        time.sleep(0.05)
+
+
+FLAWS: dict[str, dict[str, Any]] = {
+    "sweeps what is in use": {"retire": lambda self, name: self.discard("trees", name)},
+    "publishes before it is whole": {"publish": _published_at_once},
+    "does not verify": {"take": _taken_unseen},
+    "does not note its use": {"take": _taken_without_use},
+    "lets two that are the same rank share a use": {
+        "use": property(lambda self: "%s.%d" % (self.attempt, self.rank), lambda self, name: None)},
+    "deletes in place": {"discard": lambda self, folder, name, ours=False: shutil.rmtree(
+        self.path(folder, name), ignore_errors=True)},
+    "waits for ever": {"wait": _waited_for_ever},
+    "stops for another attempt's failure": {
+        "failures": lambda self: [name for name in self.listed("failed") if self.rank or self.attempt in name]},
+    "minds no strays": {"offer": lambda self, name: self.take(name) and self.mark(
+        self.path("trees", name, "told", self.ready))},
+    "gives up when a rename is answered late": {"offer": lambda self, name: False},
+}
 
 
 # ---------------------------------------------------------------- every call
@@ -687,8 +749,8 @@ def guest(options: argparse.Namespace) -> None:
             mount(libc, "127.0.0.1:/", "/tmp/mount%d" % number, "nfs4",
                   "vers=4.2,addr=127.0.0.1,clientaddr=127.0.0.1,nosharecache")
             tops.append("/tmp/mount%d/shared" % number)
-        tell(*storm("/tmp/ground", options.kills, options.pods, options.seed, options.patience, "/tmp/export/shared",
-                    tops))
+            Path("/tmp/mount%d/first" % number).touch()  # a server that has just started makes one wait
+        tell(*storm("/tmp/ground", options, "/tmp/export/shared", tops))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -746,18 +808,22 @@ def main() -> int:
     parser.add_argument("--pods", type=int, default=32, help="alive at once")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--patience", type=float, default=1.0, help="how long a pod waits for rank 0, in seconds")
+    parser.add_argument("--slack", type=float, default=5.0, help="and how late its end may be")
     parser.add_argument("--every", type=int, help="no storm: a kill at every Nth place of each scene instead")
     parser.add_argument("--nfs", type=float, metavar="SECONDS", help="the storm over two mounts of one NFS export")
+    parser.add_argument("--flaw", choices=FLAWS, help="put this flaw into pod.py first, to see that the storm finds it")
     parser.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.guest:
         guest(options)
+    for method, flawed in FLAWS.get(options.flaw, {}).items():
+        setattr(pod.Shared, method, flawed)
     with tempfile.TemporaryDirectory(prefix="airlift-chaos-") as place:
         if options.nfs:
             print(boot(place, [word for word in sys.argv[1:] if not word.startswith("--nfs")], options.nfs))
             return 0
         figures, found = (everywhere(place, options.every, options.seed % options.every) if options.every else
-                          storm(place, options.kills, options.pods, options.seed, options.patience))
+                          storm(place, options))
     tell(figures, found)
     return 1 if found else 0
 

@@ -68,7 +68,8 @@ class Podman:
         (self.root / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
         with open(self.root / "log", "wb") as log:
             self.process = subprocess.Popen(
-                ["unshare", "-m", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", START, "sh", str(self.socket)],
+                ["unshare", "-m", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", START, "sh",
+                 str(self.socket)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, preexec_fn=_die_with_parent,
                 env={"PATH": os.defpath + ":/usr/sbin:/sbin", "CONTAINERS_CONF": str(self.root / "containers.conf"),
                      "CONTAINERS_STORAGE_CONF": str(self.root / "storage.conf"), "HOME": str(self.root)})

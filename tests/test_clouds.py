@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import layout
 import pytest
 from cloud import EMULATED, HELLO, KEEPS_ON, PLATFORMS, cloud, noise, seen_in, wait_for
 from hypothesis import given
@@ -92,6 +93,18 @@ def test_the_payload_up_to_the_edge(here, nodes, method):
         assert (result.code, result.err) == (0, ""), result.out
         assert "hello from 0" in result.out and len(here.jobs) == number + 1
     assert fits > (1_120_000 if here.kind == "lepton" or nodes == 1 else 550_000)
+
+
+@pytest.mark.slow
+def test_the_real_recipe_trains_on_two_nodes(here):
+    """nano3/sft of src/starter under torchrun, and a second launch that goes on where the first ended."""
+    here.profile(gpus_per_node=0)
+    words = ["nano3", "sft", here.kind, "--repo-root", layout.REPO, "--nodes", "2", "train.checkpoint_every=2"]
+    first = here.main(*words, "train.steps=4")
+    assert (first.code, first.err) == (0, "") and "2 ranks on cpu" in first.out and "step 4/4" in first.out, first.out
+    assert (here.volume / "airlift/nano3/sft/model/config.json").is_file()
+    again = here.main(*words, "train.steps=6")
+    assert again.code == 0 and "step 6/6" in again.out and "step 4/" not in again.out
 
 
 def test_values_arrive_as_they_were_written(here):
@@ -355,6 +368,17 @@ def test_a_platform_that_is_not_there(here):
             [] if here.kind == "lepton" else [["status", run], ["logs", run], ["cancel", run]])):
         result = here.main(*words)
         assert result.code == 5 and url in result.err and "cannot be reached" in result.err, result.err
+
+
+def test_the_table_waits_for_a_silent_platform_once(here):
+    here.monkeypatch.setattr(clouds, "BACKOFF_S", 0.01)
+    for _ in range(3):
+        here.up()
+    here.server.fault("drop", times=999)
+    seen = len(here.server.requests)
+    table = here.main("status")
+    assert table.code == 5 and table.out.count("  unknown  ") == 3 and "cannot be reached" in table.out
+    assert len(here.server.requests) - seen <= clouds.READ_RETRIES + 1
 
 
 def test_a_status_that_cannot_be_read_is_an_error(here):

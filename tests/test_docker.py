@@ -10,24 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backends import Job, docker
-from transport import Refusal
 
+from backends import Job, docker
 from tests import layout, support
 from tests.podman import Podman, why_not
+from transport import Refusal
 
 
 def job(**settings: Any) -> Job:
     image = settings.get("container_image", "plain")
-    return Job("t23456", "fam/train", "docker", settings.get("nodes", 1), settings.get("gpus_per_node", 0), 1, image, settings,
-               support.job(), {})
+    return Job("t23456", "fam/train", "docker", settings.get("nodes", 1), settings.get("gpus_per_node", 0), 1, image,
+               settings, support.job(), {})
 
 
 def test_mounts_fill_in_the_home_variables_and_relative_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("DATA", str(tmp_path / "data"))
     monkeypatch.setattr(docker, "FOLDER", tmp_path / "airlift/profiles")
-    mounts = ["~/airlift:/workspace", "$DATA:/data:ro", "${DATA}/x:/x", "./here:/here", "a/b:/b", "models:/models", "/usr:/usr:ro"]
+    mounts = ["~/airlift:/workspace", "$DATA:/data:ro", "${DATA}/x:/x", "./here:/here", "a/b:/b", "models:/models",
+              "/usr:/usr:ro"]
     assert docker.volumes({"mounts": mounts}) == [
         "%s/home/airlift:/workspace" % tmp_path, "%s/data:/data:ro" % tmp_path, "%s/data/x:/x" % tmp_path,
         "%s/airlift/here:/here" % tmp_path, "%s/airlift/a/b:/b" % tmp_path, "models:/models", "/usr:/usr:ro"]
@@ -91,7 +92,8 @@ class Person:
     """Somebody with a folder of Airlift's scripts and a profile for the daemon."""
 
     def __init__(self, podman: Podman, folder: Path) -> None:
-        self.podman, self.folder, self.home, self.recipes = podman, layout.flat_folder(folder / "airlift"), folder, folder / "src"
+        self.podman, self.home, self.recipes = podman, folder, folder / "src"
+        self.folder = layout.flat_folder(folder / "airlift")
         layout.write(self.folder / "profiles/here.toml", """\
             executor = "docker"
             container_image = "plain"
@@ -107,8 +109,8 @@ class Person:
         layout.recipe(self.recipes, "fam/" + name, body, launch="python")
 
     def run(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-        whole = {"PATH": os.environ["PATH"], "HOME": str(self.home), "WORK": str(self.home / "work")} | self.podman.environment()
-        return layout.launcher(self.folder, *words, timeout=240, env=whole | env)
+        whole = {"PATH": os.environ["PATH"], "HOME": str(self.home), "WORK": str(self.home / "work")}
+        return layout.launcher(self.folder, *words, timeout=240, env=whole | self.podman.environment() | env)
 
     def launch(self, stage: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         return self.run("--repo-root", str(self.recipes), "fam", stage, "here", *words, **env)
@@ -127,7 +129,8 @@ def test_nano3_sft_in_a_container(person: Person) -> None:
     words = ["nano3", "sft", "here", "--repo-root", str(layout.REPO), "train.steps=10"]
     done = person.run(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ended with exit code 0" in done.stdout and (person.home / "work/nano3/sft/model/model.safetensors").is_file()
+    assert "ended with exit code 0" in done.stdout
+    assert (person.home / "work/nano3/sft/model/model.safetensors").is_file()
     assert person.containers() == []
 
 
@@ -135,7 +138,8 @@ def test_nano3_sft_in_a_container(person: Person) -> None:
 def test_the_exit_code_is_the_recipes_and_nothing_is_left(person: Person) -> None:
     person.recipe("end", 'import os, sys; print("token", len(os.environ["HF_TOKEN"])); sys.exit(7)')
     done = person.launch("end", "run.env.secrets.HF_TOKEN=env", HF_TOKEN=SECRET)
-    assert done.returncode == 1 and "exit code 7" in done.stderr and "token %d" % len(SECRET) in done.stdout, done.stderr
+    assert done.returncode == 1 and "exit code 7" in done.stderr, done.stdout + done.stderr
+    assert "token %d" % len(SECRET) in done.stdout
     run = re.search(r"run (\w+)", done.stdout).group(1)
     assert json.loads(person.run("status", run, "--json").stdout)[0]["job_exit_code"] == 7
     assert "token %d" % len(SECRET) in person.run("logs", run).stdout
@@ -167,7 +171,8 @@ def test_another_shell_sees_and_cancels_a_container(person: Person) -> None:
     (["run.env.container_image=127.0.0.1:1/gone:1"], {}, 4, "Docker refuses"),
     ([], {"DOCKER_HOST": "unix:///nowhere/socket"}, 5, "cannot be reached"),
 ])
-def test_what_docker_refuses_is_two_lines(person: Person, words: list[str], env: dict[str, str], code: int, said: str) -> None:
+def test_what_docker_refuses_is_two_lines(person: Person, words: list[str], env: dict[str, str], code: int,
+                                          said: str) -> None:
     person.recipe("nap", "pass")
     done = person.launch("nap", *words, **env)
     assert done.returncode == code and said in done.stderr, done.stdout + done.stderr

@@ -73,14 +73,16 @@ REFUSALS = [
      "overrides are KEY=VALUE; what follows -- goes to the script"),
     ("nano3 sft --nodes 0", "--nodes is 0", "a job has one node or more"),
     ("nano3 sft --nodes -3", "--nodes is -3", "a job has one node or more"),
-    ("nano3 sft --nodes two", "argument --nodes: invalid int value: 'two'", "see python launch.py --help"),
-    ("nano3 sft --nodes", "argument --nodes: expected one argument", "see python launch.py --help"),
-    ("nano3 sft -c", "argument -c/--config: expected one argument", "see python launch.py --help"),
-    ("nano3 sft -c -- x", "argument -c/--config: expected one argument", "see python launch.py --help"),
-    ("nano3 sft --dry", "unrecognized arguments: --dry", "see python launch.py --help"),
-    ("nano3 sft --repo .", "unrecognized arguments: --repo .", "see python launch.py --help"),
-    ("nano3 sft --lr=1", "unrecognized arguments: --lr=1", "see python launch.py --help"),
-    ("nano3 sft -x", "unrecognized arguments: -x", "see python launch.py --help"),
+    ("nano3 sft --nodes two", "--nodes is 'two'", "it must be a whole number, 1 or more"),
+    ("nano3 sft --nodes", "--nodes stands without a value", "write it behind, like: --nodes 2, -c default"),
+    ("nano3 sft -c", "--config stands without a value", "write it behind, like: --nodes 2, -c default"),
+    ("nano3 sft -c -- x", "--config stands without a value", "write it behind, like: --nodes 2, -c default"),
+    ("nano3 sft --dry", "there is no option --dry", "did you mean --dry-run?"),
+    ("nano3 sft --repo .", "there is no option --repo", "did you mean --repo-root?"),
+    ("nano3 sft --lr=1", "there is no option --lr",
+     "overrides are KEY=VALUE, without dashes; --help shows the options"),
+    ("nano3 sft -x", "there is no option -x",
+     "overrides are KEY=VALUE, without dashes; --help shows the options"),
     ("nano3 sft lokal", "profile 'lokal' is not there", "did you mean local?"),
     ("nano3 sft lokal --dry-run", "profile 'lokal' is not there", "did you mean local?"),
     ("nano sft", "there is no family 'nano'", "did you mean nano3?"),
@@ -103,7 +105,8 @@ REFUSALS = [
      "export it, or take it out of [secrets]"),
     ("nano3 sft --repo-root /nonexistent", "there is no recipe under /nonexistent/src/*/recipes or steps",
      "name the source tree with --repo-root"),
-    ("nano3 sft --repo-root", "argument --repo-root: expected one argument", "see python launch.py --help"),
+    ("nano3 sft --repo-root", "--repo-root stands without a value",
+     "write it behind, like: --nodes 2, -c default"),
     ("nano3 rl local --nodes 2", "a Ray recipe on 2 nodes is not supported by executor local",
      "use --nodes 1, or another executor"),
     ("list nan", "ROOT has no recipe of family nan", "did you mean nano3?"),
@@ -475,15 +478,6 @@ def test_a_dry_run_needs_no_network_and_writes_nothing(flat, bare):
         assert (done.returncode, done.stderr) == (0, "")
     assert os.listdir(bare["HOME"]) == []
     assert files_below(flat) == before
-
-
-def test_a_dry_run_takes_well_under_half_a_second(flat, bare):
-    took = [1.0]
-    while min(took) >= 0.5 and len(took) < 10:  # the machine may be busy with other things
-        started = time.monotonic()
-        assert launcher(flat, *FAMILY, "lepton", "--dry-run", env=bare).returncode == 0
-        took.append(time.monotonic() - started)
-    assert min(took) < 0.5
 
 
 OLD = [(2, 7), (3, 6), (3, 7), (3, 8), (3, 9), (3, 10)]

@@ -67,7 +67,8 @@ NAMES = st.one_of(
     st.sampled_from(["a", "b", " ", "-rf", "$(id)", "'\"", "\n", "名前", "e\u0301", "é", "..a", "x" * 255, "\U0001f680",
                      "*", "\\"]),
 ).filter(usual)
-CONTENTS = st.one_of(st.just(b""), st.binary(max_size=200), st.binary(min_size=1, max_size=4).map(lambda b: b * 5000))
+CONTENTS = st.one_of(st.just(b""), st.binary(max_size=200), st.binary(min_size=1, max_size=4).map(lambda b: b * 5000)
+                     ).filter(lambda data: not transport._looks_secret(data))
 MODES = st.one_of(st.sampled_from([0o644, 0o755, 0o600, 0o700]),
                   st.integers(0o400, 0o7777).map(lambda mode: mode | 0o400))
 
@@ -112,7 +113,7 @@ def expected(files: Files, links: Links) -> dict[str, tuple[str, bytes, bool]]:
     return found
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(trees(), st.sampled_from([("local", 0), ("dgxcloud", 0), ("local", 1024)]), st.sampled_from(["xz", "gz"]))
 def test_any_tree_comes_back_from_a_real_exec(made: Any, carrier: tuple[str, int], compression: str) -> None:
     with tempfile.TemporaryDirectory() as name:
@@ -243,7 +244,7 @@ def in_pieces() -> transport.Plan:
 @pytest.mark.parametrize("stream", ["POD", "JOB", "TREE"])
 def test_a_stream_that_does_not_arrive_whole(in_pieces: transport.Plan, stream: str, tmp_path: Path) -> None:
     code = pod.POD if stream == "POD" else pod.PAYLOAD
-    for number, kind in enumerate(DAMAGES):
+    for number, kind in enumerate(DAMAGES[::3] if stream == "JOB" else DAMAGES):  # JOB and TREE share their code
         found, out = ran(in_pieces, tmp_path / str(number), env=damaged(in_pieces, stream, kind))
         assert found == code, (kind, out.text)
         rank = "?" if stream == "POD" and "what to do" in out.text else "0"
@@ -268,7 +269,7 @@ def test_a_tree_that_is_not_the_one_that_was_named(tmp_path: Path) -> None:
     assert code == pod.PAYLOAD and "digest" in failed(code, out) and not out.places
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.data())
 def test_any_change_of_our_variables_is_noticed(in_pieces: transport.Plan, data: st.DataObject) -> None:
     changes: dict[str, str | None] = {}
@@ -641,12 +642,17 @@ def test_a_foreign_thing_at_the_target(tmp_path: Path, what: str) -> None:
             os.mkfifo(code_root)
         else:
             code_root.symlink_to(tmp_path if what == "link" else "nowhere")
-    before = sorted(os.listdir(code_root)) if code_root.is_dir() else os.lstat(code_root)
+
+    def seen() -> tuple[object, ...]:
+        info = os.lstat(code_root)
+        return info.st_ino, info.st_mode, info.st_mtime_ns, code_root.is_dir() and sorted(os.listdir(code_root))
+
+    before = seen()
     code, out = ran(whole, tmp_path / "scratch")
     assert code == pod.PLACE, out.text
     assert failed(code, out) == "%s is there already and does not hold this payload" % code_root
-    assert before == (sorted(os.listdir(code_root)) if code_root.is_dir() else os.lstat(code_root))
-    assert os.listdir(code_root.parent) == ["code"] or "output" in os.listdir(code_root.parent)
+    assert before == seen()
+    assert sorted(os.listdir(code_root.parent)) == ["code", "output"]
 
 
 def test_a_restart_finds_its_tree_and_verifies_it(tmp_path: Path) -> None:
@@ -669,9 +675,9 @@ def test_a_restart_finds_its_tree_and_verifies_it(tmp_path: Path) -> None:
 
 def test_a_restart_after_death_at_any_time(tmp_path: Path) -> None:
     """SIGKILL while it unpacks; the next start is as the first."""
-    files = {"src/p/m%04d.py" % number: b"x" * 50 for number in range(1500)}
+    files = {"src/p/m%04d.py" % number: b"x" * 50 for number in range(1000)}
     whole = plan(files, command="echo DONE")
-    for delay in (0.0, 0.02, 0.05, 0.1):
+    for delay in (0.0, 0.02, 0.05):
         with started(whole, tmp_path) as dying:
             _until(lambda: any(tmp_path.glob("airlift-*/code*")))
             time.sleep(delay)
@@ -679,7 +685,7 @@ def test_a_restart_after_death_at_any_time(tmp_path: Path) -> None:
             dying.end()
         code, out = ran(whole, tmp_path)
         assert code == 0 and "DONE" in out.text
-        assert len(list((out.code / "src/p").iterdir())) == 1500
+        assert len(list((out.code / "src/p").iterdir())) == 1000
         shutil.rmtree(out.code.parent)
 
 
@@ -700,7 +706,7 @@ def test_pods_that_share_a_scratch_folder(tmp_path: Path) -> None:
                                                 env={"NODE_RANK": str(rank), "MASTER_ADDR": "m"}))
                     for rank in range(4)]
             assert [one.end() for one in pods] == [10, 11, 12, 13], [one.text for one in pods]
-        assert sorted(os.listdir(pods[0].code.parent)) == ["code", "config.yaml"]
+        assert sorted(os.listdir(pods[0].code.parent)) == ["code", "config.yaml"], "nothing private is left"
         assert [(tmp_path / "ws/runs/t23456" / ("rank-%d.exit" % rank)).read_text() for rank in range(4)] == [
             "10\n", "11\n", "12\n", "13\n"]
 
@@ -776,11 +782,11 @@ def test_term_during_a_startup_command(tmp_path: Path) -> None:
         assert running.text.endswith(ENDED % ("0", 143))
 
 
-@pytest.mark.parametrize("spread", range(16))
+@pytest.mark.parametrize("spread", range(10))
 def test_term_at_any_moment_leaves_nothing_running(tmp_path: Path, spread: int) -> None:
     with started(plan(setup=["true"], command="sleep 30", run_root=str(tmp_path / "ws")),
                  tmp_path / "scratch") as running:
-        time.sleep(0.01 + 0.008 * spread)
+        time.sleep(0.02 + 0.016 * spread)
         code = running.signal(signal.SIGTERM)
         assert code == 143, running.text
         assert not running.alive()
@@ -1016,7 +1022,7 @@ def test_the_users_environment_arrives_as_it_is(tmp_path: Path) -> None:
     assert {name: found.get(name) for name in USER} == USER
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.dictionaries(st.from_regex(r"U[A-Z0-9_]{0,8}", fullmatch=True), max_size=5, values=st.text(
     st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=30)))
 def test_any_environment_arrives_as_it_is(env: dict[str, str]) -> None:
@@ -1190,16 +1196,11 @@ def test_every_python_of_this_machine(tmp_path: Path, python: str) -> None:
         return
     assert code == 9, out.text
     assert shape(out.code) == shape_of(tree(files))
-    code, out = ran(whole, tmp_path / "scratch", env=env | {"AIRLIFT_TREE_0000": None})
-    assert code == pod.PAYLOAD
-    failed(code, out)
-    code, out = ran(whole, tmp_path / "scratch", env=env | {"AIRLIFT_POD_0000": None})
-    assert code == pod.POD
-    failed(code, out)
     (out.code / "src/größe.txt").write_text("changed")
-    code, out = ran(whole, tmp_path / "scratch", env=env)
-    assert code == pod.PLACE
-    failed(code, out)
+    for change, expect in (({"AIRLIFT_POD_0000": None}, pod.POD), ({}, pod.PLACE)):
+        code, out = ran(whole, tmp_path / "scratch", env=env | change)
+        assert code == expect
+        failed(code, out)
     with started(plan(command="sh -c 'echo READY; exec sleep 30'"), tmp_path / "other", env=env) as running:
         running.until(b"READY\n")
         assert running.signal(signal.SIGTERM) == 143 and not running.alive()

@@ -278,7 +278,7 @@ def test_an_unknown_config_names_the_nearest(one, tmp_path):
 # ---------------------------------------------------------------- compile
 
 
-def compiled(root, text, overrides=(), settings=lambda yaml, forced: yaml, name=None):
+def compiled(root, text, overrides=(), settings=lambda recipe, yaml, forced: yaml, name=None):
     """The compiled config of a recipe whose default.yaml is `text`, and what the two readers make of it."""
     recipe(root, yaml=text)
     config = recipes.compile_config(recipes.find(root, "nano3/sft"), name, list(overrides), settings)
@@ -376,7 +376,7 @@ def test_overrides_of_run_reach_the_settings(tmp_path):
     asked = []
     config, _ = compiled(tmp_path, "run: {env: {nodes: 1, mounts: [a]}}\n",
                          ["run.env.nodes=4", "run.env.env_vars.A=1", "run.data=d:v2"],
-                         lambda yaml, forced: asked.append((yaml, forced)) or {"nodes": 4})
+                         lambda recipe, yaml, forced: asked.append((yaml, forced)) or {"nodes": 4})
     assert asked == [({"nodes": 4, "mounts": ["a"], "env_vars": {"A": 1}}, {"nodes": 4, "env_vars": {"A": 1}})]
     assert config.run["env"] == {"nodes": 4}
     for word in ("run=5", "run.env=5"):
@@ -400,7 +400,7 @@ def test_run_references_as_text_and_typed(tmp_path):
         gone: ${run.wandb.group}
         gone_too: "${run.wandb.group}/${run.nothing}"
         other: ${nodes}
-        """, settings=lambda yaml, forced: {"nodes": 3})
+        """, settings=lambda recipe, yaml, forced: {"nodes": 3})
     assert read == {"nodes": 3, "text": "n=3 of p", "tags": ["a", "b"], "none": None, "empty": "[]",
                     "name": "nano3/sft",
                     "chain": "p-x", "host": "login", "gone": "${run.wandb.group}",
@@ -597,7 +597,7 @@ def test_uv_run_needs_a_project(tmp_path, shell):
 
 def test_without_omegaconf_it_says_so(monkeypatch, one):
     monkeypatch.setitem(__import__("sys").modules, "omegaconf", None)
-    found = refusal(recipes.compile_config, one, None, [], lambda yaml, forced: yaml)
+    found = refusal(recipes.compile_config, one, None, [], lambda recipe, yaml, forced: yaml)
     assert "omegaconf" in found.what and "requirements.txt" in found.fix
 
 

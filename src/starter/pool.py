@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starter.config import RecipeError
@@ -49,7 +51,10 @@ def die_with_parent(parent: int) -> None:
 
 
 def on_ray(function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
-    """One task for each item, as many at a time as keep the cluster busy. The nodes must see the same files."""
+    """One task for each item, as many at a time as keep the cluster busy.
+
+    The nodes must see the same data files, and have the source where the driver has it.
+    """
     try:
         import ray
     except ImportError as error:
@@ -57,12 +62,22 @@ def on_ray(function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
         print(f"on the Ray cluster {os.environ['RAY_ADDRESS']}, {ray.cluster_resources().get('CPU', 0):.0f} CPUs")
-    task: Any = ray.remote(function)
+
+    def call(source: str, work: bytes) -> Any:  # travels by value, so that it can tell where all else lies
+        import pickle
+        import sys
+
+        sys.path[:0] = [] if source in sys.path else [source]
+        function, item = pickle.loads(work)
+        return function(item)
+
+    task: Any = ray.remote(call)
+    source = str(Path(__file__).resolve().parents[1])
     ahead = int(2 * ray.cluster_resources().get("CPU", 1)) + 1
     waiting: deque[Any] = deque()
     try:
         for item in items:
-            waiting.append(task.remote(item))
+            waiting.append(task.remote(source, pickle.dumps((function, item))))
             if len(waiting) > ahead:
                 yield ray.get(waiting.popleft())
         while waiting:

@@ -177,7 +177,7 @@ DECODER = json.JSONDecoder()
 
 
 def read_json(line: bytes) -> Any:
-    """What Python makes of a line of JSON in UTF-8; NaN and Infinity, which it writes, it reads too. Raises ValueError."""
+    """What Python makes of a line of JSON in UTF-8, with NaN and Infinity. Raises ValueError."""
     try:
         return DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:

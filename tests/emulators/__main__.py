@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from . import LeptonEmulator, RunaiEmulator, no_pods_because
 from .plane import Plane
@@ -58,7 +59,9 @@ def main() -> int:
     kinds: dict[str, type[Plane]] = {"lepton": LeptonEmulator, "runai": RunaiEmulator}
     if options.root is not None:
         options.root.mkdir(parents=True, exist_ok=True)
-    with kinds[options.plane](options.root, port=options.port, path=options.path) as server:
+    # As profiles/dgxcloud.toml has it: its claim, and no address for the logs but the platform's own.
+    more: dict[str, Any] = {"claims": ("shared-storage",), "cluster_logs": True} if options.plane == "runai" else {}
+    with kinds[options.plane](options.root, port=options.port, path=options.path, **more) as server:
         print(describe(server), flush=True)
         shown = 0
         try:
