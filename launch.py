@@ -201,7 +201,8 @@ class Launch(object):
             notes = list(self.profile.notes)
             self.config = recipes.compile_config(
                 recipe, options.config, overrides,
-                lambda recipe, yaml, forced: backends.settle(recipe, self.profile, options.nodes, yaml, forced, notes),
+                lambda recipe, yaml, forced: backends.settle(recipe, self.profile, options.nodes, yaml, forced, notes,
+                                                             dry),
                 profiles.shared("wandb", dry), profiles.shared("artifacts", dry))
             self.recipe = self.config.recipe
             self.job = self.make_job(options.args, notes)
@@ -515,7 +516,8 @@ def find_run(options):
 
 def status(options):
     """One run, or all: a run whose state cannot be read is an error, but does not hide the others."""
-    rows, worst, silent = [], 0, {}  # silent: profile -> why its platform cannot be reached, waited for once
+    rows, worst = [], 0
+    silent = {}  # type: dict[str, Refusal]  # by profile: why its platform cannot be reached; waited for once
     for run in [find_run(options)] if options.words else backends.all_runs():
         try:
             if run.profile in silent and not run.ended:

@@ -174,9 +174,53 @@ def join(env: dict[str, str], stream: str) -> bytes:
 
 def read_job(env: dict[str, str]) -> dict:
     try:
-        return json.loads(zlib.decompress(join(env, "JOB")))
-    except (ValueError, zlib.error) as error:
+        return checked(json.loads(zlib.decompress(join(env, "JOB"))))
+    except (ValueError, RecursionError, zlib.error) as error:
         raise Failure(PAYLOAD, "the job's description cannot be read: %s" % error) from None
+
+
+def checked(job: dict, members: bool = False) -> dict:
+    """The description, if it has the shape that launch.py gives it (on Slurm with `members`). Raises Failure(PAYLOAD)
+    that names the field: what sends and what reads may be of two versions."""
+    job = job if isinstance(job, dict) else {}
+    tree = job.get("tree") if isinstance(job.get("tree"), dict) else {}
+    shared = job.get("unpack") == "shared"
+    right = {
+        "run": _texts([job.get("run")]) and re.fullmatch(r"[\w-]{1,64}", job["run"]),
+        "nodes": _whole(job.get("nodes")),
+        "tree": _texts([tree.get("sha256"), tree.get("compression")]) and _whole(tree.get("files"), 0),
+        "env": _table(job.get("env")) and all(name and "=" not in name for name in job["env"]),
+        "setup": _list(job.get("setup")), "folders": _list(job.get("folders", [])),
+        "clones": isinstance(job.get("clones", []), list) and all(
+            _table(clone) and sorted(clone) == ["ref", "target", "url"] for clone in job.get("clones", [])),
+        "members": not members or _table(job.get("members")),
+        "shared": not shared or _texts([job.get("shared")]), "keep": not shared or _whole(job.get("keep")),
+        "patience": not shared or _whole(job.get("patience")),
+    }
+    right.update({name: _texts([job.get(name)]) for name in ("launch", "config", "command")})
+    right.update({name: _texts([job.get(name) or ""]) for name in ("run_root", "workdir", "tool")})
+    odd = [name for name, value in right.items() if not value]
+    if odd:
+        raise Failure(PAYLOAD, "the job's description lacks a usable %s" % ", ".join(odd))
+    return job
+
+
+def _texts(values: list) -> bool:
+    """Strings that a path, an environment and a file can hold."""
+    return all(isinstance(text, str) and "\0" not in text and text == text.encode("utf-8", "ignore").decode()
+               for text in values)
+
+
+def _list(value: object) -> bool:
+    return isinstance(value, list) and _texts(value)
+
+
+def _table(value: object) -> bool:
+    return isinstance(value, dict) and _texts([*value, *value.values()])
+
+
+def _whole(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def decompress(data: bytes, method: str) -> bytes:
@@ -215,14 +259,23 @@ def unpack(tar: bytes, target: str) -> None:
 
 
 def members(tar: bytes) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """(TarInfo, bytes) of each file and link. Raises Failure(PAYLOAD) for anything else, or a path that leads out."""
-    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
-        for info in archive:
-            parts = info.name.split("/")
-            if info.name.startswith("/") or ".." in parts or not (info.isfile() or info.issym()):
-                raise Failure(PAYLOAD, "the tar holds %r, which does not belong there" % info.name)
-            file = archive.extractfile(info) if info.isfile() else None
-            yield info, file.read() if file else info.linkname.encode()
+    """(TarInfo, bytes) of each file and link. Raises Failure(PAYLOAD) for anything else: a path that comes twice or leads
+    out, also by way of a link."""
+    links: dict[str, bool] = {}  # path -> whether it is a link
+    try:
+        with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+            for info in archive:
+                parts = info.name.split("/")
+                kept = _texts([info.name, info.linkname]) and info.type in (tarfile.REGTYPE, tarfile.SYMTYPE)
+                out = os.path.normpath(os.path.join(os.path.dirname(info.name), info.linkname)).split("/")[0] in ("", "..")
+                through = any(links.get("/".join(parts[:end])) for end in range(1, len(parts)))
+                if not kept or set(parts) & {"", ".", ".."} or info.name in links or out or through:
+                    raise Failure(PAYLOAD, "the tar holds %r, which does not belong there" % info.name[:200])
+                links[info.name] = info.issym()
+                file = archive.extractfile(info) if info.isfile() else None
+                yield info, file.read() if file else info.linkname.encode()
+    except (tarfile.TarError, ValueError, EOFError, OverflowError, RecursionError) as error:
+        raise Failure(PAYLOAD, "the tar cannot be read: %s" % error) from None
 
 
 def extract(tar: bytes, folder: str) -> None:
@@ -590,8 +643,8 @@ def read_manifest(path: str) -> dict:
     """The job's description, with what each path of the tree must be ("members")."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
+            return checked(json.load(file), members=True)
+    except (OSError, ValueError, RecursionError) as error:
         raise Failure(PAYLOAD, "the manifest %s cannot be read: %s" % (path, error)) from None
 
 

@@ -265,7 +265,7 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
         plain["artifacts"] = artifacts | _table(plain.get("artifacts"), "artifacts", path)
     run = run | {"env": env, "recipe": {"name": recipe.name, "script": recipe.script}}
     known = run | {"env": yaml_env | env}  # what a config may name also holds what this executor has no use for
-    plain = _places(_replace_run(plain, _replace_run(known, known)), recipe.root)
+    plain = places(_replace_run(plain, _replace_run(known, known)), recipe.root)
     kept = {key: value for key, value in run.items() if is_artifact(value)}
     text = dump(plain | {"run": kept} if kept else plain)
     missing = sorted(set(re.findall(r"\$\{(run\.[^}:]+)\}", text)))
@@ -296,7 +296,8 @@ def with_script(recipe: Recipe, script: Any, path: Path) -> Recipe:
 
 def _table(value: Any, name: str, path: Path) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
-        raise Refusal("%s: %s is %r, not a table" % (path, name, value), "mend the config's run section")
+        raise Refusal("%s: %s is %r, not a table" % (path, name, value),
+                      "mend the config's %s section" % name.split(".")[0])
     return value or {}
 
 
@@ -320,8 +321,10 @@ def _load(omegaconf: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     except FileNotFoundError:
         raise Refusal("%s is named in defaults: of %s, but is not there" % (path, seen[-1]),
                       "mend the defaults:") from None
+    except UnicodeDecodeError:
+        raise Refusal("%s is not a config: it is not UTF-8" % path, "save it as UTF-8") from None
     except Exception as error:  # YAML's and OmegaConf's errors share no base class
-        raise Refusal("%s is not a config: %s" % (path, " ".join(str(error).split())), "mend the YAML") from None
+        raise Refusal("%s is not a config: %s" % (path, _said(error)), "mend the YAML") from None
     parents = omegaconf.OmegaConf.to_container(config, resolve=False).get("defaults")
     names = [parents] if isinstance(parents, str) else parents if isinstance(parents, list) else []
     if not names or not all(isinstance(item, str) for item in names):
@@ -333,6 +336,16 @@ def _load(omegaconf: Any, path: Path, seen: tuple[Path, ...]) -> Any:
             merged = _merge(omegaconf, merged, _load(omegaconf, parent, (*seen, path.resolve())), parent)
     del config["defaults"]
     return _merge(omegaconf, merged, config, path)
+
+
+def _said(error: Exception) -> str:
+    """An error of YAML or OmegaConf in a few words."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark and problem:
+        return "line %d: %s" % (mark.line + 1, " ".join(str(problem).split()))
+    if type(error).__name__ == "GrammarParseError":
+        return "%s holds a ${ that cannot be read; a plain one is written \\${" % (getattr(error, "full_key", "") or "a value")
+    return " ".join(str(error).split())
 
 
 def _merge(omegaconf: Any, below: Any, above: Any, path: Path) -> Any:
@@ -348,6 +361,11 @@ def _override(omegaconf: Any, config: Any, overrides: list[str]) -> Any:
         if not re.match(r"[^=+~.][^=.]*(\.[^=.]+)*=", override):
             raise Refusal("the override %r names no setting" % override,
                           "overrides are KEY=VALUE with dots between names")
+        try:
+            omegaconf.OmegaConf.from_dotlist([override])
+        except Exception as error:
+            raise Refusal("the override %r cannot be read: %s" % (override, _said(error)),
+                          "its value is read as YAML; put a text in quotes, like: 'key=\"[text\"'") from None
     try:
         return omegaconf.OmegaConf.merge(config, omegaconf.OmegaConf.from_dotlist(overrides))
     except Exception as error:
@@ -398,7 +416,7 @@ def _replace_run(value: Any, run: dict[str, Any]) -> Any:
     return _map_strings(value, change)
 
 
-def _places(value: Any, root: Path) -> Any:
+def places(value: Any, root: Path) -> Any:
     """Paths of this machine and of NVIDIA's layout as /nemo_run/code/… and /nemo_run/…, which pod.py fills in."""
 
     def change(item: str) -> str:

@@ -171,8 +171,10 @@ def _ignore_file(root: Path) -> tuple[str, ...]:
         return ()
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal("%s cannot be read: %s" % (path, error), "make it a readable text in UTF-8") from None
+    except OSError as error:
+        raise Refusal("%s cannot be read: %s" % (path, error.strerror), "make it readable, or remove it") from None
+    except UnicodeDecodeError:
+        raise Refusal("%s cannot be read: it is not UTF-8" % path, "save it as UTF-8") from None
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 

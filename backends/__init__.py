@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from profiles import CLOUDS, KEYS, Profile, anchor, wrong
-from recipes import Recipe
+from profiles import CLOUDS, KEYS, Profile, anchor, resolve, wrong
+from recipes import Recipe, places
 from transport import Refusal
 
 BACKENDS = {"local": "backends.local", "docker": "backends.docker", "slurm": "backends.slurm",
@@ -91,9 +91,10 @@ PROFILES_OWN = ("executor", "extends", "stages", "repo_root")
 
 
 def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, Any], forced: dict[str, Any],
-           notes: list[str]) -> dict[str, Any]:
+           notes: list[str], dry: bool = True) -> dict[str, Any]:
     """The settings of a job. Lowest first: header, the rest of the YAML's run.env, profile, the five keys that the YAML
     owns, [stages.…], KEY=VALUE (`forced`), --nodes. env_vars merge; mounts of YAML and profile add up."""
+    yaml, forced = _read(yaml, recipe, notes, dry), _read(forced, recipe, [], dry)
     unknown = sorted(str(key) for key in yaml if key not in KEYS)
     if unknown:
         notes.append("run.env holds %s, which Airlift does not use" % ", ".join(unknown))
@@ -124,9 +125,12 @@ def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, 
     foreign = sorted(key for key in forced if key in mine and key not in usable)
     if foreign:
         notes.append("run.env holds %s, which is not for executor %s" % (", ".join(foreign), profile.executor))
-    if "mounts" not in profile.stage and "mounts" not in forced:
-        settings["mounts"] = _mounts(list(yaml.get("mounts") or []), list(profile.keys.get("mounts") or []),
-                                     profile.executor, notes)
+    theirs, ours = yaml.get("mounts") or [], profile.keys.get("mounts") or []
+    if wrong("mounts", theirs):
+        raise Refusal("run.env.mounts is %r" % (theirs,), "it must be " + wrong("mounts", theirs))
+    if "mounts" in profile.stage or "mounts" in forced:  # nothing is added to those
+        theirs, ours = [], settings.get("mounts") or []
+    settings["mounts"] = _mounts(theirs, ours, profile.executor, notes)
     for key in COUNTS:
         if key in settings:
             settings[key] = _count(key, settings[key])
@@ -151,6 +155,25 @@ def _mounts(yaml: list[Any], ours: list[Any], executor: str, notes: list[str]) -
             fix = "write a table with path, mount_path and from" if executor == "lepton" else "volumes are pvcs there"
             raise Refusal("the mount %s cannot be had on %s" % (bad[0], executor), fix)
     return yaml + ours
+
+
+def _read(table: dict[str, Any], recipe: Recipe, notes: list[str], dry: bool) -> dict[str, Any]:
+    """A run.env with variables of this machine read; the working directory and NEMO_RUN_DIR are those of the pod.
+    Raises Refusal for one that is not set, unless it is only for show."""
+    unset: list[str] = []
+    result = {key: value if re.search(r"env:(PWD|NEMO_RUN_DIR)\b", str(value)) else resolve(value, unset)
+              for key, value in table.items() if key != "env_vars"}
+    if "env_vars" in table:
+        result["env_vars"] = resolve(places(table["env_vars"], recipe.root), unset)
+        for name, value in (result["env_vars"] if isinstance(result["env_vars"], dict) else {}).items():
+            if isinstance(value, str) and "${" in value:
+                notes.append("env_vars.%s is sent as it is written, %s: only a config is resolved in the pod"
+                             % (name, value))
+    if unset and not dry:
+        raise Refusal("run.env reads %s, which is not set here" % ", ".join(dict.fromkeys(unset)),
+                      "export it, or override what reads it")
+    notes += ["run.env reads %s, which is not set here" % name for name in dict.fromkeys(unset)]
+    return result
 
 
 def _auto(mount: Any) -> bool:

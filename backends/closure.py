@@ -100,9 +100,10 @@ class _Closure:
         """Reach a file, and the links on the way to it. Whether there is such a file."""
         found = self.find(path)
         for link in [link for link in self.links if (posixpath.normpath(path) + "/").startswith(link + "/")]:
-            if link not in self.reached:
-                self.reached.add(link)
-                self.add_all(link)
+            new = link not in self.reached
+            self.reached.add(link)
+            if new and link == path and found in self.folders:
+                self.add_all(found)
         if found not in self.entries:
             return False
         assert found is not None
@@ -134,6 +135,8 @@ class _Closure:
         python = {above for path in self.entries if path.endswith(".py") for above in _above(path)}
         for path in [path for path in self.entries if path.startswith(folder + "/") and not path.endswith(".py")]:
             inner = [above for above in _above(path) if above.startswith(folder + "/")]
+            if path in self.links and self.find(path) in self.folders:
+                continue
             if not inner or not (recipes or python.intersection(inner)):
                 self.add(path)
 
@@ -220,6 +223,7 @@ class _Closure:
         docstrings = {id(node.body[0].value) for node in nodes
                       if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
                       and node.body and isinstance(node.body[0], ast.Expr)}
+        inner = {id(node.left) for node in nodes if isinstance(node, ast.BinOp)}  # of a / b / c, a / b
         for node in nodes:
             if isinstance(node, ast.Import):
                 for name in node.names:
@@ -228,7 +232,7 @@ class _Closure:
                 self.import_from(node, package)
             elif isinstance(node, ast.Call) and _called(node) in LOADERS:
                 self.load(node, package)
-            elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and id(node) not in inner:
                 self.joined(_parts(node), folder)
             elif isinstance(node, (ast.List, ast.Tuple)):
                 words = [item.value if isinstance(item, ast.Constant) else None for item in node.elts]
@@ -276,7 +280,7 @@ class _Closure:
                 name = argument.value
                 self.relative(name, package) if name.startswith(".") else self.module(name)
             begun = _begun(argument)
-            if begun and begun.endswith("."):
+            if begun.strip(".") and begun.endswith("."):
                 self.whole_package(begun.rstrip("."))
         if len(node.args) > 1 and _called(node) != "import_module":
             words = [item.value if isinstance(item, ast.Constant) else None for item in node.args[:2]]

@@ -221,7 +221,8 @@ class Follower:
                     self._check_image()
                 if status.state in FINAL:
                     return status
-            time.sleep(POLL_S if time.monotonic() - begun < SLOWER_AFTER_S else 5 * POLL_S)  # an answer holds all chunks
+            slower = 5 if time.monotonic() - begun > SLOWER_AFTER_S else 1  # an answer holds all the chunks
+            time.sleep(slower * POLL_S)
 
     def _check_image(self) -> None:
         trouble = self._trouble()

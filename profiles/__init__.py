@@ -200,7 +200,7 @@ def shared(name: str, dry: bool = False) -> dict[str, Any]:
     """env.toml's [wandb] or [artifacts], with variables read; {} where there is none. Raises Refusal for a variable
     that is not set, unless it is only for show."""
     unset: list[str] = []
-    found = _resolve(sections().get(name, {}), unset)
+    found = resolve(sections().get(name, {}), unset)
     if unset and not dry:
         raise Refusal("[%s] of %s reads %s, which is not set" % (name, env_file(), unset[0]),
                       "export it, or write it there")
@@ -219,7 +219,7 @@ def load(name: str, stage: str = "") -> Profile:
     keys: dict[str, Any] = {}
     for table, _ in reversed(layers):
         keys = _merge(keys, table)
-    keys = _resolve(keys, unset)
+    keys = resolve(keys, unset)
     executor = keys.get("executor")
     if executor is None:
         raise Refusal("profile %s names no executor" % name, "add executor = one of " + ", ".join(LIMITS))
@@ -276,7 +276,7 @@ def _layers(name: str, seen: tuple[str, ...]) -> list[tuple[dict[str, Any], Path
     if name not in names():
         asked = "profile %s extends %r, which" % (seen[-1], name) if seen else "profile %r" % name
         raise Refusal("%s is not there" % asked, "did you mean %s?" % nearest(name, names()))
-    in_env = name in sections()
+    in_env = name in sections() and name not in NOT_PROFILES
     path = env_file() if in_env else FOLDER / (name + ".toml")
     assert path is not None
     keys = _canonical(dict(sections()[name]) if in_env else _read(path), "profile " + name)
@@ -296,7 +296,9 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Refusal("%s cannot be read: %s" % (path, error.strerror), "make it readable, or remove it") from None
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number or a nesting beyond all bounds
+    except UnicodeDecodeError:
+        raise Refusal("%s is not TOML: it is not UTF-8" % path, "save it as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # not TOML, a number or a nesting beyond all bounds
         raise Refusal("%s is not TOML: %s" % (path, error), "mend the file") from None
 
 
@@ -324,12 +326,12 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _resolve(value: Any, unset: list[str]) -> Any:
+def resolve(value: Any, unset: list[str]) -> Any:
     """Variables read in every string of a table, as _read_variables does."""
     if isinstance(value, dict):
-        return {key: _resolve(item, unset) for key, item in value.items()}
+        return {key: resolve(item, unset) for key, item in value.items()}
     if isinstance(value, list):
-        return [_resolve(item, unset) for item in value]
+        return [resolve(item, unset) for item in value]
     return _read_variables(value, unset) if isinstance(value, str) else value
 
 
@@ -423,7 +425,7 @@ def overview() -> Iterator[tuple[str, str, str]]:
     for name in names():
         executor, first = "?", "# from %s" % env_file()
         try:
-            if name not in sections():
+            if name not in sections() or name in NOT_PROFILES:
                 first = (FOLDER / (name + ".toml")).read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
             executor = load(name).executor
         except (Refusal, OSError):

@@ -91,10 +91,10 @@ class Pod:
 class Faults:
     """Stands between pod.py and the file system, in a process that is pod.py's alone.
 
-    kill: (k, "before" | "after" | "half") of the k-th call. quota: renames into trees/ fail with EDQUOT, with `quota`
-    as the reason. lost: so many renames are carried out and answered ENOENT. stale: so many listings of each folder
-    are answered as the first was. full: from the k-th call on, nothing can be made or written. slow: seconds before
-    each call.
+    kill: (k, "before" | "after" | "half") of the k-th call. quota: renames into trees/ (`where`: or another folder)
+    fail with EDQUOT and these words. lost: so many renames are carried out and answered ENOENT. stale: so many
+    listings of each folder are answered as the first was. full: from the k-th call on, nothing can be made or
+    written. slow: seconds before each call.
     """
 
     CALLS = ("mkdir", "rename", "unlink", "rmdir", "listdir", "open", "utime", "chmod", "symlink", "scandir", "lstat")
@@ -132,7 +132,7 @@ class Faults:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     def rename(self, old: Any, new: Any, **options: Any) -> None:
-        if "quota" in self.plan and os.path.join(self.top, "trees") in str(new):
+        if "quota" in self.plan and str(new).startswith(os.path.join(self.top, self.plan.get("where", "trees"))):
             raise OSError(errno.EDQUOT, self.plan["quota"], new)
         REAL_RENAME(old, new, **options)
         if self.plan.get("lost", 0) > 0 and str(new).startswith(self.top):
@@ -193,8 +193,8 @@ class Ground:
         for folder in ("spoiled", "spoilt", "strayed", "planted", "scratch"):
             os.makedirs(os.path.join(self.place, folder), exist_ok=True)
         self.book = os.path.join(self.place, "book")
-        self.read = 0
-        self.started = 0
+        self.ended: dict[int, dict[str, Any]] = {}  # what each wrote at its end, by process id
+        self.read = self.started = 0
 
     def path(self, *parts: str) -> str:
         return os.path.join(self.top, *parts)
@@ -242,7 +242,7 @@ class Ground:
                 os._exit(99)
         return pid
 
-    def finish(self, pid: int, scratch: bool = True) -> int:
+    def finish(self, pid: int) -> int:
         """Wait for its end; the exit code as a shell gives it."""
         status = os.waitpid(pid, 0)[1]
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
@@ -255,6 +255,7 @@ class Ground:
         job = {"run": wanted.run, "shared": top, "keep": wanted.keep, "patience": wanted.patience, "config": "",
                "unpack": "shared", "tree": {"sha256": wanted.source.digest}}
         env = {"AIRLIFT_TREE_CHUNKS": "3", "LEPTON_JOB_FAILURE_COUNT": str(wanted.attempt), "TMPDIR": scratch}
+        signal.signal(signal.SIGUSR1, lambda number, frame: setattr(wanted, "hold", 0))  # come to an end
         if wanted.uid:
             os.makedirs(scratch)
             os.chown(scratch, wanted.uid, wanted.uid)
@@ -281,7 +282,7 @@ class Ground:
     def use(self, wanted: Pod, code: str, begin: float) -> dict[str, Any]:
         """Read the tree as long as the pod is to live: it must be whole and stay as it is."""
         name = os.path.basename(os.path.dirname(code))
-        found, looks, end = [], 0, time.monotonic() + wanted.hold
+        found, looks, start = [], 0, time.monotonic()
         if self.noted("spoilt", name, begin):
             found.append("rank %d of %s uses %s, which was spoilt before" % (wanted.rank, wanted.name, name))
         if wanted.rank == 0 and self.noted("strayed", name, begin):
@@ -291,7 +292,7 @@ class Ground:
             if wrong and not self.noted("spoiled", name):
                 found.append("rank %d of %s holds %s, but %s" % (wanted.rank, wanted.name, name, wrong))
             looks += 1
-            if time.monotonic() > end:
+            if time.monotonic() > start + wanted.hold:
                 break
             time.sleep(0.01)
         return {"looks": looks, "violations": found}
@@ -326,11 +327,14 @@ def looked(ground: Ground) -> list[str]:
 # ---------------------------------------------------------------- misfortune
 
 
-def spoil(ground: Ground, dice: random.Random, name: str) -> None:
+WAYS = ("flip", "miss", "cut", "folder", "fifo")
+
+
+def spoil(ground: Ground, dice: random.Random, name: str, how: str = "") -> None:
     """Damage a published tree."""
     ground.note("spoiled", name)
     file = Path(ground.path("trees", name, "code", dice.choice(sorted(next(iter(ground.sources.values())).files))))
-    how = dice.choice(["flip", "miss", "cut", "folder", "fifo"])
+    how = how or dice.choice(WAYS)
     try:
         data = bytearray(file.read_bytes() if file.is_file() else b"")  # it may be a FIFO by now
         if how == "flip" and data:

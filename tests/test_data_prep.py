@@ -627,6 +627,56 @@ def storm(folder: Path, kills: int, megabytes: int) -> None:
     assert shape(output) == alone
 
 
+WATCHED = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+
+
+def dies_at(point: int, output: Path, *overrides: str) -> bool:
+    """Run in a child that is killed before its ``point``-th touch of the file system. Whether it came so far."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def hook(event: str, arguments: Any) -> None:
+            nonlocal count
+            count += event in WATCHED
+            if event in WATCHED and count > point:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.addaudithook(hook)
+        try:
+            prepare(output, *overrides)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+@pytest.mark.parametrize("before", [None, "holdout=9"])
+def test_a_kill_before_each_touch_of_the_file_system(tmp_path: Path, before: str | None) -> None:
+    rows = [*numbered(40), {"_hf_placeholder": SKY, "dataset": "skywork"}]
+    path = blend(tmp_path, a=rows, test=numbered(5))
+    settings = [f"blend={path}", OWN, "holdout=8", "workers=1"]
+    prepare(tmp_path / "whole", *settings)
+    expected, point, output = shape(tmp_path / "whole"), 0, tmp_path / "out"
+    while True:
+        shutil.rmtree(output, ignore_errors=True)
+        if before:
+            prepare(output, *settings, before)
+        died = dies_at(point, output, *settings)
+        check_whole(output)
+        for folder in (output / "a", output / "test"):
+            assert not folder.exists() or (folder / ".receipt.json").exists()
+        prepare(output, *settings)
+        assert shape(output) == expected, point
+        if not died:
+            break
+        point += 1
+    assert point > 40
+
+
 def test_a_kill_at_any_point_and_a_rerun_give_the_same(tmp_path: Path) -> None:
     storm(tmp_path, kills=6, megabytes=12)
 
@@ -701,7 +751,7 @@ def test_half_a_gigabyte_takes_less_than_200_mib(tmp_path: Path) -> None:
 
     shard = tmp_path / "shard.jsonl"
     data_prep.generate(shard, 512 << 20)
-    seconds, peak = data_prep.ours(shard, tmp_path / "run", None)
+    seconds, _, peak = data_prep.ours(shard, tmp_path / "run", None)
     print(f"{seconds:.2f} s, {peak >> 20} MiB")
     assert peak < 200 << 20
 

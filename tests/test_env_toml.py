@@ -174,7 +174,7 @@ def test_what_is_no_profile(world):
         {"name": "local", "executor": "local", "about": "Here."},
         {"name": "mine", "executor": "local", "about": "from %s" % path}]
     for name in profiles.NOT_PROFILES:
-        assert refusal(profiles.load, name).startswith("profile %r is not there\ndid you mean " % name)
+        assert refusal(profiles.load, name) == "profile %r is not there\ndid you mean broken or local or mine?" % name
     write(world.profiles / "cache.toml", LOCAL)  # a file of that name is one
     assert profiles.load("cache").executor == "local"
 
@@ -249,6 +249,7 @@ def test_wandb_replaces_the_yamls(world):
         "WANDB_NAME": "nano3-sft", "WANDB_JOB_TYPE": "nano3/sft"}
     plan = world.plan("local", "run.wandb.project=mine", "run.wandb.group=g")
     assert config_of(plan)["logger"] == "mine/g" and plan["env"]["WANDB_ENTITY"] == "us"
+    world.yaml("{}\n")
     for bad in ("run.wandb=x", "run.wandb=[1]"):
         code, out, err = world.say("nano3", "sft", "local", bad, "--dry-run", "--repo-root", world.project)
         assert code == 2 and ": run.wandb is " in err and err.endswith("not a table\nmend the config's run section\n")
@@ -348,7 +349,7 @@ def test_a_key_of_nvidias_is_accepted(world, key):
             assert found.notes == ()
         elif found.notes:  # NVIDIA's launcher passes over what is another executor's; here it is said
             assert found.notes == ("profile x: %s is not used: it is for %s" % (
-                key, ", ".join(profiles.KEYS[key].executors)),)
+                profiles.KEYS[key].alias or key, ", ".join(profiles.KEYS[key].executors)),)
             assert key not in found.keys
         else:
             assert key == "mounts"  # the clouds have mounts of another kind; a launch looks at them
@@ -389,7 +390,7 @@ def test_executors_that_are_not_here(world, executor):
 
 def test_an_unknown_key_is_an_error_in_a_section_too(world):
     world.env("[x]\n" + LOCAL + "node = 2\n")
-    assert refusal(profiles.load, "x") == "profile x: there is no key 'node'\ndid you mean nodes or node_group?"
+    assert refusal(profiles.load, "x") == "profile x: there is no key 'node'\ndid you mean nodes or node_group or ipc_mode?"
     world.env("[x]\n" + LOCAL + "[x.stages.sft]\nbuild_time = '1'\n[x.stages.rl]\nbuild_partition = 'x'\n")
     assert [note.split(": ")[1] for note in profiles.load("x", "sft").notes] == ["build_time is not used"]
 

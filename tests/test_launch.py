@@ -92,7 +92,7 @@ REFUSALS = [
     ("nano3 sft -c defualt", "nano3/sft has no config 'defualt' in ROOT/" + CONFIGS, "did you mean default?"),
     ("nano3 sft -c ./x.yaml", "there is no config file ./x.yaml", "name a file, or a config of ROOT/" + CONFIGS),
     ("nano3 sft =1", "the override '=1' names no setting", "overrides are KEY=VALUE with dots between names"),
-    ("nano3 sft a=[", "an override does not fit the config: ...", "overrides are KEY=VALUE with dots between names"),
+    ("nano3 sft a=[", "the override 'a=[' cannot be read: ...", "its value is read as YAML; put a text in quotes, ..."),
     ("nano3 sft run=1", "ROOT/" + CONFIGS + "/default.yaml: run is 1, not a table", "mend the config's run section"),
     ("nano3 sft run.env.nodes=two", "nodes is 'two'", "it must be a whole number, 1 or more"),
     ("nano3 sft run.env.startup_commands=ls", "run.env.startup_commands is 'ls'", "it must be a list of strings"),

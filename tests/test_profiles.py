@@ -267,7 +267,7 @@ def test_unknown_profiles_name_the_nearest(shipped):
 
 def test_a_file_that_is_no_text_or_no_file(folder):
     (folder / "p.toml").write_bytes(b'executor = "\xff"')
-    assert "p.toml is not TOML: 'utf-8' codec" in refusal(profiles.load, "p").what
+    assert "p.toml is not TOML: it is not UTF-8" in refusal(profiles.load, "p").what
     (folder / "q.toml").mkdir()
     assert refusal(profiles.load, "q").what.endswith("q.toml cannot be read: Is a directory")
     (folder / "r.toml").symlink_to("gone")

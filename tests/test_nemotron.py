@@ -1,0 +1,373 @@
+"""A real Nemotron checkout: configs as NVIDIA's own functions make them, payloads, and what its scripts meet in a pod.
+
+Runs where NEMOTRON_ROOT names a checkout. Its functions run in a process of their own, on stand-ins for the libraries
+that they import and that have no part in it.
+"""
+
+import ast
+import functools
+import io
+import json
+import lzma
+import os
+import posixpath
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from support import PATH
+
+import backends
+import launch
+import profiles
+import recipes
+import transport
+
+ROOT = Path(os.environ.get("NEMOTRON_ROOT", "/nowhere")).resolve()
+pytestmark = pytest.mark.skipif("NEMOTRON_ROOT" not in os.environ,
+                                reason="NEMOTRON_ROOT names no Nemotron checkout; CI has none")
+EXECUTORS = ("local", "docker", "slurm", "lepton", "dgxcloud")
+
+ENV_TOML = """
+[lepton]
+executor = "lepton"
+node_group = "group"
+resource_shape = "gpu.8xh100-80gb"
+container_image = "registry.test/from-profile:1"
+nodes = 3
+gpus_per_node = 2
+workspace = "/shared"
+startup_commands = ["export FROM_SETUP=1"]
+mounts = [{ path = "/", mount_path = "/shared", from = "node-nfs:shared" }]
+env_vars = { FROM_PROFILE = "1", NCCL_DEBUG = "WARN" }
+[local]
+executor = "local"
+workspace = "/shared"
+[docker]
+executor = "docker"
+container_image = "registry.test/from-profile:1"
+[slurm]
+executor = "slurm"
+account = "a"
+partition = "p"
+remote_job_dir = "/lustre/jobs"
+container_image = "registry.test/from-profile:1"
+[dgxcloud]
+executor = "dgxcloud"
+base_url = "https://runai.test"
+client_id = "id"
+client_secret = "secret"
+project_name = "team"
+container_image = "registry.test/from-profile:1"
+pvcs = [{ claimName = "workspace", path = "/shared", existingPvc = true }]
+"""
+SHARED_TOML = """
+[wandb]
+project = "a-project"
+entity = "an-entity"
+[artifacts]
+wandb = true
+[artifacts.manifest]
+root = "/lustre/artifacts"
+"""
+OVERRIDES = ["run.env.nodes=2", "run.env.env_vars.ADDED=yes", "run.data=other-data:v3", "added.deep.list=[1,two]",
+             "added.out=${oc.env:PWD}/../output/x", "added.root=${oc.env:NEMO_RUN_DIR,.}/y",
+             "added.w=${run.wandb.project}"]
+VARIANTS = {  # name -> (profile, [wandb] and [artifacts], overrides)
+    "plain": ("", False, []), "profile": ("lepton", False, []), "shared": ("lepton", True, []),
+    "overrides": ("", False, OVERRIDES), "all": ("lepton", True, OVERRIDES),
+}
+
+# Where ours is meant to differ: (reason, whether this pair of leaves is such a case).
+REASONS = {
+    "`..` above the code root is taken out here: our code root is elsewhere, and what was meant is the run root":
+        lambda theirs, ours: "/nemo_run/code/.." in theirs and ours == re.sub(
+            r"/nemo_run/code/\.\.[^\s:,]*", lambda found: posixpath.normpath(found.group()), theirs),
+    "NEMO_RUN_DIR whose default names PWD: they map the default only; in the pod it is set, to our /nemo_run":
+        lambda theirs, ours: ours == re.sub(r"^\$\{oc\.env:NEMO_RUN_DIR,/nemo_run/code[^}]*\}", "/nemo_run", theirs),
+    "a place that ${run.…} brings: they map before they replace it, so the launcher's own PWD stays in the text":
+        lambda theirs, ours: ours == theirs.replace("${oc.env:PWD}", "/nemo_run/code"),
+}
+
+THEIRS = '''
+import json, os, sys
+from pathlib import Path
+from nemo_runspec.cli_context import GlobalContext
+from nemo_runspec.config.loader import build_job_config, extract_train_config, parse_config
+from nemo_runspec.env import parse_env
+from omegaconf import OmegaConf
+for line in sys.stdin:
+    case = json.loads(line)
+    os.environ["NEMOTRON_ENV_FILE"] = case["env_file"]
+    try:
+        context = GlobalContext(config=case["config"], run=case["profile"] or None, dotlist=case["overrides"])
+        config = parse_config(context, Path(case["folder"]), "default")
+        job = build_job_config(config, context, case["name"], case["script"], [], env_profile=parse_env(context))
+        train = OmegaConf.to_container(extract_train_config(job, for_remote=True), resolve=False)
+        env = OmegaConf.to_container(job.run.env, resolve=False)
+        print(json.dumps({"train": train, "env": {k: v for k, v in env.items() if k != "mounts"}}), flush=True)
+    except Exception as error:
+        print(json.dumps({"error": repr(error)[:300]}), flush=True)
+'''
+STAND_INS = {  # what nemo_runspec's packages import on the way
+    "pydantic_settings.py": "class BaseSettings: pass\nclass CliSettingsSource: pass\n",
+}
+
+
+@functools.cache
+def scanned():
+    found, problems = recipes.scan(ROOT)
+    assert problems == []
+    return found
+
+
+def own_python(folder):
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(text)
+    return [sys.executable, "-c"], {"PYTHONPATH": "%s:%s" % (ROOT / "src", folder), "PATH": PATH, "HOME": str(folder)}
+
+
+def cases(folder):
+    """One for each script, each YAML of its config folder, and each variant."""
+    for shared in (False, True):
+        (folder / ("shared.toml" if shared else "plain.toml")).write_text(ENV_TOML + SHARED_TOML * shared)
+    for recipe in scanned().values():
+        for path in sorted([*recipe.config_dir.rglob("*.yaml"), *recipe.config_dir.rglob("*.yml")]):
+            for variant, (profile, shared, overrides) in VARIANTS.items():
+                yield {"name": recipe.name, "script": recipe.script, "folder": str(recipe.config_dir),
+                       "config": str(path), "variant": variant, "profile": profile, "overrides": overrides,
+                       "env_file": str(folder / ("shared.toml" if shared else "plain.toml"))}
+
+
+def ours(case, monkeypatch):
+    monkeypatch.setenv("NEMOTRON_ENV_FILE", case["env_file"])
+    profile = profiles.load(case["profile"]) if case["profile"] else None
+
+    def settle(recipe, yaml, forced):
+        return backends.settle(recipe, profile, None, yaml, forced, []) if profile else yaml
+
+    config = recipes.compile_config(scanned()[case["name"]], case["config"], case["overrides"], settle,
+                                    profiles.shared("wandb"), profiles.shared("artifacts"))
+    train = OmegaConf.to_container(OmegaConf.load(io.StringIO(config.text)), resolve=False)
+    return {"train": train, "env": config.run["env"]}
+
+
+def leaves(value, path=""):
+    if isinstance(value, (dict, list)) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {name: leaf for key, item in items for name, leaf in leaves(item, "%s.%s" % (path, key)).items()}
+    return {path: value}
+
+
+def differences(theirs, found):
+    """(path, their leaf, our leaf) of two configs; numbers that YAML writes in two ways are one."""
+    left, right = leaves(theirs), leaves(found)
+    for path in sorted(set(left) | set(right)):
+        one, other = left.get(path, "<absent>"), right.get(path, "<absent>")
+        if one != other or type(one) is not type(other):
+            yield path, one, other
+
+
+def read(text):
+    """As OmegaConf reads an attribute of run.env; what is for the pod stays."""
+    try:
+        return OmegaConf.create({"text": text}).text
+    except Exception:
+        return text
+
+
+def env_differences(theirs, found):
+    """Of run.env: the image, counts, variables, commands. `container` is the image's other name."""
+    theirs = {key: {name: read(item) for name, item in value.items()} if isinstance(value, dict) else read(value)
+              for key, value in theirs.items()}
+    theirs = theirs | {"container_image": theirs.get("container_image") or theirs.get("container")}
+    for key in ("container_image", "nodes", "gpus_per_node"):
+        if theirs.get(key) is not None and str(theirs[key]) != str(found[key]):
+            yield key, theirs[key], found[key]
+    nproc = theirs.get("nproc_per_node") or theirs.get("ntasks_per_node") or theirs.get("nprocs_per_node")
+    if nproc is not None and str(nproc) != str(found["nproc_per_node"]):
+        yield "nproc", nproc, found["nproc_per_node"]
+    variables = {name: backends._text(value) for name, value in (theirs.get("env_vars") or {}).items()}
+    if any(found["env_vars"].get(name) != value for name, value in variables.items()):
+        yield "env_vars", variables, found["env_vars"]
+    if theirs.get("startup_commands") and list(theirs["startup_commands"]) != found["startup_commands"]:
+        yield "startup_commands", theirs["startup_commands"], found["startup_commands"]
+
+
+def test_configs_are_those_of_nvidias_functions(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("USER", "someone")
+    every = list(cases(tmp_path))
+    command, env = own_python(tmp_path)
+    done = subprocess.run([*command, THEIRS], input="".join(json.dumps(case) + "\n" for case in every), env=env,
+                          cwd=ROOT, capture_output=True, text=True, timeout=600)
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(answers) == len(every) > 0, done.stderr[-2000:]
+    counts, odd, settled = Counter(), [], 0
+    for case, theirs in zip(every, answers, strict=True):
+        try:
+            found = ours(case, monkeypatch)
+        except transport.Refusal as refusal:
+            found = {"error": refusal.what}
+        if "error" in theirs or "error" in found:
+            if ("error" in theirs) != ("error" in found):
+                odd.append((case["name"], case["config"], case["variant"], theirs.get("error"), found.get("error")))
+            continue
+        reasons = set()
+        for path, one, other in differences(theirs["train"], found["train"]):
+            why = next((why for why, is_it in REASONS.items() if isinstance(one, str) and isinstance(other, str)
+                        and is_it(one, other)), None)
+            reasons.add(why)
+            if why is None:
+                odd.append((case["name"], case["config"], case["variant"], path, one, other))
+        if case["profile"]:
+            settled += 1
+            odd += [(case["name"], case["config"], case["variant"], *difference)
+                    for difference in env_differences(theirs["env"], found["env"])]
+        counts.update(reasons)
+    with capsys.disabled():
+        print("\n%d scripts, %d YAMLs, %d variants: %d configs, %d run.env; differing: %s; unexplained: %d" % (
+            len(scanned()), len({case["config"] for case in every}), len(VARIANTS), len(every), settled,
+            "; ".join("%d: %s" % (number, why) for why, number in counts.items()) or "none", len(odd)))
+    assert odd == [], "\n".join(map(str, odd[:20]))
+    assert set(counts) == set(REASONS)  # a reason that no config needs any more goes
+
+
+# ---------------------------------------------------------------- payload
+
+
+def test_payloads_are_within_the_targets(capsys):
+    from benchmarks import payload
+
+    rows = payload.measure(ROOT)
+    with capsys.disabled():
+        print("".join("\n%s, %s: theirs %d, ours %d in %d files, %.3f" % (
+            name, scope, their, size, files, size / their) for name, scope, their, files, size in rows))
+    assert [row for row in rows if row[4] > payload.TARGETS[row[1]] * row[2]] == []
+
+
+def planned(monkeypatch, tmp_path, executor, recipe, scope="family", *words):
+    """The launch of one recipe, resolved as a dry run is."""
+    text = ENV_TOML.replace("[%s]\n" % executor, '[%s]\nscope = "%s"\nauto_mount = "image"\n' % (executor, scope)
+                            if executor not in ("local", "slurm") else '[%s]\nscope = "%s"\n' % (executor, scope))
+    (tmp_path / "env.toml").write_text(text)
+    monkeypatch.setenv("NEMOTRON_ENV_FILE", str(tmp_path / "env.toml"))
+    monkeypatch.setenv("USER", "someone")
+    _, options = launch.parse([recipe.family, recipe.stage, executor, "--repo-root", str(ROOT), *words])
+    return launch.Launch(options, True, recipe.family, recipe.stage, executor, [])
+
+
+def test_every_recipe_plans_on_every_executor(monkeypatch, tmp_path):
+    """All fit, packed worse than they are in fact."""
+    monkeypatch.setattr(transport, "compress", lambda data, method: lzma.compress(data, preset=1))
+    count = 0
+    for recipe in scanned().values():
+        for executor in EXECUTORS:
+            found = planned(monkeypatch, tmp_path, executor, recipe)
+            assert found.plan.fits, (recipe.name, executor, found.plan.budgets)
+            assert (found.job.description["script"], found.job.description["launch"]) == (recipe.script, recipe.launch)
+            count += 1
+    assert count == len(scanned()) * len(EXECUTORS) >= 84 * 5
+
+
+# ---------------------------------------------------------------- in a pod
+
+STAND_IN = """#!/usr/bin/env python3
+import json, os, sys
+seen = {"argv": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "env": dict(os.environ), "cwd": os.getcwd()}
+json.dump(seen, open("/scratch/seen.json", "w"))
+"""
+
+
+def holes(code):
+    """Imports of a package of the tree that lead to no file of it. The command line and its steps stay here: no
+    recipe imports them."""
+    have = {path.relative_to(code).as_posix() for path in code.rglob("*") if path.suffix == ".py"}
+    folders = {str(parent) for path in have for parent in Path(path).parents}
+    tops = {path.name for path in (code / "src").iterdir() if path.is_dir()}
+    real = {path.relative_to(ROOT / "src").with_suffix("").as_posix().removesuffix("/__init__")
+            for path in (ROOT / "src").rglob("*.py")}
+    for path in sorted(have):
+        package = path.split("/")[1:-1]
+        if package[:2] == ["nemotron", "cli"]:
+            continue
+        for node in ast.walk(ast.parse((code / path).read_bytes())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                base = [*(package[: len(package) - node.level + 1] if node.level else []), *filter(None, [node.module])]
+                names = [".".join(base), *(".".join([*base, alias.name]) for alias in node.names
+                                           if "/".join([*base, alias.name]) in real)]
+            for name in names:
+                place = "src/" + name.replace(".", "/")
+                there = {place + ".py", place + "/__init__.py"} & have or place in folders
+                if name.split(".")[0] in tops and not there:
+                    yield path, name
+
+
+def expected(recipe, code, config, nodes):
+    """The command line that a header asks for."""
+    script = "%s/%s" % (code, recipe.script)
+    if recipe.cmd and (recipe.workdir or not recipe.cmd.startswith("uv run")):
+        return recipe.cmd.format(script=script, config=config).split()
+    if recipe.launch == "torchrun":
+        return ["torchrun", "--nnodes", str(nodes), "--node-rank", "0", "--nproc-per-node", "<n>", "--rdzv-backend",
+                "static", "--rdzv-endpoint", "rank-0:29400", "--rdzv-conf", "timeout=1800", script, "--config", config]
+    return ["python", script, "--config", config]
+
+
+@pytest.mark.parametrize("scope", ["family", "imports"])
+@pytest.mark.parametrize("executor", ["lepton", "dgxcloud"])
+def test_what_a_script_meets_in_a_pod(executor, scope, monkeypatch, tmp_path, capsys):
+    from tests.emulators import Image, no_pods_because
+    from tests.emulators.pods import SYSTEM_PATH, Bind, Pod, PodSpec
+
+    if no_pods_because():
+        pytest.skip(no_pods_because())
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("torchrun", "uv", "python", "ray"):
+        (tools / name).write_text(STAND_IN)
+        (tools / name).chmod(0o755)
+    chosen = [recipe for recipe in scanned().values() if recipe.family in ("nano3", "super3")]
+    for number, recipe in enumerate(chosen):
+        nodes = ["--nodes", "1"] if recipe.launch == "ray" else []
+        found = planned(monkeypatch, tmp_path, executor, recipe, scope, *nodes)
+        scratch = tmp_path / ("scratch-%d" % number)
+        for folder in ("shared", "workdir", "scratch-%d" % number):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        binds = [Bind(tools, "/tools"), Bind(scratch, "/scratch"), Bind(tmp_path / "shared", "/shared")]
+        if recipe.workdir:
+            binds.append(Bind(tmp_path / "workdir", recipe.workdir))
+        env = found.plan.env | {"TMPDIR": "/scratch", "NODE_RANK": "0", "MASTER_ADDR": "rank-0"}
+        image = Image(path="/tools:%s/bin:%s" % (sys.prefix, SYSTEM_PATH))
+        pod = Pod(PodSpec("pod", "pod-0", found.plan.argv, env, image, binds), tmp_path / ("pod-%d" % number), None,
+                  lambda pod: None)
+        pod.start()
+        try:
+            assert pod.wait(60) == 0, (recipe.name, pod.output)
+        finally:
+            pod.close()
+        inside = "/scratch/airlift-%s" % found.job.run
+        here = scratch / ("airlift-%s" % found.job.run)
+        seen = json.loads((scratch / "seen.json").read_text())
+        argv = ["<n>" if word == "--nproc-per-node" else after for word, after in
+                zip(["", *seen["argv"]], seen["argv"], strict=False)]
+        assert argv == expected(recipe, inside + "/code", inside + "/config.yaml", found.job.nodes), recipe.name
+        assert seen["cwd"] == (recipe.workdir or inside + "/code")
+        assert seen["env"]["PYTHONPATH"].split(":")[0] == inside + "/code/src"
+        assert seen["env"]["NEMO_RUN_DIR"] == "/shared/" + recipe.family
+        assert {name: seen["env"].get(name) for name in recipe.env} == {n: str(v) for n, v in recipe.env.items()}
+        assert seen["env"]["NCCL_DEBUG" if executor == "lepton" else "HOME"] in ("WARN", "/root")
+        config = (here / "config.yaml").read_text()
+        assert OmegaConf.is_dict(OmegaConf.load(io.StringIO(config))) and "/nemo_run" not in config
+        named = re.findall(re.escape(inside) + r"/code/(src/[\w./-]+\.\w+)", config)
+        assert [path for path in named if not (here / "code" / path).is_file()] == [], recipe.name
+        assert list(holes(here / "code")) == [], recipe.name
+        if executor == "lepton":
+            done = subprocess.run([sys.executable, "-m", "compileall", "-q", str(here / "code")], capture_output=True)
+            assert done.returncode == 0, done.stdout
+    with capsys.disabled():
+        print("\n%s, %s: %d pods" % (executor, scope, len(chosen)))
