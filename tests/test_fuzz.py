@@ -7,7 +7,6 @@ import atexit
 import io
 import json
 import os
-import re
 import tarfile
 import tempfile
 import zlib
@@ -17,7 +16,7 @@ import pytest
 import support
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layout import header, recipe, write
+from layout import recipe, write
 
 import launch
 import pod

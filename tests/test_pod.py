@@ -55,7 +55,7 @@ def failed(code: int, out: "Any", rank: str = "0") -> str:
 
 def usual(name: str) -> bool:
     """Whether a name is none that collect leaves out, so that the whole tree must come back."""
-    return (name not in (".", "..", *transport.COLLECTIONS) and len(name.encode()) <= 255 and name not in transport.CACHES
+    return (name not in (".", "..", *transport.COLLECTIONS, *transport.CACHES) and len(name.encode()) <= 255
             and not name.endswith((*transport.CACHE_SUFFIXES, *transport.DATA_SUFFIXES))
             and not transport._named_secret(name)
             and name not in transport.CREDENTIAL_FOLDERS and name != "pyvenv.cfg"
