@@ -183,7 +183,7 @@ def checked(job: dict, members: bool = False) -> dict:
     """The description, if it has the shape that launch.py gives it (on Slurm with `members`). Raises Failure(PAYLOAD)
     that names the field: what sends and what reads may be of two versions."""
     job = job if isinstance(job, dict) else {}
-    tree = job.get("tree") if isinstance(job.get("tree"), dict) else {}
+    tree: dict = job["tree"] if isinstance(job.get("tree"), dict) else {}
     shared = job.get("unpack") == "shared"
     right = {
         "run": _texts([job.get("run")]) and re.fullmatch(r"[\w-]{1,64}", job["run"]),
@@ -259,15 +259,16 @@ def unpack(tar: bytes, target: str) -> None:
 
 
 def members(tar: bytes) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """(TarInfo, bytes) of each file and link. Raises Failure(PAYLOAD) for anything else: a path that comes twice or leads
-    out, also by way of a link."""
+    """(TarInfo, bytes) of each file and link. Raises Failure(PAYLOAD) for anything else, and for a path that comes twice
+    or leads out, also by way of a link."""
     links: dict[str, bool] = {}  # path -> whether it is a link
     try:
         with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
             for info in archive:
                 parts = info.name.split("/")
                 kept = _texts([info.name, info.linkname]) and info.type in (tarfile.REGTYPE, tarfile.SYMTYPE)
-                out = os.path.normpath(os.path.join(os.path.dirname(info.name), info.linkname)).split("/")[0] in ("", "..")
+                leads = os.path.normpath(os.path.join(os.path.dirname(info.name), info.linkname))
+                out = info.issym() and leads.split("/")[0] in ("", "..")
                 through = any(links.get("/".join(parts[:end])) for end in range(1, len(parts)))
                 if not kept or set(parts) & {"", ".", ".."} or info.name in links or out or through:
                     raise Failure(PAYLOAD, "the tar holds %r, which does not belong there" % info.name[:200])

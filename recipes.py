@@ -344,7 +344,8 @@ def _said(error: Exception) -> str:
     if mark and problem:
         return "line %d: %s" % (mark.line + 1, " ".join(str(problem).split()))
     if type(error).__name__ == "GrammarParseError":
-        return "%s holds a ${ that cannot be read; a plain one is written \\${" % (getattr(error, "full_key", "") or "a value")
+        where = getattr(error, "full_key", "") or "a value"
+        return "%s holds a ${ that cannot be read; a plain one is written \\${" % where
     return " ".join(str(error).split())
 
 

@@ -290,7 +290,8 @@ REFERENCES = {"lepton": (r"env|lepton:[\w.-]+", ', or "lepton:name" for a secret
 
 
 def check_secrets(wanted: dict[str, Any], executor: str, plain: Any = ()) -> tuple[dict[str, str], list[str]]:
-    """[secrets] of a profile and what to say about it; `plain` is the recipe's environment besides. Raises Refusal for a reference that this executor lacks."""
+    """[secrets] of a profile and what to say about it; `plain` is the recipe's environment besides. Raises Refusal for
+    a reference that this executor lacks."""
     pattern, example = REFERENCES.get(executor, ("env", ""))
     notes = []
     for name, source in wanted.items():

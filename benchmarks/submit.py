@@ -1,6 +1,6 @@
 """How long it takes from the command to an accepted job: Airlift against nemo-run's own path, on the same emulator.
 
-    python benchmarks/submit.py [lepton] [dgxcloud] [--rounds 5]        (as root: the emulator's pods are real)
+    python benchmarks/submit.py [lepton | dgxcloud] [--rounds 5]        (as root: the emulator's pods are real)
 
 Both ship the recipe nano3/sft and the modules beside it (all of src/starter is more than nemo-run can carry on Lepton),
 for one node, each from a fresh process, as a person would start it. The clock runs from the start of that process until
@@ -124,10 +124,10 @@ def measure(kind: str, rounds: int, place: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("platforms", nargs="*", default=["lepton", "dgxcloud"], choices=["lepton", "dgxcloud"])
+    parser.add_argument("platform", nargs="?", choices=list(PROFILES), help="one of the two (default: both)")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    for kind in options.platforms:
+    for kind in [options.platform] if options.platform else PROFILES:
         with tempfile.TemporaryDirectory(prefix="airlift-benchmark-") as place:
             measure(kind, options.rounds, Path(place))
 

@@ -74,7 +74,7 @@ class Pod:
     attempt: int = 0
     rank: int = 0
     keep: int = 1
-    patience: float = 1.0
+    patience: float = 20.0
     hold: float = 0.05
     uid: int = 0
     top: str = ""  # the shared folder as this pod sees it, where that is not the ground's own
@@ -553,7 +553,7 @@ class Storm:
 def aftermath(ground: Ground, clean: Pod, tops: list[str] | None = None) -> list[str]:
     """After a storm: a clean start succeeds, and what is left is what pod.py's docstring admits."""
     found = []
-    pids = [ground.start(Pod(clean.run, clean.source, rank=rank, keep=1, patience=20, hold=0.02,
+    pids = [ground.start(Pod(clean.run, clean.source, rank=rank, keep=1, hold=0.02,
                              top=tops[rank % len(tops)] if tops else "")) for rank in range(4)]
     codes = [ground.finish(pid) for pid in pids]
     entries = [entry for entry in ground.entries() if entry.get("name") == clean.name]
@@ -673,7 +673,7 @@ def die_everywhere(place: str | Path, name: str, every: int = 1, offset: int = 0
         entries = ground.entries()
         if code == 137:
             found = looked(ground)
-            again = [ground.start(Pod("a" if victim.run == "a" else "b", sources[0], rank=rank, patience=10, hold=0))
+            again = [ground.start(Pod("a" if victim.run == "a" else "b", sources[0], rank=rank, hold=0))
                      for rank in (1, 0)]
             codes = [ground.finish(pid) for pid in again]
             codes.append(ground.run(Pod("z", sources[1], hold=0)))

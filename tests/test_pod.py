@@ -1206,6 +1206,13 @@ def test_every_python_of_this_machine(tmp_path: Path, python: str) -> None:
         assert running.signal(signal.SIGTERM) == 143 and not running.alive()
 
 
+@pytest.mark.parametrize("description", [{"nodes": 1}, {"nodes": 1, "run": "t23456"}])
+def test_a_description_without_the_rest(tmp_path: Path, description: dict[str, Any]) -> None:
+    code, out = ran(plan_for("local", tree(), description), tmp_path)
+    assert code == pod.PAYLOAD
+    failed(code, out)
+
+
 def test_pod_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
     """-S and -I: no site-packages, no PYTHON* variables."""
     whole = plan()
@@ -1214,9 +1221,10 @@ def test_pod_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
 
 
 def test_an_error_of_our_own_is_said_with_its_traceback(tmp_path: Path) -> None:
-    code, out = ran(plan_for("local", tree(), {"nodes": 1}), tmp_path)  # a description without the rest
-    assert code == pod.INTERNAL
-    assert "Traceback" in out.text and "KeyError" in out.text
+    plant(tmp_path / "lib", {"ctypes.py": "raise RuntimeError('nobody expects this')\n"})
+    code, out = ran(plan(command="echo RECIPE RAN"), tmp_path / "scratch", env={"PYTHONPATH": str(tmp_path / "lib")})
+    assert code == pod.INTERNAL and "RECIPE RAN" not in out.text
+    assert "Traceback" in out.text and "nobody expects this" in out.text
     assert out.text.endswith("airlift: rank 0: pod.py itself failed\n" + ENDED % ("0", 89))
 
 

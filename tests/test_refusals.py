@@ -507,7 +507,8 @@ def name_of(case):
     return ascii("%s %s" % (case[1], files))[1:-1]
 
 
-@pytest.mark.parametrize(("files", "words", "code", "what", "fix"), [*CASES, *WITHOUT], ids=map(name_of, CASES + WITHOUT))
+@pytest.mark.parametrize(("files", "words", "code", "what", "fix"), [*CASES, *WITHOUT],
+                         ids=map(name_of, CASES + WITHOUT))
 def test_a_refusal(place, monkeypatch, capsys, files, words, code, what, fix):
     monkeypatch.setattr(clouds, "BACKOFF_S", 0.001)
     prepare(monkeypatch, place, files)
@@ -760,7 +761,8 @@ def test_every_code_of_a_pod_is_in_the_list():
 # ---------------------------------------------------------------- what is left out, and said
 
 FAKE = {"hf": "hf_" + "a" * 34, "github": "ghp_" + "A" * 36, "nvidia": "nvapi-" + "x" * 50, "aws": "AKIA" + "A" * 16,
-        "pem": "-----BEGIN RSA PRIVATE KEY-----\n" + "A" * 64, "json": '{"key": "-----BEGIN PRIVATE KEY-----\\n' + "A" * 64}
+        "pem": "-----BEGIN RSA PRIVATE KEY-----\n" + "A" * 64,
+        "json": '{"key": "-----BEGIN PRIVATE KEY-----\\n' + "A" * 64}
 NOTES = [
     ({"src/pkg/.env": "A=1", "src/pkg/id_ed25519": "x", "src/pkg/.aws/config": "x", "src/pkg/env.toml": "x"},
      "left out, as they look like credentials: src/pkg/.aws, src/pkg/.env, src/pkg/env.toml, src/pkg/id_ed25519"),
@@ -768,7 +770,8 @@ NOTES = [
       for name, token in FAKE.items()],
     ({"src/pkg/a.safetensors": "x", "src/pkg/b.parquet": "x"},
      "left out, data or model file: 2, like src/pkg/a.safetensors"),
-    ({"src/pkg/notes.txt": "x", ".airliftignore": "notes.txt"}, "left out, excluded by notes.txt: 1, like src/pkg/notes.txt"),
+    ({"src/pkg/notes.txt": "x", ".airliftignore": "notes.txt"},
+     "left out, excluded by notes.txt: 1, like src/pkg/notes.txt"),
     ({"$HF_TOKEN": "hush-4711"}, "HF_TOKEN is set here but not sent; name it under [secrets] to send it"),
     ({P: LOCAL + "[secrets]\nT = 'env'", "$T": "hush-4711"}, "T is sent by value, in the job's environment"),
     ({P: LOCAL + "[env_vars]\nHF_TOKEN = 'hush-4711'"},

@@ -74,9 +74,11 @@ def test_packages_bring_their_inits_and_what_those_import(tmp_path):
 
 
 def test_star_and_lazy_packages(tmp_path):
-    lazy = "import importlib\nNAMES = ['one', '.two']\ndef f(n):\n    return importlib.import_module('.' + n, __name__)\n"
+    lazy = "import importlib\nNAMES = ['one', '.two']\ndef f(n):\n    return importlib" \
+           ".import_module('.' + n, __name__)\n"
     files = {"src/pkg/lazy/__init__.py": lazy, "src/pkg/lazy/one.py": "", "src/pkg/lazy/two.py": "",
-             "src/pkg/lazy/3.py": "", "src/pkg/star/__init__.py": "__all__ = ['s']\n", "src/pkg/star/s.py": "", "src/pkg/star/t.py": "",
+             "src/pkg/lazy/3.py": "", "src/pkg/star/__init__.py": "__all__ = ['s']\n",
+             "src/pkg/star/s.py": "", "src/pkg/star/t.py": "",
              SCRIPT: header() + "import pkg.lazy\nfrom pkg.star import *\n"}
     assert reached(tmp_path, files) == {"pkg/lazy/one.py", "pkg/lazy/two.py", "pkg/star/s.py"}
 

@@ -82,7 +82,7 @@ def test_a_storm(capsys):
 
 
 def test_a_kill_at_some_of_all_calls(capsys):
-    assert chaos(capsys, "--every", 37, "--seed", random.randrange(37))["kills"] > 20
+    assert chaos(capsys, "--every", 61, "--seed", random.randrange(61))["kills"] > 10
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_two_rank_0s_of_one_attempt(ground):
 
 
 def test_rank_0_begins_anew_when_its_folder_is_taken_for_one_left_behind(ground):
-    slow = ground.start(Pod("a", ONE, patience=30, plan={"slow": 0.02}))
+    slow = ground.start(Pod("a", ONE, plan={"slow": 0.01}))
     swept = 0
     for _ in range(2):
         until(lambda: list(Path(ground.path("private")).glob("*/code/src")))
@@ -209,7 +209,7 @@ def test_rank_0_begins_anew_when_its_folder_is_taken_for_one_left_behind(ground)
 
 
 def test_a_use_that_was_left_behind_keeps_its_tree_and_nothing_else(ground):
-    assert ground.run(Pod("a", ONE, plan={"kill": (60, "before")})) == 137
+    assert ground.run(Pod("a", ONE, plan={"kill": (40, "before")})) == 137
     left = ground.start(Pod("a", ONE, 1, hold=60))
     until(lambda: uses(ground))
     os.kill(left, signal.SIGKILL)
@@ -254,6 +254,7 @@ def test_a_tree_with_more_in_it_is_not_reused(ground):
 
 def test_what_is_foreign_stays(ground):
     run(ground, Pod("z", TWO))
+    name, = ground.published()
     dice = random.Random(3)
     trees = Path(ground.path("trees"))
     (trees / "notes.txt").write_text("mine")
@@ -262,13 +263,11 @@ def test_what_is_foreign_stays(ground):
     for how, number in enumerate((1, 2, 3, 900, 901, 902, 2 * 10**6)):
         dice.choice = lambda ways, how=how: ways[(0, 1, 2, 4)[how % 4]]  # not "like": that one is swept by half
         plant(ground, dice, ONE.digest, number)
-    before = {str(path): os.lstat(path).st_mtime_ns for path in trees.rglob("*") if path.name[:6] not in ("000001",)
-              or ONE.digest in path.name}
+    foreign = {path for path in trees.rglob("*") if not path.is_relative_to(trees / name)}
     for run_id in ("a", "b"):
-        done = run(ground, *[Pod(run_id, ONE, rank=rank, keep=0, patience=20) for rank in (0, 1)])
+        done = run(ground, *[Pod(run_id, ONE, rank=rank, keep=0) for rank in (0, 1)])
         assert [entry["code"] for entry in done] == [0, 0]
-    after = {str(path) for path in trees.rglob("*")}
-    assert set(before) <= after
+    assert len(foreign) == 11 and foreign <= set(trees.rglob("*"))
 
 
 def test_old_trees_are_swept_by_keep(ground):
@@ -326,7 +325,8 @@ def test_a_quota_that_fails_the_rename(ground, where):
 def test_a_full_disk(tmp_path):
     with tmpfs(tmp_path / "small", "size=600k") as top:
         ground = Ground(tmp_path, SOURCES, top / "shared")
-        assert ground.run(Pod("z", TWO)) == 0
+        using = ground.start(Pod("z", TWO, hold=60))  # a tree that nobody uses would make room
+        until(lambda: uses(ground))
         ballast = top / "ballast"
         with open(ballast, "wb", buffering=0) as file, pytest.raises(OSError):
             while True:
@@ -342,6 +342,8 @@ def test_a_full_disk(tmp_path):
                     file.write(bytes(4096))
         assert looked(ground) == []
         ballast.unlink()
+        os.kill(using, signal.SIGUSR1)
+        assert results(ground, [using])[0]["code"] == 0
         assert aftermath(ground, Pod("clean", THREE)) == []
 
 
@@ -351,11 +353,12 @@ def test_a_disk_that_is_full_of_what_killed_pods_left(tmp_path):
         ground = Ground(tmp_path, SOURCES, top / "shared")
         for tree in (TWO, THREE, FOUR):
             assert ground.run(Pod("k" + tree.digest[:3], tree, keep=99, hold=0)) == 0
-        full = 0
-        while not full:
-            code = ground.run(Pod("a", ONE, full, plan={"kill": (45, "before")}))
-            assert code in (0, 83, 137)
-            full = code != 137
+        begun = [0]
+        while begun[-1] == len(begun) - 1:  # until one of them found no space, and made some
+            assert len(begun) < 200
+            assert ground.run(Pod("a", ONE, plan={"kill": (45, "before")})) == 137
+            begun.append(len(os.listdir(ground.path("private"))))
+        assert looked(ground) == [] and len(ground.published()) < 3
         assert run(ground, Pod("b", ONE, keep=99), Pod("b", ONE, rank=1, keep=99))[0]["code"] == 0
         assert looked(ground) == []
 
@@ -395,11 +398,11 @@ def test_permission_taken_away(tmp_path):
     assert {entry["code"] for entry in run(ground, *[Pod("p", TWO, 1, rank, uid=65534) for rank in (0, 1)])} == {0}
 
 
-@pytest.mark.parametrize("lies", [{"lost": 1}, {"lost": 99}, {"stale": 4}, {"stale": 4, "lost": 99}])
+@pytest.mark.parametrize("lies", [{"lost": 1}, {"lost": 99}, {"stale": 3}])
 def test_a_file_system_that_lies(ground, lies):
     """A rename that is carried out and answered ENOENT; listings that are out of date."""
-    for number in range(3):
-        pods = [Pod("a%d" % number, SOURCES[number], rank=rank, patience=20, keep=1, plan=lies) for rank in range(4)]
+    for number in range(2):
+        pods = [Pod("a%d" % number, SOURCES[number], rank=rank, plan=lies) for rank in range(4)]
         done = run(ground, *pods)
         assert [entry["code"] for entry in done] == [0] * 4 and len({entry["path"] for entry in done}) == 1
     assert aftermath(ground, Pod("clean", ONE)) == []
@@ -475,7 +478,7 @@ def launch(folder, *words):
 
 @pytest.mark.parametrize("pods", [2, 8])
 def test_a_launch_with_a_shared_tree(folder, pods):
-    for _ in range(2):
+    for _ in range(2 if pods == 2 else 1):
         done = launch(folder, "together", "--nodes", pods)
         assert done.returncode == 0, done.stdout + done.stderr
         said = re.findall(r"airlift: rank (\d) of %d, sha256 ([0-9a-f]{64}), (\d+) files in (\S+)" % pods, done.stdout)
@@ -575,4 +578,4 @@ class Cluster(RuleBasedStateMachine):
 
 
 TestCluster = Cluster.TestCase
-TestCluster.settings = settings(max_examples=12, stateful_step_count=15, deadline=None)
+TestCluster.settings = settings(max_examples=10, stateful_step_count=15, deadline=None)
