@@ -259,7 +259,7 @@ def unpack(tar: bytes, target: str) -> None:
 
 
 def members(tar: bytes) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """(TarInfo, bytes) of each file and link. Raises Failure(PAYLOAD) for anything else, and for a path that comes twice
+    """(TarInfo, bytes) of each file and link. Raises Failure(PAYLOAD) for all else, and for a path that comes twice
     or leads out, also by way of a link."""
     links: dict[str, bool] = {}  # path -> whether it is a link
     try:

@@ -566,7 +566,8 @@ def _bytes(text: str) -> int:
 def limits_for(executor: str, job: dict[str, Any], args: int = 0) -> Limits:
     """The executor's limits for a job of this shape, with `args` in place of its own.
 
-    Two kinds of API objects hold the environment twice: a RayCluster has it in head and worker spec, a distributed run:AI workload in the operator's master and worker spec.
+    Two kinds of API objects hold the environment twice: a RayCluster has it in head and worker spec, a distributed
+    run:AI workload in the operator's master and worker spec.
     """
     several = job["nodes"] > 1
     twice = several and (executor == "dgxcloud" or (executor == "lepton" and job.get("launch") == "ray"))

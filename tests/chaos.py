@@ -559,7 +559,7 @@ def aftermath(ground: Ground, clean: Pod, tops: list[str] | None = None) -> list
     entries = [entry for entry in ground.entries() if entry.get("name") == clean.name]
     if codes != [0] * 4 or len({entry["path"].split("/")[-2] for entry in entries}) != 1:
         found.append("a clean start fails: %s %s" % (codes, entries))
-    ground.run(Pod(clean.run + "x", clean.source, keep=1))  # its sweep finds what the first one has left
+    ground.run(Pod(clean.run + "x", source(99), keep=1, hold=0))  # its sweep finds what the first one has left
     for entry in entries + ground.entries():
         found += entry.get("violations", [])
     for folder, limit in (("private", pod.Shared.LEFT), ("failed", pod.Shared.LEFT), ("swept", 0)):

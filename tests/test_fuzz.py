@@ -3,7 +3,6 @@
 AIRLIFT_FUZZ is the number of inputs of each test; `python -m pytest tests/test_fuzz.py -s` tells how many there were.
 """
 
-import atexit
 import hashlib
 import io
 import json
@@ -29,13 +28,6 @@ from transport import Refusal
 MANY = int(os.environ.get("AIRLIFT_FUZZ", "0"))
 TRIED: dict[str, int] = {}
 REFUSED: dict[str, int] = {}
-
-
-@atexit.register
-def tell():
-    if TRIED and os.environ.get("AIRLIFT_FUZZ"):
-        for name, count in TRIED.items():
-            print("%-12s %7d inputs, %d refused" % (name, count, REFUSED.get(name, 0)))
 
 
 def fuzz(modest, many=3000):
@@ -84,6 +76,8 @@ def world():
         patch.setenv("NEMOTRON_ENV_FILE", str(root / "env.toml"))
         patch.chdir(root)
         yield root
+    for kind, count in TRIED.items():
+        print("%-14s %7d inputs, %d refused" % (kind, count, REFUSED[kind]))
 
 
 # ---------------------------------------------------------------- words and TOML
@@ -107,8 +101,10 @@ WORDS = st.sampled_from([
 
 
 @fuzz(100)
-@given(st.lists(WORDS | TEXT.filter(lambda word: "\0" not in word), max_size=8))
-def test_any_words(world, words):
+@given(st.sampled_from([[], ["nano3", "sft"], ["nano3", "sft", "docker"]]),
+       st.lists(WORDS | TEXT.filter(lambda word: "\0" not in word), max_size=6))
+def test_any_words(world, first, words):
+    words = first + words
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stderr", said)
@@ -286,13 +282,21 @@ FIELDS = ["run", "recipe", "script", "launch", "nodes", "run_root", "config", "e
           "folders", "unpack", "shared", "keep", "patience"]
 
 
+def started(child, script, env, log, ready):
+    """In place of bash: the recipe has been started, and was done."""
+    assert "\0" not in script + "".join([*env, *env.values()])
+    os.write(ready, b"x")
+    os.close(ready)
+    return 0
+
+
 def pod_ends(env, scratch):
     """The exit code of pod.py's main in this process, up to where it would start bash; all that it wrote."""
     written = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pod, "say", lambda text, to=1: written.append(text))
         patch.setattr(pod.Child, "__init__", lambda self: setattr(self, "process", None) or setattr(self, "signal", 0))
-        patch.setattr(pod.Child, "run", lambda self, script, env, log, ready: (os.close(ready), 0)[1])
+        patch.setattr(pod.Child, "run", started)
         patch.setattr(pod.sys, "argv", ["pod_py"])
         for name in list(os.environ):
             patch.delenv(name)
@@ -350,19 +354,21 @@ def good_job():
        st.booleans())
 def test_descriptions_of_the_wrong_shape(world, changes, gone, other, replaced):
     job = {key: value for key, value in (good_job() | changes).items() if key not in gone}
-    text = str(changes.get("run", "")) + str(changes.get("run_root", "")) + str(changes.get("folders",
-                                                                                            "")) + str(changes.get("shared", ""))
+    text = "".join(str(changes.get(name, "")) for name in ("run", "run_root", "folders", "shared"))
     if "/" in text or ".." in text:  # a description may name any place; the digest says that it is ours
         job = good_job()
     check_pod("descriptions", described(other if replaced else job), scratch_of(world))
 
 
-PATHS = st.sampled_from(["src/a", "src/a/b", "/abs", "../out", "src/../../out", "src", "src/./a", "", ".", "src//a", "a" * 300, "src/caf\udce9", "src/\n",
+PATHS = st.sampled_from(["src/a", "src/a/b", "/abs", "../out", "src/../../out", "src", "src/./a", "", ".", "src//a",
+                         "a" * 300, "src/caf\udce9", "src/\n",
                          "src/link/x", "src/link", support.SCRIPT]) | TEXT.map(lambda text: "src/" + text)
-KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE,
+KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
+                         tarfile.CHRTYPE,
                          tarfile.BLKTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE, tarfile.XHDTYPE])
 TARGETS = st.sampled_from(["a", "/etc", "../../../out", "..", ".", "link", "", "x" * 300])
-MEMBERS = st.lists(st.tuples(PATHS, KINDS, TARGETS, st.binary(max_size=10), st.sampled_from([None, 2**40, -1, 5])), max_size=6)
+MEMBERS = st.lists(st.tuples(PATHS, KINDS, TARGETS, st.binary(max_size=10), st.sampled_from([None, 2**40, -1, 5])),
+                   max_size=6)
 
 
 def hostile(members, cut):
@@ -400,7 +406,8 @@ def test_hostile_tars(world, members, cut):
 
 
 @fuzz(100)
-@given(st.dictionaries(st.sampled_from(FIELDS), ODD, max_size=2), st.lists(st.sampled_from(FIELDS), max_size=1), st.binary(max_size=30) | st.none())
+@given(st.dictionaries(st.sampled_from(FIELDS), ODD, max_size=2), st.lists(st.sampled_from(FIELDS), max_size=1),
+       st.binary(max_size=30) | st.none())
 def test_manifests_of_the_wrong_shape(world, changes, gone, text):
     """As on Slurm: the tree lies there, and the manifest beside it says what it must be."""
     folder = scratch_of(world)
@@ -413,7 +420,7 @@ def test_manifests_of_the_wrong_shape(world, changes, gone, text):
         written = []
         patch.setattr(pod, "say", lambda text, to=1: written.append(text))
         patch.setattr(pod.Child, "__init__", lambda self: setattr(self, "process", None) or setattr(self, "signal", 0))
-        patch.setattr(pod.Child, "run", lambda self, script, env, log, ready: (os.close(ready), 0)[1])
+        patch.setattr(pod.Child, "run", started)
         patch.setattr(pod.sys, "argv", ["pod.py", str(path)])
         patch.setenv("TMPDIR", str(folder))
         code = pod.main()

@@ -413,7 +413,7 @@ def test_counts(values, nodes, gpus, nproc):
 
 @pytest.mark.parametrize(("key", "value"), [
     ("nodes", 0), ("nodes", -1), ("nodes", "two"), ("nodes", 1.5), ("nodes", True), ("nodes", "gpu"),
-    ("nodes", [1]), ("nodes", {}), ("nodes", "²"), ("nodes", "9" * 5000), ("nodes", "${oc.env:N}"), ("nodes", " 8"),
+    ("nodes", [1]), ("nodes", {}), ("nodes", "²"), ("nodes", "9" * 5000), ("nodes", "${art:n}"), ("nodes", " 8"),
     ("gpus_per_node", -1), ("gpus_per_node", "all"), ("gpus_per_node", 0.5), ("nproc_per_node", "auto")])
 def test_bad_counts(key, value):
     found = refusal(settle, yaml={key: value})
