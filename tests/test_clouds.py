@@ -69,10 +69,13 @@ def test_every_rank_meets_rank_0_and_nothing_else(here, nodes):
 
 
 SLOW = pytest.mark.slow
+# What starts launchers of their own, at 3 s each: on the other platform with the slow tests.
+ON_BOTH_IN_TIME = pytest.mark.parametrize("here", ["lepton", pytest.param("dgxcloud", marks=SLOW)], indirect=True)
 
 
-@pytest.mark.parametrize(("nodes", "method"), [(1, "gz"), (2, "gz"), *(
-    pytest.param(nodes, "xz", marks=SLOW) for nodes in (1, 2, 4))])
+@pytest.mark.parametrize(("here", "nodes", "method"), [
+    ("lepton", 2, "gz"), ("dgxcloud", 1, "gz"), ("dgxcloud", 2, "gz"), *(
+        pytest.param(kind, nodes, "xz", marks=SLOW) for kind in PLATFORMS for nodes in (1, 2, 4))], indirect=["here"])
 def test_the_payload_up_to_the_edge(here, nodes, method):
     here.profile(compression=method)
     first, last = backends.new_run_id(), backends.new_run_id()
@@ -207,7 +210,7 @@ BEFORE = {  # when a pod is killed: what the test waits for
 
 
 @pytest.mark.parametrize("moment", BEFORE)
-@pytest.mark.parametrize(("nodes", "victim"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize(("nodes", "victim"), [(1, 0), pytest.param(2, 0, marks=SLOW), (2, 1)])
 def test_a_killed_rank_ends_the_job(here, moment, nodes, victim):
     here.recipe(KEEPS_ON)
     if moment == "while unpacking":
@@ -253,6 +256,7 @@ def test_detached_then_followed_from_another_shell(here):
     assert " done " in here.main("status").out and len(here.server.requests) == seen  # how it ended is remembered
 
 
+@ON_BOTH_IN_TIME
 def test_ctrl_c_detaches(here):
     here.recipe(KEEPS_ON)
     launcher = here.process("nano3", "sft", here.kind, "--repo-root", here.root)
@@ -265,7 +269,7 @@ def test_ctrl_c_detaches(here):
     assert here.main("status", run).out.split()[1] == "running"
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("nodes", [pytest.param(1, marks=SLOW), 2])
 def test_cancel_from_another_process(here, nodes):
     run = here.up("--nodes", nodes)
     process = here.process("cancel", run)
@@ -285,7 +289,7 @@ def test_a_cancelled_job_ends_the_launcher(here):
     assert result.code == 1 and "the job was cancelled" in result.err
 
 
-@pytest.mark.parametrize("here", ["lepton", pytest.param("dgxcloud", marks=SLOW)], indirect=True)
+@ON_BOTH_IN_TIME
 def test_four_launches_at_once(here):
     """Each from a process of its own: all are there, also in nemo-run's records, followed, and can be cancelled."""
     here.recipe("import os, time\nprint('up', flush=True)\nwhile not os.path.exists('/shared/go'): time.sleep(0.05)")

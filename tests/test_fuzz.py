@@ -71,7 +71,7 @@ def world():
         write(root / "env.toml", "")
         patch.setattr(launch, "HERE", str(root))
         patch.setattr(profiles, "FOLDER", root / "profiles")
-        patch.setattr(transport, "compress", lambda data, method: zlib.compress(data, 1))
+        patch.setattr(transport, "compress", lambda data, method: transport.lzma.compress(data, preset=0))
         patch.setenv("AIRLIFT_HOME", str(root / "home"))
         patch.setenv("NEMOTRON_ENV_FILE", str(root / "env.toml"))
         patch.chdir(root)
