@@ -484,9 +484,14 @@ OLD = [(2, 7), (3, 6), (3, 7), (3, 8), (3, 9), (3, 10)]
 
 
 def pyenv(version):
-    found = sorted(Path.home().glob(".pyenv/versions/%d.%d.*/bin/python" % version)) + [
-        Path(place) for place in [shutil.which("python%d.%d" % version)] if place]
-    return found[0] if found else pytest.skip("there is no Python %d.%d here" % version)
+    """A Python of that version that really starts here, whatever HOME says: a shim of pyenv may not."""
+    homes = [os.environ.get("PYENV_ROOT", ""), str(Path.home() / ".pyenv")]
+    found = [path for home in homes if home for path in Path(home).glob("versions/%d.%d.*/bin/python" % version)]
+    found += [Path(place) for place in [shutil.which("python%d.%d" % version)] if place]
+    for path in found:
+        if subprocess.run([path, "--version"], capture_output=True, env={"PATH": os.defpath}).returncode == 0:
+            return path
+    return pytest.skip("there is no Python %d.%d here" % version)
 
 
 @pytest.mark.parametrize("version", OLD, ids=["%d.%d" % version for version in OLD])
