@@ -9,7 +9,8 @@ import time
 class Progress:
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.bytes, self.rows = what, total, 0, 0
-        self.began = self.shown = time.monotonic()
+        self.began = time.monotonic()
+        self.shown = float("-inf")  # the first word comes at once
         self.live = sys.stdout.isatty()
 
     def add(self, size: int, rows: int) -> None:
