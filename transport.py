@@ -540,7 +540,7 @@ def native(plan: Plan, job: dict[str, Any]) -> bytes:
         manifest = json.dumps(job | {"tree": description, "members": members}, sort_keys=True, indent=1)
         for name, data in (("pod.py", Path(__file__).with_name("pod.py").read_bytes()), (MANIFEST, manifest.encode())):
             info = tarfile.TarInfo(name)
-            info.mode, info.size = 0o644, len(data)
+            info.mode, info.size = 0o600, len(data)  # the description holds env_vars
             tar.addfile(info, io.BytesIO(data))
     return compress(buffer.getvalue(), "gz")
 

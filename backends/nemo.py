@@ -149,6 +149,7 @@ class TreePackager(Packager):
 
     def package(self, path: Path, job_dir: str, name: str) -> str:
         package = Path(job_dir, "airlift.tar.gz")
+        package.touch(0o600)
         package.write_bytes(PACKAGE[self.airlift_run])
         return str(package)
 
