@@ -278,7 +278,7 @@ def test_every_recipe_plans_on_every_executor(monkeypatch, tmp_path):
 STAND_IN = """#!/usr/bin/env python3
 import json, os, sys
 seen = {"argv": [os.path.basename(sys.argv[0]), *sys.argv[1:]], "env": dict(os.environ), "cwd": os.getcwd()}
-json.dump(seen, open("/scratch/seen.json", "w"))
+json.dump(seen, open(os.environ.get("SEEN", "/scratch/seen.json"), "w"))
 """
 
 
@@ -371,3 +371,46 @@ def test_what_a_script_meets_in_a_pod(executor, scope, monkeypatch, tmp_path, ca
             assert done.returncode == 0, done.stdout
     with capsys.disabled():
         print("\n%s, %s: %d pods" % (executor, scope, len(chosen)))
+
+
+@pytest.mark.parametrize("name, nodes", [("nano3/sft", 2), ("super3/data/prep/rl", 1), ("super3/rl/stage1_rlvr", 1)])
+@pytest.mark.parametrize("kind", ["lepton", "dgxcloud"])
+def test_a_script_launched_through_the_platforms_api(kind, name, nodes, tmp_path, monkeypatch, capsys):
+    from cloud import cloud
+
+    from tests.emulators import Image, no_pods_because
+    from tests.emulators.pods import SYSTEM_PATH
+
+    if no_pods_because():
+        pytest.skip(no_pods_because())
+    recipe = scanned()[name]
+    image = Image(path="/shared/tools:%s/bin:%s" % (sys.prefix, SYSTEM_PATH))
+    for here in cloud(kind, tmp_path, monkeypatch, capsys, image=image):
+        place = recipe.workdir or "/opt/elsewhere"  # what the real image has there
+        volumes = {"mounts": [{"path": "/", "mount_path": at, "from": "node-nfs:shared"} for at in ("/shared", place)],
+                   "pvcs": [{"claimName": "workspace", "path": at, "existingPvc": True} for at in ("/shared", place)]}
+        key = "mounts" if kind == "lepton" else "pvcs"
+        here.profile('[env_vars]\nSEEN = "/shared/seen.json"\n', gpus_per_node=2, auto_mount="image",
+                     **{key: volumes[key]})
+        (here.volume / "tools").mkdir()
+        for tool in ("torchrun", "uv", "python", "ray"):
+            (here.volume / "tools" / tool).write_text(STAND_IN)
+            (here.volume / "tools" / tool).chmod(0o755)
+        monkeypatch.setenv("USER", "someone")
+        result = here.main(recipe.family, recipe.stage, kind, "--repo-root", ROOT, "--nodes", nodes)
+        assert result.code == 0 and len(here.posts) == 1, result.out + result.err
+        seen = json.loads((here.volume / "seen.json").read_text())
+        assert recipe.script in " ".join(seen["argv"]) and len(here.job.pods) == nodes
+        assert seen["env"]["NEMO_RUN_DIR"] == "/shared/airlift/" + recipe.family
+
+
+def test_the_lock_files_of_embed_and_rerank_are_in_the_budget_or_named(monkeypatch, tmp_path):
+    """Each lock file lies beside its script, so that it travels, and all of them together still fit."""
+    locks = 0
+    for recipe in scanned().values():
+        if recipe.family in ("embed", "rerank"):
+            for executor in ("lepton", "dgxcloud"):
+                found = planned(monkeypatch, tmp_path, executor, recipe)
+                locks += sum(entry.path.endswith("uv.lock") for entry in found.tree.entries)
+                assert found.plan.fits
+    assert locks
