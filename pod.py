@@ -25,7 +25,6 @@ import io
 import json
 import os
 import re
-import select
 import shlex
 import shutil
 import signal
@@ -979,7 +978,12 @@ def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: in
     ready = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100)  # startup commands may use the low numbers for their own
     os.close(low)
     code = child.run(script_for(job, workdir, ready), recipe_env(env, job, places, rank), log, ready)
-    ran = bool(select.select([begun], [], [], 0)[0] and os.read(begun, 1))
+    os.set_blocking(begun, False)
+    try:
+        ran = bool(os.read(begun, 1))
+    except BlockingIOError:
+        ran = False
+    os.close(begun)
     if not ran:
         code = 128 + child.signal if child.signal else code if code in (TOOL, CLONE) else SETUP
     keep_code(log, code)

@@ -567,6 +567,25 @@ def test_a_repository_that_cannot_be_fetched_is_said(laptop: Person, repository:
 
 
 @slow
+def test_folders_that_the_profile_names_are_seen_in_the_container(laptop: Person) -> None:
+    laptop.recipe("folders", """
+        import os
+        cache = os.environ["VLLM_CACHE_ROOT"]
+        open(os.path.join(cache, "made"), "w").close()
+        print(cache, os.listdir("/opt/lustre"), os.listdir(os.environ["SIFS"]))
+        """)
+    shared = laptop.cluster.shared
+    (shared / "sifs").mkdir()
+    (shared / "sifs/tool.sif").touch()
+    done = laptop.launch("folders", "run.env.container_image=" + CONTAINER, "run.env.persistent_cache=%s/cache" % shared,
+                         "run.env.sif_dir=%s/sifs" % shared, "run.env.lustre_mount=%s/sifs:/opt/lustre" % shared,
+                         "run.env.env_vars.SIFS=%s/sifs" % shared)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "%s/cache/vllm_compile_cache ['tool.sif'] ['tool.sif']" % shared in done.stdout
+    assert (shared / "cache/vllm_compile_cache/made").exists()
+
+
+@slow
 def test_a_time_limit_is_said(cluster: Cluster, login: Person) -> None:
     found = login.until(cluster.late, "failed", seconds=150)
     assert found["detail"] == "TIMEOUT: it reached its time limit of 00:01:00" and found["job_exit_code"] is None

@@ -62,9 +62,9 @@ def main() -> int:
     # As profiles/dgxcloud.toml has it: its claim, and no address for the logs but the platform's own.
     more: dict[str, Any] = {"claims": ("shared-storage",), "cluster_logs": True} if options.plane == "runai" else {}
     with kinds[options.plane](options.root, port=options.port, path=options.path, **more) as server:
-        print(describe(server), flush=True)
         shown = 0
         try:
+            print(describe(server), flush=True)
             while True:
                 time.sleep(0.2)
                 for method, path, status in server.requests[shown:]:

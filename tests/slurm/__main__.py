@@ -40,8 +40,8 @@ def main() -> int:
         return 1
     signal.signal(signal.SIGTERM, stop)
     with Cluster() as cluster:
-        print(describe(cluster), flush=True)
         try:
+            print(describe(cluster), flush=True)
             signal.pause()
         except KeyboardInterrupt:
             print("ending …", flush=True)
