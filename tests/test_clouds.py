@@ -106,7 +106,8 @@ def test_the_real_recipe_trains(here, nodes):
     words = ["nano3", "sft", here.kind, "--repo-root", layout.REPO, "--nodes", nodes, "train.checkpoint_every=2"]
     first = here.main(*words, "train.steps=4")
     assert (first.code, first.err) == (0, ""), first.out
-    assert "%d rank%s on cpu" % (nodes, "s" * (nodes > 1)) in first.out and "step 4/4" in first.out, first.out
+    assert "%d ranks on cpu" % nodes in first.out, first.out
+    assert "step 4/4" in first.out, first.out
     assert (here.volume / "airlift/nano3/sft/model/config.json").is_file()
     if nodes == 2:
         again = here.main(*words, "train.steps=6")
