@@ -23,7 +23,6 @@ if sys.version_info < (3, 11):
 
 import argparse  # noqa: E402
 import difflib  # noqa: E402
-import hashlib  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
 import threading  # noqa: E402
@@ -35,16 +34,20 @@ import pod  # noqa: E402
 import profiles  # noqa: E402
 import recipes  # noqa: E402
 import transport  # noqa: E402
-from backends import closure  # noqa: E402
+from backends import closure, screen  # noqa: E402
 from transport import Refusal  # noqa: E402
 
 USAGE = """\
 python launch.py FAMILY STAGE [PROFILE] [-c CONFIG] [KEY=VALUE ...] [--nodes N] [--repo-root DIR]
-                 [--dry-run] [--json] [--detach] [--all-ranks] [-- ARGS...]     launch a recipe (PROFILE: local)
+                 [--dry-run] [--json] [--detach] [--rank N | --all-ranks] [-- ARGS...]
+                                                                  launch a recipe (PROFILE: local)
 python launch.py list [FAMILY]                                    the recipes of the source tree
 python launch.py profiles                                         where they can run
 python launch.py files FAMILY STAGE [PROFILE]                     what would ship, and what would not
-python launch.py status [RUN] | logs RUN | cancel RUN             runs that were launched from here
+python launch.py check PROFILE | check FAMILY STAGE PROFILE       what can be known before a launch
+python launch.py status [RUN]                                     the runs that were launched from here
+python launch.py logs RUN [-f] [--rank N | --all-ranks]           what there is; with -f, on to the end
+python launch.py cancel RUN | diff RUN                            end it; how its tree differs from the one here
 
 STAGE is the rest of the recipe's name, like sft or data/prep/rl; stages with commas between, like
 data/prep/sft,sft, run in order, each as its own job. KEY=VALUE overrides the recipe's config; what
@@ -53,20 +56,22 @@ payload does not fit, 4 the platform refused, 5 the platform could not be reache
 """
 
 
-FLAGS = ("--dry-run", "--json", "--detach", "--all-ranks", "--debug")
+FLAGS = ("--dry-run", "--json", "--detach", "--follow", "--all-ranks", "--debug")
+VALUED = ("--config", "--nodes", "--repo-root", "--rank")
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: ([^ =]+)", message)
-        number = re.match(r"argument --nodes: invalid int value: (.*)", message)
+        number = re.match(r"argument (--nodes|--rank): invalid int value: (.*)", message)
         lacks = re.match(r"argument (?:-c/)?(--[a-z-]+): expected one argument", message)
         if unknown:
-            close = difflib.get_close_matches(unknown.group(1), list(FLAGS) + ["--config", "--nodes", "--repo-root"], 1)
+            close = difflib.get_close_matches(unknown.group(1), FLAGS + VALUED, 1, 0.61)
             raise Refusal("there is no option %s" % unknown.group(1), "did you mean %s?" % close[0] if close else
                           "overrides are KEY=VALUE, without dashes; --help shows the options")
         if number:
-            raise Refusal("--nodes is %s" % number.group(1), "it must be a whole number, 1 or more")
+            least = 1 if number.group(1) == "--nodes" else 0
+            raise Refusal("%s is %s" % number.groups(), "it must be a whole number, %d or more" % least)
         if lacks:
             raise Refusal("%s stands without a value" % lacks.group(1), "write it behind, like: --nodes 2, -c default")
         raise Refusal(message, "see python launch.py --help")
@@ -83,21 +88,24 @@ def parse(argv):
     parser.add_argument("words", nargs="*")
     parser.add_argument("-c", "--config")
     parser.add_argument("--nodes", type=int)
+    parser.add_argument("--rank", type=int)
     parser.add_argument("--repo-root", type=Path)
     for flag in FLAGS:
-        parser.add_argument(flag, action="store_true")
+        parser.add_argument(*(["-f"] * (flag == "--follow") + [flag]), action="store_true")
     options = parser.parse_intermixed_args(words)
     if not options.words:
         raise Refusal("no recipe was named", "python launch.py list shows them; --help shows the rest")
     name = options.words[0] if options.words[0] in COMMANDS else "launch"
     options.words = options.words[0 if name == "launch" else 1:]
     options.args = script_args
-    for option in ("config", "nodes", "repo_root", "dry_run", "json", "detach", "all_ranks", "args"):
-        if getattr(options, option) and option not in TAKES.get(name, option):
+    for option in ("config", "nodes", "repo_root", "dry_run", "json", "detach", "follow", "rank", "all_ranks", "args"):
+        if getattr(options, option) not in (None, False, []) and option not in TAKES[name]:
             flag = option.replace("_", "-").replace("args", "")
             raise Refusal("%s does not take --%s" % (name, flag), "leave it out")
     if options.nodes is not None and options.nodes < 1:
         raise Refusal("--nodes is %d" % options.nodes, "a job has one node or more")
+    if options.rank is not None and options.all_ranks:
+        raise Refusal("--rank and --all-ranks exclude each other", "leave one out")
     return name, options
 
 
@@ -129,6 +137,14 @@ def main(argv=None):
     except OSError:  # nobody reads, or the disk is full; Python would try again, and say so
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
+
+
+def leave(code):
+    """End the process at once: what the SDKs do at exit takes a second, and nothing of it is needed."""
+    if "backends.hosts" in sys.modules:
+        sys.modules["backends.hosts"].close()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def wrong(error):
@@ -189,7 +205,7 @@ class Launch(object):
     """One launch, resolved: profile, recipe, config, job, tree and plan. Nothing has been asked of a platform."""
 
     def __init__(self, options, dry, family, stage, name, overrides):
-        self.done = False
+        begun = time.time()
         self.profile = profiles.load(name, stage)
         if not dry:
             self.profile.require_set()
@@ -216,6 +232,10 @@ class Launch(object):
             chunk_bytes=settings.get("chunk_bytes", 0), env=backends.secret_values(self.job, dry), ready=ready,
             limits=transport.limits_for(self.profile.executor, self.job.description,
                                         settings.get("dgxcloud_max_args_chars", 0)))
+        # What `diff` needs to collect the tree again; other overrides may hold what no file should.
+        self.again = {"repo_root": str(self.root), "config": options.config, "overrides": [
+            word for word in overrides if word.startswith(("run.env.exclude", "run.env.scope"))]}
+        self.took = time.time() - begun
 
     def make_job(self, args, notes):
         recipe, profile = self.recipe, self.profile
@@ -278,16 +298,25 @@ def launch(options):
     family, stages, name, overrides = split_words(options.words)
     plans = [Launch(options, dry, family, stage, name, overrides) for stage in stages]
     if options.json:
-        shown = [as_json(plan) for plan in plans]
+        shown = [screen.as_json(plan) for plan in plans]
         print(json.dumps(shown[0] if len(shown) == 1 else {"stages": shown}, indent=1))
         return 0 if all(plan.plan.fits for plan in plans) else 3
     for plan in plans:
         if options.dry_run:
-            show(plan)
+            screen.show(plan)
         plan.plan.require_fit()
         if not options.dry_run:
+            chosen(options, plan.job.nodes)
             backends.require(plan.job, not options.detach)
     return 0 if options.dry_run else run_stages(plans, stages, options)
+
+
+def chosen(options, nodes):
+    """The ranks whose logs are to be shown: rank 0, unless others are asked for. Raises Refusal."""
+    if options.rank is not None and not 0 <= options.rank < nodes:
+        raise Refusal("there is no rank %d" % options.rank, "the job has %s" % (
+            "only rank 0" if nodes == 1 else "ranks 0 to %d" % (nodes - 1)))
+    return list(range(nodes)) if options.all_ranks else [options.rank or 0]
 
 
 def run_stages(plans, stages, options):
@@ -295,8 +324,9 @@ def run_stages(plans, stages, options):
         raise Refusal("a pipeline of stages needs a launcher that stays to start the next one",
                       "leave --detach out, or launch the stages one by one")
     for number, plan in enumerate(plans):
-        code = submit(plan, options)
-        if not plan.done:
+        run = submit(plan, options)
+        code = 0 if options.detach else follow(run, (plan.took, run.record["submitting"]))
+        if not run.ended or run.ended[0] != "done":
             left = ",".join(stages[number:] if code else stages[number + 1:])
             if len(plans) > 1 and left:
                 words = (plan.recipe.family, left, plan.profile.name)
@@ -306,143 +336,58 @@ def run_stages(plans, stages, options):
 
 
 def submit(plan, options):
-    job, backend = plan.job, backends.backend(plan.job.executor)
+    """Start the job; gives its run."""
+    job, backend, begun = plan.job, backends.backend(plan.job.executor), time.time()
     print("%s on %s: %s, %d files, %s, sha256 %s, run %s" % (
-        job.name, plan.profile.name, shape(job), plan.plan.files, transport.human(len(plan.plan.tar)),
+        job.name, plan.profile.name, screen.shape(job), plan.plan.files, transport.human(len(plan.plan.tar)),
         plan.plan.digest[:12], job.run))
     for note in plan.notes():
         print("note: " + note)
     sys.stdout.flush()
-    run = backends.Run(job.run, job.name, plan.profile.name, job.executor, job.nodes, plan.plan.digest)
-    run.record["all_ranks"] = options.all_ranks
+    run = backends.Run(job.run, job.name, plan.profile.name, job.executor, job.nodes, plan.plan.digest, begun)
+    every = job.executor == "local" and options.rank is None  # what happens on this machine is seen whole
+    run.record["ranks"] = list(range(job.nodes)) if every else chosen(options, job.nodes)
+    run.record.update(outputs=job.description["run_root"], again=plan.again)
+    run.carries = backends.fingerprints(plan.tree)
     try:
         backend.submit(run, job, plan.plan, not options.detach)
     except Refusal as refusal:
         if refusal.code != 5:  # after a broken connection the job may be there all the same
             run.forget()
         raise
+    run.record["submitting"] = time.time() - begun
     if options.detach:
-        print("started; come back with: python launch.py logs %s" % job.run)
-        return 0
+        print("started; come back with: python launch.py logs -f %s" % job.run)
+    return run
+
+
+def follow(run, took=()):
+    """Follow a job to its end; gives the exit code. `took` are the seconds for packing and submitting, if known."""
+    backend = backends.backend(run.executor)
     try:
         status = backend.follow(run)
     except (KeyboardInterrupt, BrokenPipeError):
-        return interrupted(run, backend)
-    return ended(run, status, plan)
-
-
-def interrupted(run, backend):
-    """Ctrl-C: local pods end; a job elsewhere goes on."""
-    if run.executor == "local":
-        print("\nending the pods: %s" % backend.cancel(run), file=sys.stderr)
-        return 1
-    print("\nthe job goes on; come back with: python launch.py logs %s" % run.run, file=sys.stderr)
-    return 0
-
-
-def ended(run, status, plan):
-    backends.keep_end(run, status)
-    took = "%.0f s" % (time.time() - run.started)
-    root = plan.job.description["run_root"]
-    if status.state == "done":
-        plan.done = True
-        print("done in %s%s" % (took, "; outputs in " + root if root else ""))
+        if run.executor == "local" and took:  # these are our own pods; a job elsewhere, or of another shell, goes on
+            print("\nending the pods: %s" % backend.cancel(run), file=sys.stderr)
+            return 1
+        print("\nthe job goes on; come back with: python launch.py logs -f %s" % run.run, file=sys.stderr)
         return 0
+    backends.keep_end(run, status)
+    now, after = time.time(), ""
+    if took:
+        after = " in " + screen.span(now - run.started + took[0])
+        print(screen.times(run, took[0], took[1], now))
+    if status.state == "done":
+        outputs = run.record.get("outputs")
+        print("%s%s%s" % (screen.state("done"), after, "; outputs in " + outputs if outputs else ""))
+        return 0
+    sys.stdout.flush()
     code = status.exit_code
     what = "the job was cancelled" if status.state == "cancelled" else "the job failed" + (
         " with exit code %d" % code if code is not None else ", and no exit code was told (%s)" % status.detail)
     why = "%s; %s" % pod.FAILURES[code] if code in pod.FAILURES else "see python launch.py logs " + run.run
-    print("airlift: %s after %s\n%s" % (what, took, why), file=sys.stderr)
+    print("airlift: %s%s\n%s" % (what, after.replace(" in ", " after "), why), file=sys.stderr)
     return 1
-
-
-def shape(job):
-    nodes = "1 node" if job.nodes == 1 else "%d nodes" % job.nodes
-    return nodes + (" x %s GPUs" % job.gpus_per_node if job.gpus_per_node else ", CPU only")
-
-
-# ---------------------------------------------------------------- show
-
-
-def as_json(plan):
-    job, payload = plan.job, plan.plan
-    env_bytes, env_limit = payload.budget("environment")
-    object_bytes, object_limit = payload.budget("API object")
-    text = plan.config.text.encode()
-    return {
-        "recipe": {"name": job.name, "script": job.description["script"], "launch": job.description["launch"],
-                   "nodes": job.nodes, "gpus_per_node": job.gpus_per_node, "nproc_per_node": job.nproc,
-                   "image": job.image},
-        "profile": {"name": plan.profile.name, "executor": plan.profile.executor, "files": list(plan.profile.files)},
-        "config": {"path": str(plan.config.path), "sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text),
-                   "text": hide(plan.config.text)},
-        "payload": {"files": payload.files, "tar_bytes": len(payload.tar),
-                    "encoded_chars": -(-len(payload.tar) // 3) * 4,
-                    "sha256": payload.digest, "compression": payload.compression, "chunks": payload.chunks,
-                    "chunk_limit": payload.chunk_limit or None, "env_bytes": env_bytes, "env_limit": env_limit,
-                    "object_bytes": object_bytes or None, "object_limit": object_limit or None, "fits": payload.fits},
-        "env": shown_env(plan), "argv": payload.argv, "command": hide(job.description["command"]),
-        "notes": plan.notes(),
-    }
-
-
-SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
-
-
-def shown_env(plan):
-    """What the pods' environment holds, ours and the recipe's: secrets as ***, chunks by their length."""
-    env = dict(plan.plan.env, **plan.job.description["env"])
-    env.update((name, "***") for name in plan.job.secrets if not env.get(name, "").startswith("<unset "))
-    for name, value in env.items():
-        if re.match(r"AIRLIFT_[A-Z]+_\d+$", name):
-            env[name] = "<%d characters>" % len(value)
-        elif SECRET_NAME.search(name) and not value.startswith("<unset "):
-            env[name] = "***"
-        else:
-            env[name] = hide(value)
-    return env
-
-
-def hide(text):
-    """`text` without the value of any variable that is set here and named like a secret: a profile may have read it
-    with ${env:NAME} into a variable of another name, or into a command."""
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 8:
-            text = text.replace(value, "***")
-        elif SECRET_NAME.search(name) and len(value) >= 4 and text == value:
-            text = "***"
-    return text
-
-
-def show(plan):
-    """The dry run, for a person."""
-    job, payload = plan.job, plan.plan
-    print("%s on %s (%s): %s, %s" % (job.name, plan.profile.name, job.executor, shape(job), job.description["launch"]))
-    rows = [
-        ("script", job.description["script"]), ("config", str(plan.config.path)), ("image", job.image),
-        ("command", hide(job.description["command"])), ("outputs", job.description["run_root"]),
-        ("ships", "%d files, %s as %s, %d chunks, sha256 %s" % (
-            payload.files, transport.human(len(payload.tar)), payload.compression, payload.chunks,
-            payload.digest[:16])),
-    ]
-    for label, value in rows:
-        if value:
-            print("  %-9s%s" % (label, value))
-    for number, (name, used, limit) in enumerate(payload.budgets):
-        filled = min(20, -(-used * 20 // limit))
-        bar = "#" * filled + "." * (20 - filled)
-        print("  %-9s%-12s|%s| %3d %% of %s" % (
-            "" if number else "budgets", name, bar, -(-used * 100 // limit), human_limit(limit)))
-    for name, value in sorted(shown_env(plan).items()):
-        if not name.startswith("AIRLIFT_"):
-            print("  %-9s%s=%s" % ("env", name, value))
-    for note in plan.notes():
-        print("  %-9s%s" % ("note", note))
-    print("nothing was submitted")
-
-
-def human_limit(limit):
-    return transport.human(limit) if limit >= 65536 else "%d" % limit
 
 
 # ---------------------------------------------------------------- the other commands
@@ -463,21 +408,15 @@ def list_recipes(options):
         print(json.dumps([{"name": r.name, "script": r.script, "launch": r.launch, "nodes": r.nodes,
                            "gpus_per_node": r.gpus_per_node, "image": r.image} for r in wanted], indent=1))
     else:
-        list_rows(wanted)
+        for number, recipe in enumerate(wanted):
+            if not number or recipe.family != wanted[number - 1].family:
+                print(screen.paint(recipe.family, "bold"))
+            print("  %-28s %-9s %4s x %-4s %s%s" % (
+                recipe.stage, recipe.launch, recipe.nodes, recipe.gpus_per_node, recipe.script,
+                "  [%s]" % recipe.image if recipe.image else ""))
     for problem in problems:
         print("airlift: %s\n%s" % (problem.what, problem.fix), file=sys.stderr)
     return 2 if problems else 0
-
-
-def list_rows(wanted):
-    family = None
-    for recipe in wanted:
-        if recipe.family != family:
-            family = recipe.family
-            print(family)
-        print("  %-28s %-9s %4s x %-4s %s%s" % (
-            recipe.stage, recipe.launch, recipe.nodes, recipe.gpus_per_node, recipe.script,
-            "  [%s]" % recipe.image if recipe.image else ""))
 
 
 def list_profiles(options):
@@ -514,11 +453,15 @@ def find_run(options):
     return backends.load_run(options.words[0])
 
 
+NEWEST = 20  # runs that the table shows
+
+
 def status(options):
     """One run, or all: a run whose state cannot be read is an error, but does not hide the others."""
-    rows, worst = [], 0
+    runs, rows, worst = [find_run(options)] if options.words else backends.all_runs(), [], 0
+    shown = runs if options.json else runs[:NEWEST]
     silent = {}  # type: dict[str, Refusal]  # by profile: why its platform cannot be reached; waited for once
-    for run in [find_run(options)] if options.words else backends.all_runs():
+    for run in shown:
         try:
             if run.profile in silent and not run.ended:
                 raise silent[run.profile]
@@ -533,37 +476,64 @@ def status(options):
                          detail=state.detail, age_s=int(time.time() - run.started), job_exit_code=state.exit_code))
     if options.json:
         print(json.dumps(rows, indent=1))
-        return worst
-    for row in rows:
-        said = [str(row["detail"])] + ["exit code %s" % row["job_exit_code"]] * bool(row["job_exit_code"])
-        print("{run}  {state:<9} {age_s:>6} s  {recipe} on {profile}, {nodes} nodes  {0}".format(
-            "; ".join(dict.fromkeys(filter(None, said))), **row))
+    elif rows:
+        print(screen.runs(rows))
+        if len(runs) > len(shown):
+            print("%d older runs: python launch.py status --json" % (len(runs) - len(shown)))
     return worst
 
 
 def logs(options):
     run = find_run(options)
-    run.record["all_ranks"] = options.all_ranks
-    try:
-        backends.backend(run.executor).logs(run)
-    except KeyboardInterrupt:
-        print("\nthe job goes on; come back with: python launch.py logs %s" % run.run)
+    run.record["ranks"] = chosen(options, run.nodes)
+    if options.follow:
+        return follow(run)
+    backends.backend(run.executor).logs(run)
     return 0
 
 
 def cancel(options):
     run = find_run(options)
-    print("%s: %s" % (run.run, backends.backend(run.executor).cancel(run)))
+    said = backends.backend(run.executor).cancel(run)
+    print("%s, %s on %s: %s" % (run.run, run.recipe, run.profile, said))
     return 0
 
 
+def diff(options):
+    """How the tree that a run carries differs from what a launch from here would carry now, by path and SHA-256."""
+    run = find_run(options)
+    carried, again = run.files(), run.record["again"]
+    options.config, options.nodes, options.args = again["config"], None, []
+    options.repo_root = options.repo_root or Path(again["repo_root"])
+    family, _, stage = run.recipe.partition("/")
+    plan = Launch(options, True, family, stage, run.profile, again["overrides"])
+    here = backends.fingerprints(plan.tree)
+    kinds = {"changed": [path for path in carried if path in here and carried[path] != here[path]],
+             "only in the run": [path for path in carried if path not in here],
+             "only here": [path for path in here if path not in carried]}
+    if options.json:
+        found = {kind.replace(" ", "_"): sorted(paths) for kind, paths in kinds.items()}
+        print(json.dumps(dict(run=run.run, sha256=run.sha256, sha256_here=plan.plan.digest, **found), indent=1))
+        return 0
+    print("run %s carries %d files, sha256 %s; here are %d, sha256 %s" % (
+        run.run, len(carried), run.sha256[:12], len(here), plan.plan.digest[:12]))
+    for kind, paths in kinds.items():
+        for path in sorted(paths):
+            print("%s  %s" % (screen.paint("%-15s" % kind, DIFFERENCES[kind]), path))
+    if not any(kinds.values()):
+        print("they are the same")
+    return 0
+
+
+DIFFERENCES = {"changed": "yellow", "only in the run": "red", "only here": "green"}
 COMMANDS = {"launch": launch, "list": list_recipes, "profiles": list_profiles, "files": files, "status": status,
-            "logs": logs, "cancel": cancel}
-TAKES = {"list": ("repo_root", "json"), "profiles": ("json",),
-         "files": ("config", "nodes", "repo_root", "json", "args"),
-         "status": ("json",), "logs": ("all_ranks",), "cancel": ()}  # launch takes all
+            "logs": logs, "cancel": cancel, "diff": diff}
+TAKES = {"launch": ("config", "nodes", "repo_root", "dry_run", "json", "detach", "rank", "all_ranks", "args"),
+         "list": ("repo_root", "json"), "profiles": ("json",),
+         "files": ("config", "nodes", "repo_root", "json", "args"), "status": ("json",),
+         "logs": ("follow", "rank", "all_ranks"), "cancel": (), "diff": ("repo_root", "json")}
 
 if __name__ == "__main__":
     # A locale that lacks the letters of a path is no reason to fail.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    sys.exit(main())
+    leave(main())

@@ -3,8 +3,8 @@
 A backend is a module with five functions:
 
     submit(run, job, plan, attached)    start the job; what the others need is in run.record, saved before it is sent
-    follow(run) -> Status               pass logs on until the job ends
-    logs(run)                           print the logs there are; a cloud goes on to the end of a job that still runs
+    follow(run) -> Status               pass logs on until the job ends; run.ranks says whose
+    logs(run)                           print the logs that there are, and return
     status(run) -> Status               ask the platform
     cancel(run) -> str                  end the job; one sentence that says what was done
 
@@ -12,6 +12,7 @@ and a set CAN of what it supports ("detach", "ray"). Backends import nothing of 
 here and one line in BACKENDS and transport.LIMITS.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -21,13 +22,14 @@ import secrets
 import shlex
 import tempfile
 import time
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from profiles import CLOUDS, KEYS, Profile, anchor, resolve, wrong
 from recipes import Recipe, places
-from transport import Refusal
+from transport import Refusal, Tree
 
 BACKENDS = {"local": "backends.local", "docker": "backends.docker", "slurm": "backends.slurm",
             "lepton": "backends.lepton", "dgxcloud": "backends.dgxcloud"}
@@ -337,17 +339,50 @@ class Run:
     job_exit_code: int | None = None
     ended: list[str] | None = None  # state and detail, once it is over for good: platforms forget
     record: dict[str, Any] = field(default_factory=dict)  # the backend's own
+    carries: dict[str, str] = field(default_factory=dict, repr=False)  # fingerprints(); kept in a file beside
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks whose logs are to be shown."""
+        return self.record.get("ranks") or [0]
+
+    def seen_running(self) -> None:
+        """Remember when the job was first seen to run."""
+        self.record.setdefault("running_since", time.time())
 
     def save(self) -> None:
+        if self.carries:
+            self._write(".files", zlib.compress(json.dumps(self.carries).encode(), 9))
+            self.carries = {}
+        fields = {name: value for name, value in self.__dict__.items() if name != "carries"}
+        self._write(".json", json.dumps(fields, indent=1).encode())
+
+    def files(self) -> dict[str, str]:
+        """What the run carries, as fingerprints() gave it. Raises Refusal where that was not kept."""
+        path = home() / "runs" / (self.run + ".files")
+        try:
+            return dict(json.loads(zlib.decompress(path.read_bytes())))
+        except (OSError, ValueError, zlib.error):
+            raise Refusal("what run %s carries cannot be read: %s" % (self.run, path),
+                          "only runs of this version keep it") from None
+
+    def _write(self, suffix: str, data: bytes) -> None:
         folder = home() / "runs"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, private = tempfile.mkstemp(dir=folder)  # 0600
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(self.__dict__, file, indent=1)
-        os.rename(private, folder / (self.run + ".json"))
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.rename(private, folder / (self.run + suffix))
 
     def forget(self) -> None:
-        (home() / "runs" / (self.run + ".json")).unlink(missing_ok=True)
+        for suffix in (".json", ".files"):
+            (home() / "runs" / (self.run + suffix)).unlink(missing_ok=True)
+
+
+def fingerprints(tree: Tree) -> dict[str, str]:
+    """path -> SHA-256 of a file (and " x" where it may be run), or "-> target" of a link."""
+    return {entry.path: "-> %s" % os.fsdecode(entry.data) if entry.link else
+            hashlib.sha256(entry.data).hexdigest() + " x" * entry.executable for entry in tree.entries}
 
 
 def status(run: Run) -> Status:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import re
 import sys
 import threading
@@ -20,7 +21,7 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from backends import FINAL, Run, Status
+from backends import FINAL, Run, Status, screen
 from pod import POD
 from transport import Refusal
 
@@ -28,6 +29,7 @@ CONNECT_S, READ_S, LOG_READ_S = 5.0, 30.0, 300.0  # seconds; a log may be silent
 RETRIES, READ_RETRIES, BACKOFF_S, LONGEST_WAIT_S = 4, 2, 0.5, 10.0  # waits of 0, 1, 2 and 4 s, or what Retry-After says
 POLL_S, SLOWER_AFTER_S = 2.0, 120.0  # between two questions for the state; five times that for a job that takes long
 PATIENCE_S = 600.0  # how long the platform of a job that is followed may be out of reach
+QUIET_S, SO_FAR_S = 1.5, 20.0  # when a stream that follows its pod has given what there was
 OTHERS_S = 30.0  # for reading the logs of all ranks after a failure
 
 ASKING = frozenset(("GET", "HEAD", "DELETE", "PATCH", "PUT"))  # may be asked twice
@@ -84,6 +86,11 @@ def harden(session: requests.Session, ca_bundle: str | None) -> requests.Session
     return session
 
 
+FORBIDDEN = "the credentials are known; ask for the right or the quota, or change what it names in the profile"
+CREDENTIALS = {"Lepton": "renew LEPTON_WORKSPACE_TOKEN, or run `lep login` again",
+               "run:AI": "check client_id and client_secret of this profile"}
+
+
 def refused(platform: str, response: requests.Response, doing: str, hide: Iterable[str] = ()) -> Refusal:
     """The Refusal for an answer of 400 and more: exit code 4 with the server's own reason, 3 for what is too big, 5 for
     a server in trouble. `hide` are secrets that a server may have repeated."""
@@ -92,8 +99,10 @@ def refused(platform: str, response: requests.Response, doing: str, hide: Iterab
         reason = reason.replace(secret, "***") if secret else reason
     code = response.status_code
     what = "%s: %s was answered %d: %s" % (platform, doing, code, reason[:300])
-    if code in (401, 403):
-        return Refusal(what, "check the credentials of this profile, and what they may do and use", 4)
+    if code == 401:
+        return Refusal(what, CREDENTIALS[platform], 4)
+    if code == 403:
+        return Refusal(what, FORBIDDEN, 4)
     if code == 413 or "too large" in reason:
         return Refusal(what, "leave files out with exclude or .airliftignore", 3)
     if code == 429 or code >= 500:
@@ -137,15 +146,15 @@ BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, Refusal)
 class Follower:
     """Follows one job: states with elapsed time, and the logs of some ranks, each read by a thread of its own.
 
-    `ask()` gives the Status. `open_log(rank)` yields text as it comes, from the beginning, and ends when the platform
-    closes it; None instead means that there is no log yet, a Refusal with code 4 that there is no way to it.
+    `ask()` gives the Status. `open_log(rank, follow)` yields text from the beginning: all there is, or on as it comes
+    until the platform closes it; None instead means no log yet, a Refusal with code 4 that there is no way to it.
     `trouble()` tells what keeps the job's pods from starting, or "".
     """
 
-    def __init__(self, run: Run, ask: Callable[[], Status], open_log: Callable[[int], Iterator[str] | None],
+    def __init__(self, run: Run, ask: Callable[[], Status], open_log: Callable[[int, bool], Iterator[str] | None],
                  trouble: Callable[[], str]) -> None:
         self.run, self.ask, self.open_log, self.trouble = run, ask, open_log, trouble
-        self.ranks = list(range(run.nodes)) if run.record.get("all_ranks") else [0]
+        self.ranks = run.ranks
         self.codes: dict[str, int] = {}  # rank, as pod.py says it -> exit code
         self.ran = False  # all pods have been up at once
         self.heard = time.monotonic()  # when the platform last answered
@@ -172,19 +181,18 @@ class Follower:
         return self.explain(status)
 
     def logs(self) -> None:
-        """Print the logs: all there is of a job that has ended, and of another what comes, to its end. Raises Refusal
-        where there is none."""
-        if self.ask().state not in FINAL:
-            self.follow()
-            return
-        found = False
+        """Print the logs that there are. Raises Refusal where there is none."""
+        status, found = self.ask(), False
         for rank in self.ranks:
-            for line in lines(self.open_log(rank) or ()):
+            for line in lines(self.open_log(rank, status.state in FINAL) or ()):
                 found = True
                 self._show(rank, line)
-        if not found:
+        if not found and status.state in FINAL:
             raise Refusal("there is no log of run %s: its pods never started, or are gone" % self.run.run,
                           "see python launch.py status " + self.run.run)
+        if not found:
+            raise Refusal("run %s has no log yet: it is %s (%s)" % (self.run.run, status.state, status.detail),
+                          "python launch.py logs -f %s waits for it" % self.run.run)
 
     def explain(self, status: Status) -> Status:
         """A Status that is final, with the exit code that the pods told, or with what is known instead."""
@@ -199,23 +207,24 @@ class Follower:
         return Status("failed", "; ".join(filter(None, (status.detail, quiet, self._trouble()))))
 
     def _watch(self) -> Status:
-        last, warned, begun = "", False, time.monotonic()
+        last, warned, begun = None, False, time.monotonic()
         while True:
             try:
                 status = self.ask()
                 self.heard, warned = time.monotonic(), False
             except Refusal as refusal:
                 if refusal.code != 5 or time.monotonic() - self.heard > PATIENCE_S:
-                    fix = refusal.fix + "; the job goes on: python launch.py logs " + self.run.run
+                    fix = refusal.fix + "; the job goes on: python launch.py logs -f " + self.run.run
                     raise Refusal(refusal.what, fix, refusal.code) from None
                 if not warned:
                     self._print("-- %s; trying again for %.0f minutes\n" % (refusal.what, PATIENCE_S / 60))
                 warned = True
             else:
-                word = "%s (%s)" % (status.state, status.detail) if status.detail else status.state
-                if word != last:
-                    self._print("-- %s after %.0f s\n" % (word, time.time() - self.run.started))
-                last = word
+                if status.state == "running":
+                    self.run.seen_running()
+                if status != last:
+                    self._print(screen.told(status, self.run) + "\n")
+                last = status
                 self.ran = self.ran or status.state in ("running", "done")
                 if status.state in ("waiting", "failed") and not self.ran and not self.codes:
                     self._check_image()
@@ -242,7 +251,7 @@ class Follower:
         while not last_round:
             last_round = self.over.is_set()
             try:
-                for number, line in enumerate(lines(self.open_log(rank) or ()), 1):
+                for number, line in enumerate(lines(self.open_log(rank, True) or ()), 1):
                     if number > shown:
                         shown = number
                         self._show(rank, line)
@@ -259,7 +268,7 @@ class Follower:
 
     def _show(self, rank: int, line: str) -> None:
         self._note(line)
-        self._print("[%d] %s" % (rank, line) if len(self.ranks) > 1 else line)
+        self._print(screen.rank(rank) + line if len(self.ranks) > 1 else line)
 
     def _note(self, line: str) -> None:
         found = ENDED.search(line)
@@ -282,7 +291,7 @@ class Follower:
             if str(rank) in self.codes or time.monotonic() > deadline:
                 continue
             try:
-                log = self.open_log(rank)
+                log = self.open_log(rank, True)
                 for line in lines(log or ()):
                     self._note(line)
                     if time.monotonic() > deadline:
@@ -303,6 +312,33 @@ def lines(pieces: Iterable[str]) -> Iterator[str]:
             yield line + "\n"
     if rest:
         yield rest + "\n"
+
+
+def so_far(pieces: Iterator[str]) -> Iterator[str]:
+    """What a stream gives that follows its pod and has no other form: all that comes until it is quiet for QUIET_S, or
+    SO_FAR_S are over."""
+    came: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        try:
+            for piece in pieces:
+                came.put(piece)
+            came.put(None)
+        except BROKEN as error:
+            came.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    deadline = time.monotonic() + SO_FAR_S
+    while time.monotonic() < deadline:
+        try:
+            piece = came.get(timeout=QUIET_S)
+        except queue.Empty:
+            return
+        if isinstance(piece, Exception):
+            raise piece
+        if piece is None:
+            return
+        yield piece
 
 
 def await_end(ask: Callable[[], Status], seconds: float = 60.0) -> Status:

@@ -100,7 +100,7 @@ def _follower(run: Run) -> Any:
     from backends import clouds
 
     client = reconnect(run)
-    return clouds.Follower(run, lambda: _status(client, run), lambda rank: open_log(client, run, rank),
+    return clouds.Follower(run, lambda: _status(client, run), lambda rank, follow: open_log(client, run, rank, follow),
                            lambda: trouble(client, run))
 
 
@@ -111,10 +111,11 @@ def cancel(run: Run) -> str:
     client = reconnect(run)
     before = _status(client, run)
     if before.state in backends.FINAL:
-        return "it had already ended (%s)" % before.detail
+        return "it had already ended (%s); nothing was done" % before.detail
     client.call("POST", _path(run) + "/suspend", "suspend workload " + run.record["name"])
     after = clouds.await_end(lambda: _status(client, run))
-    return "stopped" if after.state in backends.FINAL else "told to stop; it is still %s" % after.detail
+    job = "workload " + run.record["name"]
+    return job + (" was stopped" if after.state in backends.FINAL else " was told to stop; it is still " + after.detail)
 
 
 # ---------------------------------------------------------------- the client
@@ -185,7 +186,7 @@ class Client:
         if response.status_code >= 400:
             refusal = clouds.refused("run:AI", response, "get a token for client_id %s" % self.identity, [self.secret])
             if refusal.code == 4:
-                refusal.fix = "check client_id and client_secret of this profile"
+                refusal.fix = clouds.CREDENTIALS["run:AI"]
             raise refusal
         try:
             return str(response.json()["accessToken"])
@@ -305,15 +306,15 @@ def trouble(client: Client, run: Run) -> str:
 # ---------------------------------------------------------------- logs
 
 
-def open_log(client: Client, run: Run, rank: int) -> Iterator[str] | None:
-    """The log of one rank from its beginning, as it comes; None while the pod has none. Raises Refusal (exit code 4) if
-    no route gives it."""
+def open_log(client: Client, run: Run, rank: int, follow: bool = True) -> Iterator[str] | None:
+    """The log of one rank from its beginning, so far or as it comes; None while the pod has none. Raises Refusal (exit
+    code 4) if no route gives it."""
     name, single = run.record["name"], run.record["kind"] == "trainings"
     tried = "no kube_apiserver_url in the profile"
     if client.kube:
         pod = name + ("-0-0" if single else "-master-0" if rank == 0 else "-worker-%d" % (rank - 1))
         url = "%s/api/v1/namespaces/runai-%s/pods/%s/log" % (client.kube, run.record["project"], pod)
-        query = {"follow": "true"} | ({} if single else {"container": "pytorch"})
+        query = {"follow": "true" if follow else "false"} | ({} if single else {"container": "pytorch"})
         response = client.send("GET", url, "read the log", query=query, stream=True)
         if response.status_code < 400:
             return _decoded(response)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import backends
-from backends import GONE, Job, Run, Status
+from backends import GONE, Job, Run, Status, screen
 from backends.repositories import parse
 from profiles import FOLDER
 from transport import Plan, Refusal
@@ -43,23 +43,28 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     from backends import nemo  # takes seconds; what can be refused has been by now
 
     asked(lambda: nemo.submit_docker(docker_executor(job, mounts), job.run, name, plan.argv, plan.env, client))
+    run.seen_running()
 
 
 def follow(run: Run) -> Status:
     """Pass the log on until the container ends."""
-    print("-- running in container %s" % run.record["name"], flush=True)
-    logs(run)
+    if not run.ended:
+        print(screen.told(Status("running", "container " + run.record["name"]), run), flush=True)
+    _show(run, True)
     return status(run)
 
 
 def logs(run: Run) -> None:
-    """The log there is; of a container that still runs, to its end."""
+    _show(run, False)
+
+
+def _show(run: Run, follow: bool) -> None:
     container = find(run)
     if container is None:
         kept = _kept(run) / "log"
         pieces: Any = [kept.read_bytes()] if kept.exists() else []
     else:
-        pieces = container.logs(stream=True, follow=True)
+        pieces = container.logs(stream=True, follow=follow)
     for piece in pieces:
         sys.stdout.buffer.write(piece)
         sys.stdout.flush()
@@ -79,12 +84,12 @@ def cancel(run: Run) -> str:
     """TERM, and KILL when that does not end it; returns when it has ended."""
     container = find(run)
     if container is None or container.status == "exited":
-        return "it had already ended (%s)" % status(run).detail
+        return "it had already ended (%s); nothing was done" % status(run).detail
     _kept(run).mkdir(mode=0o700, parents=True, exist_ok=True)
     (_kept(run) / "cancelled").touch()
     asked(lambda: container.stop(timeout=GRACE_S))
     status(run)
-    return "the container has ended"
+    return "container %s was stopped and removed; its log is kept" % run.record["name"]
 
 
 # ---------------------------------------------------------------- the container

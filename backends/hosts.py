@@ -87,13 +87,20 @@ def words(data: bytes) -> str:
 
 @functools.cache
 def _sockets() -> str:
-    """A private folder for the sockets of shared connections; they end, and it goes, when the launcher ends."""
-    folder = tempfile.mkdtemp(prefix="airlift-ssh-", dir="/tmp")  # a socket's path is short
+    """A private folder for the sockets of shared connections; close() ends them and takes it away."""
+    atexit.register(close)
+    FOLDERS.append(tempfile.mkdtemp(prefix="airlift-ssh-", dir="/tmp"))  # a socket's path is short
+    return FOLDERS[-1]
 
-    def close() -> None:
+
+FOLDERS: list[str] = []
+
+
+def close() -> None:
+    """End the shared connections. The launcher calls it when it ends."""
+    while FOLDERS:
+        folder = FOLDERS.pop()
         for socket in Path(folder).iterdir():
             subprocess.run(["ssh", "-o", "ControlPath=%s" % socket, "-O", "exit", "there"], capture_output=True)
         shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(close)
-    return folder
+    _sockets.cache_clear()

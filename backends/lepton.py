@@ -70,7 +70,7 @@ def _follower(run: Run) -> Any:
     from backends import clouds
 
     client = reconnect(run)
-    return clouds.Follower(run, lambda: _status(client, run), lambda rank: open_log(client, run, rank),
+    return clouds.Follower(run, lambda: _status(client, run), lambda rank, follow: open_log(client, run, rank, follow),
                            lambda: trouble(client, run))
 
 
@@ -80,11 +80,12 @@ def cancel(run: Run) -> str:
     client = reconnect(run)
     before = _status(client, run)
     if before.state in backends.FINAL:
-        return "it had already ended (%s)" % before.detail
+        return "it had already ended (%s); nothing was done" % before.detail
     stop = {"spec": {"stopped": True}}
     asked("stop job " + run.record["job"], client, lambda: client.job.update(run.record["job"], stop))
     after = clouds.await_end(lambda: _status(client, run))
-    return "stopped" if after.state in backends.FINAL else "told to stop; it is still %s" % after.detail
+    job = "job " + run.record["job"]
+    return job + (" was stopped" if after.state in backends.FINAL else " was told to stop; it is still " + after.detail)
 
 
 # ---------------------------------------------------------------- the client
@@ -250,13 +251,17 @@ def trouble(client: Any, run: Run) -> str:
     return ", ".join(dict.fromkeys(event.reason for event in reversed(events) if event.type_ == "Warning"))
 
 
-def open_log(client: Any, run: Run, rank: int) -> Iterator[str] | None:
-    """The log of one rank from its beginning, as it comes; None while there is none. A pod that was started again is
-    another replica, later in the list."""
+def open_log(client: Any, run: Run, rank: int, follow: bool = True) -> Iterator[str] | None:
+    """The log of one rank from its beginning, so far or as it comes; None while there is none. A pod that was started
+    again is another replica, later in the list."""
+    from backends import clouds
+
     replicas = asked("list the replicas", client, lambda: client.job.get_replicas(run.record["job"]))
     names = [str(replica.metadata.id_ or replica.id_) for replica in replicas]
     ours = [name for name in names if re.match(re.escape(run.record["job"]) + "-%d(-|$)" % rank, name)]
     found = [log for log in (_stream(client, run, name) for name in ours) if log]
+    if not follow:  # the route has no parameter for it
+        found = [clouds.so_far(log) for log in found]
     return (text for log in found for text in log) if found else None
 
 

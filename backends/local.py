@@ -8,6 +8,7 @@ supervisor gets SIGTERM when the launcher dies; each pod gets it when the superv
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import backends
-from backends import Job, Run, Status
+from backends import Job, Run, Status, screen
 from pod import become_subreaper, end_the_rest
 from transport import Plan, Refusal
 
@@ -48,29 +49,43 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
         finally:
             os._exit(70)
     run.record |= {"folder": str(folder), "pid": pid, "born": _born(pid)}
+    run.seen_running()
     run.save()
 
 
 def follow(run: Run) -> Status:
     """Pass the log on until the supervisor has written the exit code."""
-    folder = Path(run.record["folder"])
-    with open(_await(folder / "log"), "rb") as log:
+    rest = b""
+    with open(_await(Path(run.record["folder"]) / "log"), "rb") as log:
         while True:
             over = not _alive(run)
             data = log.read()
-            if data:
-                sys.stdout.buffer.write(data)
-                sys.stdout.flush()
-            elif over:
+            rest = _show(run, rest + data)
+            if not data and over:
                 break
-            else:
+            if not data:
                 time.sleep(0.05)
     return status(run)
 
 
 def logs(run: Run) -> None:
-    sys.stdout.buffer.write(_await(Path(run.record["folder"]) / "log").read_bytes())
+    _show(run, _await(Path(run.record["folder"]) / "log").read_bytes())
+
+
+def _show(run: Run, data: bytes) -> bytes:
+    """Print the whole lines of the ranks that are wanted, and what the supervisor says; gives the last, unfinished
+    line."""
+    *whole, rest = data.split(b"\n")
+    for line in whole:
+        found = re.match(rb"\[(\d+)\] ", line) if run.nodes > 1 else None
+        if found and int(found.group(1)) not in run.ranks:
+            continue
+        text = line[found.end():] if found else line
+        if found and len(run.ranks) > 1:
+            text = screen.rank(found.group(1).decode()).encode() + text
+        sys.stdout.buffer.write(text + b"\n")
     sys.stdout.flush()
+    return rest
 
 
 def status(run: Run) -> Status:
@@ -87,12 +102,12 @@ def status(run: Run) -> Status:
 def cancel(run: Run) -> str:
     """TERM to the supervisor, which ends its pods; returns when they are gone."""
     if not _alive(run):
-        return "it had already ended"
+        return "it had already ended (%s); nothing was done" % status(run).state
     (Path(run.record["folder"]) / "cancelled").touch()
     os.kill(run.record["pid"], signal.SIGTERM)
     while _alive(run):
         time.sleep(0.05)
-    return "all pods have ended"
+    return "ended, with all its pods" if run.nodes > 1 else "ended, with its pod"
 
 
 # ---------------------------------------------------------------- supervisor

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import transport
-from backends import FINAL, GONE, Job, Run, Status
+from backends import FINAL, GONE, Job, Run, Status, screen
 from backends.hosts import Host, words
 from backends.repositories import parse
 from transport import Plan, Refusal
@@ -79,9 +79,8 @@ def follow(run: Run) -> Status:
 
 
 def logs(run: Run) -> None:
-    """The logs there are; of a job that still runs, to its end."""
     host = host_of_run(run)
-    settled(host, run, Watch(host, run, lambda text: None).to_the_end())
+    Watch(host, run, lambda text: None).print_all()
 
 
 def status(run: Run) -> Status:
@@ -95,7 +94,7 @@ def cancel(run: Run) -> str:
     before = ask(host, run)
     if before.state in FINAL:
         settled(host, run, before)
-        return "it had already ended (%s)" % before.detail
+        return "it had already ended (%s); nothing was done" % before.detail
     host.ask("scancel " + job_id(host, run), "cancel the job")
     deadline = time.monotonic() + 60
     after = ask(host, run)
@@ -103,7 +102,8 @@ def cancel(run: Run) -> str:
         time.sleep(0.5)
         after = ask(host, run)
     settled(host, run, after)
-    return "cancelled" if after.state in FINAL else "told to end; it is still %s" % after.detail
+    done = "job %s was cancelled" % job_id(host, run)
+    return done if after.state in FINAL else done + "; it is still %s" % after.detail
 
 
 # ---------------------------------------------------------------- before it is sent
@@ -345,7 +345,7 @@ def rank_code(host: Host, run: Run) -> int | None:
 # Each log that has grown: a line "NAME BYTES", then that many bytes.
 GROWN = """\
 cd %(folder)s 2>/dev/null || exit 0
-for log in log-*_%(job)s_%(rank)s_*.out; do
+for log in %(logs)s; do
   [ -f "$log" ] || continue
   from=0
   case $log in
@@ -372,7 +372,7 @@ class Watch:
     ended: set[str] = field(default_factory=set)  # logs that say so
 
     def to_the_end(self) -> Status:
-        last, heard, late = "", time.monotonic(), 0.0
+        last, heard, late = None, time.monotonic(), 0.0
         while True:
             try:
                 status = ask(self.host, self.run)
@@ -383,10 +383,11 @@ class Watch:
                 time.sleep(POLL_S)
                 continue
             heard = time.monotonic()
-            told = "-- %s (%s)" % (status.state, status.detail)
-            if told != last:
-                self.tell("%s after %.0f s" % (told, time.time() - self.run.started))
-                last = told
+            if status.state == "running":
+                self.run.seen_running()
+            if status != last:
+                self.tell(screen.told(status, self.run))
+                last = status
             if status.state in FINAL:
                 late = late or heard + LATE_S
                 if not grown and (self.ended or status.state == "cancelled" or heard > late):
@@ -398,12 +399,23 @@ class Watch:
             self.print_batch_log()
         return status
 
-    def print_grown(self) -> bool:
-        """Print what is new. Whether there was anything."""
+    def print_all(self) -> None:
+        """Print what there is. Raises Refusal where there is nothing."""
+        status = ask(self.host, self.run)
+        while self.print_grown() >= MOST:
+            pass
+        self.print_rests()
+        if not self.offsets and not (status.state in FINAL and self.print_batch_log()):
+            raise Refusal("run %s has no log: it is %s (%s)" % (self.run.run, status.state, status.detail),
+                          "python launch.py logs -f %s waits for it" % self.run.run)
+
+    def print_grown(self) -> int:
+        """Print what is new; gives how much that is."""
         job = job_id(self.host, self.run)
         known = "\n".join("  %s) from=%d ;;" % (shlex.quote(name), offset) for name, offset in self.offsets.items())
-        rank = "*" if self.run.record.get("all_ranks") else "0"
-        words = {"folder": self.run.record["folder"], "job": job, "rank": rank, "known": known, "most": MOST}
+        every = len(self.run.ranks) == self.run.nodes > 1
+        logs = " ".join("log-*_%s_%s_*.out" % (job, rank) for rank in ("*" if every else self.run.ranks))
+        words = {"folder": self.run.record["folder"], "logs": logs, "known": known, "most": MOST}
         done = self.host.run(GROWN % words)
         data = done.stdout
         while data:
@@ -411,7 +423,7 @@ class Watch:
             name, _, size = header.decode().rpartition(" ")
             self.print_part(name, data[: int(size)])
             data = data[int(size):]
-        return bool(done.stdout)
+        return len(done.stdout)
 
     def print_part(self, name: str, data: bytes) -> None:
         self.offsets[name] = self.offsets.get(name, 0) + len(data)
@@ -423,7 +435,7 @@ class Watch:
     def print_line(self, name: str, line: bytes) -> None:
         if ENDED.search(line.decode("utf-8", "replace")):
             self.ended.add(name)
-        prefix = b"[%s] " % name.split("_")[-2].encode() if self.run.record.get("all_ranks") else b""
+        prefix = screen.rank(name.split("_")[-2]).encode() if len(self.run.ranks) > 1 else b""
         sys.stdout.buffer.write(prefix + line + b"\n")
 
     def print_rests(self) -> None:
@@ -432,8 +444,10 @@ class Watch:
                 self.print_line(name, rest)
         sys.stdout.flush()
 
-    def print_batch_log(self) -> None:
+    def print_batch_log(self) -> bool:
         """No rank got as far as pod.py's end: the batch script's log tells why."""
         script = "tail -n 20 %s/sbatch_*_%s.out" % (self.run.record["folder"], self.run.record["job"])
-        sys.stdout.buffer.write(self.host.run(script).stdout)
+        said = self.host.run(script).stdout
+        sys.stdout.buffer.write(said)
         sys.stdout.flush()
+        return bool(said)

@@ -136,7 +136,7 @@ def test_the_answer_of_a_creation_that_comes_too_late(here):
     here.server._faults.clear()
     run = backends.all_runs()[0].run
     assert here.main("status", run).code == 0
-    assert here.main("cancel", run).out == run + ": stopped\n" and here.job.state == "Stopped"
+    assert here.main("cancel", run).out.endswith("was stopped\n") and here.job.state == "Stopped"
 
 
 def test_one_that_never_came_to_be(here):

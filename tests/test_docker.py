@@ -157,10 +157,10 @@ def test_another_shell_sees_and_cancels_a_container(person: Person) -> None:
         """)
     started = person.launch("nap", "--detach")
     assert started.returncode == 0, started.stderr
-    run = re.search(r"logs (\w+)", started.stdout).group(1)
+    run = re.search(r"logs -f (\w+)", started.stdout).group(1)
     assert json.loads(person.run("status", run, "--json").stdout)[0]["state"] == "running"
     assert person.containers() == ["airlift-fam-nap-" + run]
-    assert person.run("cancel", run).stdout == "%s: the container has ended\n" % run
+    assert person.run("cancel", run).stdout .endswith(": container airlift-fam-nap-%s was stopped and removed; its log is kept\n" % run)
     ended = json.loads(person.run("status", run, "--json").stdout)[0]
     assert ended["state"] == "cancelled"
     assert "already ended" in person.run("cancel", run).stdout and person.containers() == []

@@ -93,8 +93,10 @@ def test_another_workspace(here):
 def test_a_queued_job_waits_and_can_be_cancelled(here):
     here.server.unschedulable.update(*here.server.nodes.values())
     begun = here.launch("--detach")
-    assert here.main("status", begun.run).out.split()[1:2] == ["waiting"]
-    assert here.main("cancel", begun.run).out == begun.run + ": stopped\n"
+    assert here.main("status", begun.run).out.splitlines()[1].split()[1] == "waiting"
+    result = here.main("logs", begun.run)
+    assert result.code == 2 and "has no log yet: it is waiting (Queueing)" in result.err and "logs -f" in result.err
+    assert here.main("cancel", begun.run).out.endswith("was stopped\n")
     result = here.main("logs", begun.run)
     assert result.code == 2 and "its pods never started" in result.err
 

@@ -131,10 +131,11 @@ def test_two_pods_of_one_tree(place):
     done = place.run(*WORDS, "lr=1", "--", "--flag", "two words", "$HOME")
     assert (done.returncode, done.stderr) == (0, "")
     run = run_id(done.stdout)
-    first, *_, last = done.stdout.splitlines()
+    first, *_, times, last = done.stdout.splitlines()
     summary = re.fullmatch(r"nano3/sft on local: 2 nodes, CPU only, (\d+) files, [\d.]+ K?i?B, sha256 ([0-9a-f]{12}), "
                            r"run \w+", first)
     assert summary, first
+    assert re.fullmatch(r"packing \d\.\d s, submitting \d\.\d s, waiting 0\.0 s, running \d\.\d s", times), times
     assert re.fullmatch(r"done in \d+ s; outputs in " + re.escape(str(place.output)), last)
     digests = set()
     for rank in (0, 1):
@@ -176,7 +177,7 @@ def test_two_pods_of_one_tree(place):
         assert "hello from rank %d\n" % rank in (place.output / "runs" / run / ("rank-%d.log" % rank)).read_text()
         assert (place.output / "runs" / run / ("rank-%d.exit" % rank)).read_text() == "0\n"
     assert os.listdir(place.tmp / "home") == []
-    again = place.run("logs", run)
+    again = place.run("logs", run, "--all-ranks")
     assert again.returncode == 0 and lines_of(again.stdout, 1) == lines_of(done.stdout, 1)
     place.nothing_left()
 
@@ -231,7 +232,7 @@ def test_a_secret_reaches_the_pod_and_no_file(place):
     out = process.communicate(timeout=30)[0]
     run = run_id(out)
     assert "note: MY_TOKEN is sent by value, in the job's environment" in out
-    until(lambda: place.run("logs", run).stdout.count("it has %d characters" % len(secret)) == 2, 20)
+    until(lambda: place.run("logs", run, "--all-ranks").stdout.count("it has %d characters" % len(secret)) == 2, 20)
     shown = place.run("status", run, "--json").stdout + place.run("nano3", "sft", "mine", "--json",
                                                                   env={"MY_TOKEN": secret}).stdout
     assert secret not in shown + out
@@ -252,7 +253,7 @@ def test_two_launches_at_once(place):
     ports = [re.findall(r"^\[\d\] port (\d+)$", out, re.MULTILINE) for out in outs]
     assert [len(found) for found in ports] == [2, 2]
     assert ports[0][0] == ports[0][1] != ports[1][0] == ports[1][1]
-    assert len(place.run("status").stdout.splitlines()) == 2
+    assert len(place.run("status").stdout.splitlines()) == 1 + 2
     place.nothing_left()
 
 
@@ -309,7 +310,7 @@ def test_ctrl_c_leaves_nothing_running(place, body):
         until(lambda: all((place.output / ("stubborn-%d" % rank)).exists() for rank in (0, 1)), 10)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (1, "\nending the pods: all pods have ended\n")
+    assert (process.returncode, err) == (1, "\nending the pods: ended, with all its pods\n")
     assert place.left() == []
     place.nothing_left()
     assert json.loads(place.run("status", run_id(out), "--json").stdout)[0]["state"] == "cancelled"
@@ -332,7 +333,7 @@ def test_when_nobody_reads_the_pods_end(place):
         pass
     process.stdout.close()
     err = process.stderr.read()
-    assert (process.wait(20), err) == (1, "\nending the pods: all pods have ended\n")
+    assert (process.wait(20), err) == (1, "\nending the pods: ended, with all its pods\n")
     process.stderr.close()
     place.started.remove(process)
     place.nothing_left()
@@ -356,19 +357,71 @@ def test_detach_status_logs_cancel(place):
     done = place.run(*WORDS, "--detach")
     run = run_id(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("started; come back with: python launch.py logs %s\n" % run)
+    assert done.stdout.endswith("started; come back with: python launch.py logs -f %s\n" % run)
     place.probes()
-    assert re.match(r"%s  running +\d+ s  nano3/sft on local, 2 nodes" % run, place.run("status").stdout)
+    heads, row = place.run("status").stdout.splitlines()
+    assert heads.split() == ["RUN", "STATE", "AGE", "RECIPE", "PROFILE", "NODES", "DETAIL"]
+    assert re.fullmatch(r"%s  running  \d+ s +nano3/sft  local    2" % run, row)
     row = json.loads(place.run("status", run, "--json").stdout)[0]
     assert (row["state"], row["job_exit_code"], row["nodes"], row["profile"]) == ("running", None, 2, "local")
-    until(lambda: "hello from rank 1" in lines_of(place.run("logs", run).stdout, 1), 10)
+    until(lambda: "hello from rank 1" in lines_of(place.run("logs", run, "--all-ranks").stdout, 1), 10)
     cancelled = place.run("cancel", run)
-    assert (cancelled.returncode, cancelled.stdout) == (0, "%s: all pods have ended\n" % run)
+    assert (cancelled.returncode, cancelled.stdout) == (
+        0, "%s, nano3/sft on local: ended, with all its pods\n" % run)
     assert place.left() == []
     assert json.loads(place.run("status", run, "--json").stdout)[0]["state"] == "cancelled"
-    assert place.run("cancel", run).stdout == "%s: it had already ended\n" % run
+    assert place.run("cancel", run).stdout.endswith(": it had already ended (cancelled); nothing was done\n")
     assert place.run_file(run)["record"]["pid"] > 0
     place.nothing_left()
+
+
+def test_logs_print_what_there_is_and_follow_to_the_end(place):
+    """Of one rank, of another, of all; a job that still runs is followed only when that is asked for."""
+    place.recipe("import os, time\nprint('hello from', os.environ['NODE_RANK'], flush=True)\n"
+                 "while not os.path.exists(os.path.join(os.environ['NEMO_RUN_DIR'], 'go')): time.sleep(0.02)\n"
+                 "raise SystemExit(3)")
+    run = run_id(place.run(*WORDS, "--detach").stdout)
+    until(lambda: place.run("logs", run, "--all-ranks").stdout.count("hello") == 2, 10)
+    assert place.run("logs", run).stdout.splitlines()[1:] == ["hello from 0"]
+    assert place.run("logs", run, "--rank", "1").stdout.splitlines()[1:] == ["hello from 1"]
+    assert place.run("logs", run, "--rank", "2").stderr == "airlift: there is no rank 2\nthe job has ranks 0 to 1\n"
+    follower = place.start("logs", "-f", run, "--all-ranks")
+    out = follower.stdout.readline()
+    assert out and follower.poll() is None
+    (place.output / "go").write_text("")
+    out, err = out + follower.stdout.read(), follower.stderr.read()
+    follower.wait(30)
+    assert out.count("hello from") == 2 and "[1] airlift: rank 1 ended with exit code " in out
+    assert (follower.returncode, err) == (
+        1, "airlift: the job failed with exit code 3\nsee python launch.py logs %s\n" % run)
+    assert place.run("logs", "-f", run).returncode == 1  # also later
+    place.nothing_left()
+
+
+def test_diff_names_what_is_not_as_it_was_sent(place):
+    place.recipe("print('one')", nodes=1)
+    old = place.folder / "src/nemotron/recipes/nano3/sft" / "old.py"
+    old.write_text("old = 1\n")
+    run = run_id(place.run(*WORDS).stdout)
+    same = place.run("diff", run)
+    assert same.returncode == 0 and same.stdout.endswith("they are the same\n")
+    old.unlink()
+    (place.folder / "src/nemotron/recipes/nano3/sft" / "new.py").write_text("new = 1\n")
+    place.recipe("print('two')", nodes=1)
+    said = place.run("diff", run).stdout.splitlines()
+    assert re.fullmatch(r"run %s carries \d+ files, sha256 \w{12}; here are \d+, sha256 \w{12}" % run, said[0])
+    assert [line.rpartition("/")[0::2] for line in said[1:]] == [
+        ("changed          src/nemotron/recipes/nano3/sft", "train.py"),
+        ("only in the run  src/nemotron/recipes/nano3/sft", "old.py"),
+        ("only here        src/nemotron/recipes/nano3/sft", "new.py")]
+    told = json.loads(place.run("diff", run, "--json").stdout)
+    assert set(told) == {"run", "sha256", "sha256_here", "changed", "only_in_the_run", "only_here"}
+    assert told["only_here"] == ["src/nemotron/recipes/nano3/sft/new.py"] and told["sha256"] != told["sha256_here"]
+    files = place.state / "runs" / (run + ".files")
+    assert files.stat().st_mode & 0o777 == 0o600 and files.stat().st_size < 4096
+    files.unlink()
+    refused = place.run("diff", run)
+    assert refused.returncode == 2 and "cannot be read" in refused.stderr
 
 
 def test_a_detached_job_ends_by_itself_or_with_its_supervisor(place):
@@ -387,7 +440,7 @@ def test_a_detached_job_ends_by_itself_or_with_its_supervisor(place):
     until(lambda: not place.left(), 20)
     row = json.loads(place.run("status", run, "--json").stdout)[0]
     assert (row["state"], row["detail"], row["job_exit_code"]) == ("failed", "its supervisor was killed", None)
-    assert place.run("cancel", run).stdout == "%s: it had already ended\n" % run
+    assert place.run("cancel", run).stdout.endswith(": it had already ended (failed); nothing was done\n")
 
 
 def test_a_payload_beyond_the_kernel_is_refused_before_anything_starts(place):

@@ -230,7 +230,7 @@ class Person:
         """Launch detached; gives the run."""
         done = self.launch(words[0], "--detach", *words[1:], **options)
         assert done.returncode == 0, done.stdout + done.stderr
-        return re.search(r"python launch.py logs (\w+)", done.stdout).group(1)
+        return re.search(r"python launch.py logs -f (\w+)", done.stdout).group(1)
 
     def status(self, run: str) -> dict[str, Any]:
         done = self.run("status", run, "--json")
@@ -349,11 +349,12 @@ def test_another_shell_sees_reads_and_cancels_a_job(laptop: Person) -> None:
     run = laptop.started("nap", "--nodes", "2")
     laptop.until(run, "running")
     wait_for(lambda: "napping 1" in laptop.log_of(run))
-    reader = subprocess.Popen(laptop.cluster.laptop_command(laptop.words("logs", run, "--all-ranks")), text=True,
+    reader = subprocess.Popen(laptop.cluster.laptop_command(laptop.words("logs", "-f", run, "--all-ranks")), text=True,
                               stdout=subprocess.PIPE, env=laptop.cluster.environment(str(laptop.home)))
     assert reader.stdout and reader.stdout.readline().startswith("[0] airlift: rank 0 of 2")
     done = laptop.run("cancel", run)
-    assert (done.returncode, done.stdout) == (0, "%s: cancelled\n" % run), done.stderr
+    assert done.returncode == 0 and re.search(r"^%s, fam/nap on \w+: job \d+ was cancelled$" % run, done.stdout,
+                                              re.MULTILINE), done.stdout + done.stderr
     rest = rest_of(reader)
     assert "[1] napping 1" in rest and "rank 1 ended with exit code 143" in rest
     assert laptop.status(run)["state"] == "cancelled"

@@ -1,0 +1,176 @@
+"""What a person sees: tables, times, budgets and colours, and a dry run in words or as JSON.
+
+Colour only on a terminal, and never where NO_COLOR is set (no-color.org) or TERM is dumb.
+"""
+
+import hashlib
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from typing import IO, Any
+
+import transport
+from backends import Job, Run, Status
+
+CODES = {"red": 31, "green": 32, "yellow": 33, "cyan": 36, "dim": 2, "bold": 1}
+COLOURS = {"waiting": "yellow", "running": "cyan", "done": "green", "failed": "red", "cancelled": "yellow",
+           "unknown": "yellow", "ok": "green", "warning": "yellow", "failure": "red"}
+
+
+def paint(text: str, how: str, stream: IO[str] | None = None) -> str:
+    """The text in a colour or weight, where `stream` (standard output) shows colours."""
+    stream = stream or sys.stdout
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    return text if plain or how not in CODES else "\033[%dm%s\033[0m" % (CODES[how], text)
+
+
+def state(word: str, width: int = 0) -> str:
+    """A state, or how a check came out, in its colour."""
+    return paint(word, COLOURS.get(word, "")) + " " * (width - len(word))
+
+
+def told(status: Status, run: Run) -> str:
+    """A line of the follow view: a state, the platform's word for it, and the time since the launch."""
+    detail = " (%s)" % status.detail if status.detail else ""
+    after = "" if run.ended else " after " + span(time.time() - run.started)
+    return "-- %s%s%s" % (state(status.state), detail, after)
+
+
+def rank(number: str | int) -> str:
+    """What stands before a line of a log where several are shown."""
+    return paint("[%s]" % number, "dim") + " "
+
+
+def table(rows: Sequence[Sequence[str]], coloured: int = -1) -> str:
+    """Rows as aligned columns, the first row as heads; the column `coloured` holds states."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for number, row in enumerate(rows):
+        cells = [state(cell, width) if number and column == coloured else cell.ljust(width)
+                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        line = "  ".join(cells).rstrip()
+        lines.append(line if number else paint(line, "dim"))
+    return "\n".join(lines)
+
+
+def runs(rows: list[dict[str, Any]]) -> str:
+    """The table of `status`."""
+    lines = [("RUN", "STATE", "AGE", "RECIPE", "PROFILE", "NODES", "DETAIL")]
+    for row in rows:
+        said = (row["detail"], "exit code %s" % row["job_exit_code"] if row["job_exit_code"] else "")
+        detail = "; ".join(dict.fromkeys(filter(None, said)))
+        lines.append((row["run"], row["state"], span(row["age_s"]), row["recipe"], row["profile"], str(row["nodes"]),
+                      detail))
+    return table(lines, 1)
+
+
+def span(seconds: float) -> str:
+    """A time for people: 4 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    whole = max(0, int(seconds + 0.5))
+    for big, small, size, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
+        if whole >= size:
+            rest = whole % size // part
+            return "%d %s" % (whole // size, big) + (" %d %s" % (rest, small) if rest else "")
+    return "%d s" % whole
+
+
+def shape(job: Job) -> str:
+    nodes = "1 node" if job.nodes == 1 else "%d nodes" % job.nodes
+    return nodes + (" x %s GPUs" % job.gpus_per_node if job.gpus_per_node else ", CPU only")
+
+
+def times(run: Run, packing: float, submitting: float, now: float) -> str:
+    """Where the time of a launch went. A job that ended between two questions was never seen to run."""
+    begun, sent = run.record.get("running_since"), run.started + submitting
+    parts = [("packing", packing), ("submitting", submitting)]
+    parts += [("waiting", begun - sent), ("running", now - begun)] if begun else [("waiting and running", now - sent)]
+    return ", ".join("%s %s" % (name, "%.1f s" % max(0.0, took) if took < 10 else span(took)) for name, took in parts)
+
+
+# ---------------------------------------------------------------- the dry run
+
+
+def budget(name: str, used: int, limit: int) -> str:
+    """A budget as a bar of 20; red where it does not fit."""
+    filled = min(20, -(-used * 20 // limit))
+    colour = "red" if used > limit else "yellow" if used > 0.8 * limit else "green"
+    size = transport.human(used) if limit >= 65536 else "%d" % used
+    of = transport.human(limit) if limit >= 65536 else "%d" % limit
+    return "%-12s|%s%s| %3d %% of %s (%s)" % (
+        name, paint("#" * filled, colour), "." * (20 - filled), -(-used * 100 // limit), of, size)
+
+
+def show(plan: Any) -> None:
+    """The dry run of a launch.Launch, for a person."""
+    job, payload = plan.job, plan.plan
+    head = "%s on %s (%s)" % (job.name, plan.profile.name, job.executor)
+    print("%s: %s, %s" % (paint(head, "bold"), shape(job), job.description["launch"]))
+    rows = [
+        ("script", job.description["script"]), ("config", str(plan.config.path)), ("image", job.image),
+        ("command", hide(job.description["command"])), ("outputs", job.description["run_root"]),
+        ("ships", "%d files, %s as %s, %d chunks, sha256 %s" % (
+            payload.files, transport.human(len(payload.tar)), payload.compression, payload.chunks,
+            payload.digest[:16])),
+    ]
+    rows += [("" if number else "budgets", budget(*one)) for number, one in enumerate(payload.budgets)]
+    rows += [("env", "%s=%s" % pair) for pair in sorted(shown_env(plan).items()) if not pair[0].startswith("AIRLIFT_")]
+    rows += [("note", note) for note in plan.notes()]
+    for label, value in rows:
+        if value:
+            print("  %s%s" % (paint("%-9s" % label, "yellow" if label == "note" else "dim"), value))
+    print("nothing was submitted")
+
+
+def as_json(plan: Any) -> dict[str, Any]:
+    """The dry run as the design's one object."""
+    job, payload = plan.job, plan.plan
+    env_bytes, env_limit = payload.budget("environment")
+    object_bytes, object_limit = payload.budget("API object")
+    text = plan.config.text.encode()
+    return {
+        "recipe": {"name": job.name, "script": job.description["script"], "launch": job.description["launch"],
+                   "nodes": job.nodes, "gpus_per_node": job.gpus_per_node, "nproc_per_node": job.nproc,
+                   "image": job.image},
+        "profile": {"name": plan.profile.name, "executor": plan.profile.executor, "files": list(plan.profile.files)},
+        "config": {"path": str(plan.config.path), "sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text),
+                   "text": hide(plan.config.text)},
+        "payload": {"files": payload.files, "tar_bytes": len(payload.tar),
+                    "encoded_chars": -(-len(payload.tar) // 3) * 4,
+                    "sha256": payload.digest, "compression": payload.compression, "chunks": payload.chunks,
+                    "chunk_limit": payload.chunk_limit or None, "env_bytes": env_bytes, "env_limit": env_limit,
+                    "object_bytes": object_bytes or None, "object_limit": object_limit or None, "fits": payload.fits},
+        "env": shown_env(plan), "argv": payload.argv, "command": hide(job.description["command"]),
+        "notes": plan.notes(),
+    }
+
+
+# ---------------------------------------------------------------- secrets
+
+SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+
+
+def shown_env(plan: Any) -> dict[str, str]:
+    """What the pods' environment holds, ours and the recipe's: secrets as ***, chunks by their length."""
+    env = dict(plan.plan.env, **plan.job.description["env"])
+    env.update((name, "***") for name in plan.job.secrets if not env.get(name, "").startswith("<unset "))
+    for name, value in env.items():
+        if re.match(r"AIRLIFT_[A-Z]+_\d+$", name):
+            env[name] = "<%d characters>" % len(value)
+        elif SECRET_NAME.search(name) and not value.startswith("<unset "):
+            env[name] = "***"
+        else:
+            env[name] = hide(value)
+    return env
+
+
+def hide(text: str) -> str:
+    """`text` without the value of any variable that is set here and named like a secret: a profile may have read it
+    with ${env:NAME} into a variable of another name, or into a command."""
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= 8:
+            text = text.replace(value, "***")
+        elif SECRET_NAME.search(name) and len(value) >= 4 and text == value:
+            text = "***"
+    return text
