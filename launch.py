@@ -253,7 +253,7 @@ class Launch(object):
             "env": backends.environment(settings, self.config.run, recipe.name, profile.executor),
             "setup": backends.setup_commands(settings), "command": command, "tool": tool,
             "workdir": settings.get("workdir"), "clones": repositories,
-            "folders": list(backends.caches(settings).values()),
+            "folders": list(backends.caches(settings).values()), "retries": settings.get("retries", 0),
         }
         description.update(backends.unpacking(settings))
         return backends.Job(
@@ -347,7 +347,7 @@ def submit(plan, options):
     run = backends.Run(job.run, job.name, plan.profile.name, job.executor, job.nodes, plan.plan.digest, begun)
     every = job.executor == "local" and options.rank is None  # what happens on this machine is seen whole
     run.record["ranks"] = list(range(job.nodes)) if every else chosen(options, job.nodes)
-    run.record.update(outputs=job.description["run_root"], again=plan.again)
+    run.record.update(outputs=job.description["run_root"], again=plan.again, retries=job.description["retries"])
     run.carries = backends.fingerprints(plan.tree)
     try:
         backend.submit(run, job, plan.plan, not options.detach)

@@ -903,7 +903,9 @@ def main() -> int:
             places = Places(job, env)
             shared = put(tar, job, places, env, rank)
         said = rank, job["nodes"], job["tree"]["sha256"], job["tree"]["files"], places.code
-        say("rank %d of %d, sha256 %s, %d files in %s" % said)
+        # The launcher tells one start from the next by this.
+        begun = ", begun %s.%03d" % (time.strftime("%H:%M:%S"), time.time() % 1 * 1000) if job.get("retries") else ""
+        say("rank %d of %d, sha256 %s, %d files in %s" % said + begun)
         code = start(child, env, job, places, rank)
     except Failure as failure:
         what, fix = FAILURES[failure.code]

@@ -342,6 +342,11 @@ class Run:
     carries: dict[str, str] = field(default_factory=dict, repr=False)  # fingerprints(); kept in a file beside
 
     @property
+    def starts(self) -> int:
+        """How often the job may be started in all."""
+        return 1 + int(self.record.get("retries", 0))
+
+    @property
     def ranks(self) -> list[int]:
         """The ranks whose logs are to be shown."""
         return self.record.get("ranks") or [0]

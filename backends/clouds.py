@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import requests
@@ -137,6 +138,7 @@ def unreachable(platform: str, url: str, error: Exception, sent: str = "") -> Re
 # ---------------------------------------------------------------- following
 
 ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d+)")  # pod.py's last line
+BEGUN = re.compile(r"airlift: rank \d+ of \d+, sha256 .*, begun ")  # its first, where the job may be retried
 NOT_WHOLE = "airlift_pod_program_did_not_arrive_whole"  # transport.py's bootstrap
 ECHOES = (137, 143)  # killed: what the other ranks say when a job ends because of one
 IMAGE_TROUBLE = re.compile("ErrImagePull|ImagePullBackOff|InvalidImageName|[Ff]ailed to pull image|[Bb]ack-off pulling")
@@ -156,6 +158,7 @@ class Follower:
         self.run, self.ask, self.open_log, self.trouble = run, ask, open_log, trouble
         self.ranks = run.ranks
         self.codes: dict[str, int] = {}  # rank, as pod.py says it -> exit code
+        self.attempts = 0  # of the first rank that is shown, as its log tells
         self.ran = False  # all pods have been up at once
         self.heard = time.monotonic()  # when the platform last answered
         self.over = threading.Event()
@@ -196,6 +199,7 @@ class Follower:
 
     def explain(self, status: Status) -> Status:
         """A Status that is final, with the exit code that the pods told, or with what is known instead."""
+        status = self.with_attempt(status, self.attempts)
         if status.state != "failed":
             return Status(status.state, status.detail, 0 if status.state == "done" else None)
         silent = self._read_others()
@@ -205,6 +209,11 @@ class Follower:
             return Status("failed", status.detail, (told or codes)[0])
         quiet = "rank %s ended without a word" % ", ".join(map(str, silent)) if silent else ""
         return Status("failed", "; ".join(filter(None, (status.detail, quiet, self._trouble()))))
+
+    def with_attempt(self, status: Status, number: int) -> Status:
+        """The Status with what is known of retries."""
+        said = "attempt %d of %d" % (number, self.run.starts) if number > 1 else ""
+        return replace(status, detail=", ".join(filter(None, (status.detail, said))))
 
     def _watch(self) -> Status:
         last, warned, begun = None, False, time.monotonic()
@@ -246,12 +255,15 @@ class Follower:
             return ""
 
     def _read(self, rank: int) -> None:
-        """Show a log to its end. A stream that breaks is opened again, and what was shown is passed over."""
-        shown, last_round, why = 0, False, "the platform gave none"
+        """Show a log to its end. A stream that breaks is opened again, and what was shown is passed over, unless its
+        first line tells that it is the log of another start."""
+        shown, first, last_round, why = 0, "", False, "the platform gave none"
         while not last_round:
             last_round = self.over.is_set()
             try:
                 for number, line in enumerate(lines(self.open_log(rank, True) or ()), 1):
+                    if number == 1 and line != first:
+                        shown, first = 0, line
                     if number > shown:
                         shown = number
                         self._show(rank, line)
@@ -268,6 +280,10 @@ class Follower:
 
     def _show(self, rank: int, line: str) -> None:
         self._note(line)
+        if rank == self.ranks[0] and BEGUN.search(line):
+            self.attempts += 1
+            if self.attempts > 1:
+                self._print("-- attempt %d of %d\n" % (self.attempts, self.run.starts))
         self._print(screen.rank(rank) + line if len(self.ranks) > 1 else line)
 
     def _note(self, line: str) -> None:

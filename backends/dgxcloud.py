@@ -254,6 +254,9 @@ def check(job: Job) -> None:
     if base and not any(base == path or base.startswith(path + "/") for path in paths):
         raise Refusal("the workspace %s is on none of the pvcs" % base,
                       "add the claim that holds it, or change the workspace")
+    if job.nodes > 1 and job.settings.get("retries"):
+        raise Refusal("retries is %d, and the job has %d nodes" % (job.settings["retries"], job.nodes),
+                      "run:AI starts one pod again without the others; take it out, and launch again: it resumes")
     framework = job.settings.get("distributed_framework", "PyTorch")
     if job.nodes > 1 and framework != "PyTorch":
         raise Refusal("distributed_framework is %r" % framework,
@@ -273,7 +276,7 @@ def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict
         "command": plan.argv[0], "args": " ".join(plan.argv[1:]), "image": job.image,
         "compute": {"gpuDevicesRequest": job.gpus_per_node, "largeShmRequest": True},
         "storage": {"pvc": job.settings.get("pvcs") or []}, "environmentVariables": env,
-        "restartPolicy": "Never", "backoffLimit": 0,
+        "restartPolicy": "Never", "backoffLimit": job.settings.get("retries", 0),
     }
     body: dict[str, Any] = {"name": name, "projectId": project, "clusterId": cluster}
     if job.nodes > 1:

@@ -62,14 +62,18 @@ def logs(run: Run) -> None:
 
 
 def status(run: Run) -> Status:
-    follower = _follower(run)
-    return follower.explain(follower.ask())
+    client = reconnect(run)
+    follower = _follower(run, client)
+    found: Status = follower.explain(follower.ask())
+    if run.starts > 1 and found.detail != backends.GONE:
+        found = follower.with_attempt(found, len(replicas(client, run, 0)))
+    return found
 
 
-def _follower(run: Run) -> Any:
+def _follower(run: Run, client: Any = None) -> Any:
     from backends import clouds
 
-    client = reconnect(run)
+    client = client or reconnect(run)
     return clouds.Follower(run, lambda: _status(client, run), lambda rank, follow: open_log(client, run, rank, follow),
                            lambda: trouble(client, run))
 
@@ -178,7 +182,8 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
         "affinity": {"allowed_dedicated_node_groups": [group]},
         "container": {"image": job.image, "command": plan.argv},
         "completions": job.nodes, "parallelism": job.nodes, "intra_job_communication": True,
-        "max_failure_retry": 0, "max_job_failure_retry": 0,  # the platform's defaults would restart a dead rank
+        # The platform's defaults would restart a dead rank by itself; what is asked for starts all of them again.
+        "max_failure_retry": 0, "max_job_failure_retry": settings.get("retries", 0),
         "envs": envs, "mounts": [mount for mount in settings.get("mounts") or [] if isinstance(mount, dict)],
         "image_pull_secrets": settings.get("image_pull_secrets", []), "ttl_seconds_after_finished": None,
     }
@@ -256,13 +261,17 @@ def open_log(client: Any, run: Run, rank: int, follow: bool = True) -> Iterator[
     again is another replica, later in the list."""
     from backends import clouds
 
-    replicas = asked("list the replicas", client, lambda: client.job.get_replicas(run.record["job"]))
-    names = [str(replica.metadata.id_ or replica.id_) for replica in replicas]
-    ours = [name for name in names if re.match(re.escape(run.record["job"]) + "-%d(-|$)" % rank, name)]
-    found = [log for log in (_stream(client, run, name) for name in ours) if log]
+    found = [log for log in (_stream(client, run, name) for name in replicas(client, run, rank)) if log]
     if not follow:  # the route has no parameter for it
         found = [clouds.so_far(log) for log in found]
     return (text for log in found for text in log) if found else None
+
+
+def replicas(client: Any, run: Run, rank: int) -> list[str]:
+    """The names of a rank's pods, one for each time that it was started, oldest first."""
+    found = asked("list the replicas", client, lambda: client.job.get_replicas(run.record["job"]))
+    names = [str(replica.metadata.id_ or replica.id_) for replica in found]
+    return [name for name in names if re.match(re.escape(run.record["job"]) + "-%d(-|$)" % rank, name)]
 
 
 def _stream(client: Any, run: Run, replica: str) -> Iterator[str] | None:

@@ -235,8 +235,12 @@ def setup_lines(settings: dict[str, Any], secrets: str) -> str:
     lines = ["{ set +vx; } 2>/dev/null"]
     if secrets:
         lines.append(FORGET_AT_END % forget(secrets))
+    lines.append(LAST_START % settings.get("retries", 0))
     return "\n".join([*lines, settings.get("setup_lines", "")])
 
+
+# nemo-run always submits with --requeue; Slurm counts the starts, but knows no limit.
+LAST_START = '[ "${SLURM_RESTART_COUNT:-0}" -lt %d ] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0'
 
 # When the batch script ends, however that is (Slurm sends it TERM), unless Slurm has counted one more start for it.
 FORGET_AT_END = """\
@@ -290,11 +294,11 @@ def ask(host: Host, run: Run) -> Status:
     done = host.run(STATE % {"job": job_id(host, run)})
     if done.returncode:
         raise Refusal("%s: Slurm does not tell the job's state: %s" % (host, words(done.stderr)), "try again later", 5)
-    return read_state(done.stdout.decode("utf-8", "replace"))
+    return read_state(done.stdout.decode("utf-8", "replace"), run.starts)
 
 
-def read_state(text: str) -> Status:
-    """The Status that scontrol's line tells, or sacct's: State|ExitCode|Timelimit."""
+def read_state(text: str, starts: int = 1) -> Status:
+    """The Status that scontrol's line tells, or sacct's: State|ExitCode|Timelimit; `starts` is how many it may have."""
     fields = dict(re.findall(r"(\w+)=(\S*)", text))
     if not fields:
         row = [*(text.strip().splitlines() or [""])[-1].split("|"), "", ""]
@@ -313,7 +317,7 @@ def read_state(text: str) -> Status:
     elif state == "waiting" and fields.get("Reason", "None") != "None":
         detail = "%s: %s" % (word, fields["Reason"])
     if fields.get("Restarts", "0") != "0":
-        detail += ", start %d" % (int(fields["Restarts"]) + 1)
+        detail += ", attempt %d of %d" % (int(fields["Restarts"]) + 1, starts)
     code = re.match("[0-9]+", fields.get("ExitCode", "")) if word == "FAILED" else None
     return Status(state, detail, 0 if state == "done" else int(code.group()) if code else None)
 

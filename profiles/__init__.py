@@ -71,6 +71,8 @@ KEYS: dict[str, Key] = {
     "git_mirrors": Key("table", "URL prefix = URL prefix, for ${auto_mount:…} repositories", _REMOTE),
     "auto_mount": Key("str", "\"image\": use the copies inside the image", _REMOTE),
     "persistent_cache": Key("str", "a folder for vLLM's, DeepGEMM's and FlashInfer's caches", _REMOTE),
+    "retries": Key("whole", "further starts after a node fails or the job is preempted (0); see Retries",
+                   ("slurm", *CLOUDS)),
     "custom_spec": Key("table", "fields for the platform's own job specification", CLOUDS),
     "ca_bundle": Key("str", "a private certificate authority's file", CLOUDS),
     # Docker
@@ -406,6 +408,7 @@ def wrong(kind: str, value: Any) -> str:
     good = {
         "str": ("a string", isinstance(value, str)),
         "int": ("a whole number, 1 or more", whole and value >= 1),
+        "whole": ("a whole number, 0 or more", whole and value >= 0),
         "count": ('a whole number, 0 or more, or "gpu"', (whole and value >= 0) or value == "gpu"),
         "bool": ("true or false", isinstance(value, bool)),
         "str list": ("a list of strings", isinstance(value, list) and all(isinstance(item, str) for item in value)),
@@ -435,8 +438,9 @@ def overview() -> Iterator[tuple[str, str, str]]:
 
 def table() -> str:
     """The README's table of keys, in Markdown."""
-    kinds = {"str": "string", "int": "number", "count": "number or \"gpu\"", "bool": "true, false", "table": "table",
-             "env table": "table", "str list": "list of strings", "table list": "list of tables", "mounts": "list"}
+    kinds = {"str": "string", "int": "number", "whole": "number", "count": "number or \"gpu\"", "bool": "true, false",
+             "table": "table", "env table": "table", "str list": "list of strings", "table list": "list of tables",
+             "mounts": "list"}
     rows = ["| key | value | for | what it says |", "|---|---|---|---|"]
     for name, key in KEYS.items():
         kind = " or ".join("`%s`" % choice for choice in CHOICES[name]) if name in CHOICES else kinds[key.kind]

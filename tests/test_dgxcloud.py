@@ -125,6 +125,19 @@ def test_without_any_address_for_logs(here):
     assert log.exists() and (log.parent / "rank-0.exit").read_text() == "3\n"
 
 
+def test_retries_of_one_node_are_followed_and_several_refused(here):
+    here.profile(retries=2)
+    here.recipe("open('/shared/seen', 'a').write('x')\nprint('try', len(open('/shared/seen').read()), flush=True)\n"
+                "raise SystemExit(9 * (len(open('/shared/seen').read()) < 3))")
+    result = here.launch()
+    assert result.code == 0, result.out + result.err
+    assert (here.job.spec["restartPolicy"], here.job.spec["backoffLimit"]) == ("Never", 2)
+    assert result.out.index("-- attempt 2 of 3") < result.out.index("try 2") < result.out.index("-- attempt 3 of 3")
+    assert "Completed, attempt 3 of 3" in here.main("status", result.run).out
+    refused = here.launch("--nodes", "2")
+    assert refused.code == 2 and "retries is 2, and the job has 2 nodes" in refused.err and len(here.jobs) == 1
+
+
 def test_the_answer_of_a_creation_that_comes_too_late(here):
     """It and the look for it fail; later commands find the workload by its name."""
     here.recipe(KEEPS_ON)

@@ -1,5 +1,7 @@
 """DGX Cloud Lepton: what only this platform has. The rest is in test_clouds.py."""
 
+import json
+
 import pytest
 from cloud import EMULATED, cloud, wait_for
 
@@ -134,6 +136,31 @@ def test_retries_that_are_asked_for_show_every_attempt(here):
     result = here.launch()
     assert result.code == 0 and result.out.index("attempt 1") < result.out.index("attempt 2")
     assert len(here.jobs) == 1
+
+
+def test_retries_start_the_whole_job_again_and_are_counted(here):
+    here.profile(retries=2)
+    here.recipe("import os\nprint('I am', os.environ['NODE_RANK'], flush=True)\n"
+                "if os.environ['NODE_RANK'] == '1': raise SystemExit\nopen('/shared/seen', 'a').write('x')\n"
+                "raise SystemExit(9 * (len(open('/shared/seen').read()) < 3))")
+    result = here.launch("--nodes", "2")
+    assert result.code == 0, result.err
+    spec = here.job.spec
+    assert (spec["max_failure_retry"], spec["max_job_failure_retry"]) == (0, 2)
+    assert [line for line in result.out.splitlines() if "attempt" in line][:2] == [
+        "-- attempt 2 of 3", "-- attempt 3 of 3"]
+    assert result.out.count("I am 0") == 3
+    row = json.loads(here.main("status", result.run, "--json").out)[0]
+    assert (row["state"], row["detail"]) == ("done", "Completed, attempt 3 of 3")
+
+
+def test_retries_end(here):
+    here.profile(retries=1)
+    here.recipe("raise SystemExit(9)")
+    begun = here.launch("--detach")
+    here.job.wait("Failed")
+    row = json.loads(here.main("status", begun.run, "--json").out)[0]
+    assert (row["state"], row["detail"], row["job_exit_code"]) == ("failed", "Failed, attempt 2 of 2", 9)
 
 
 def test_states_of_the_platform_that_are_not_known():

@@ -67,7 +67,7 @@ def test_auto_mounts_are_read_and_go_by_way_of_mirrors(mount: str, parsed: tuple
 
 @pytest.mark.parametrize("text, status", [
     ("JobId=7 JobState=PENDING Reason=Priority Restarts=0 ExitCode=0:0", Status("waiting", "PENDING: Priority")),
-    ("JobId=7 JobState=RUNNING Reason=None Restarts=1 ExitCode=0:0", Status("running", "RUNNING, start 2")),
+    ("JobId=7 JobState=RUNNING Reason=None Restarts=1 ExitCode=0:0", Status("running", "RUNNING, attempt 2 of 3")),
     ("JobId=7 JobState=COMPLETED Reason=None Restarts=0 ExitCode=0:0", Status("done", "COMPLETED", 0)),
     ("JobId=7 JobState=FAILED Reason=NonZeroExitCode Restarts=0 ExitCode=3:0", Status("failed", "FAILED", 3)),
     ("JobId=7 JobState=TIMEOUT Reason=TimeLimit Restarts=0 ExitCode=0:15 TimeLimit=00:01:00",
@@ -77,7 +77,7 @@ def test_auto_mounts_are_read_and_go_by_way_of_mirrors(mount: str, parsed: tuple
     ("", Status("failed", "the platform no longer knows it")),
 ])
 def test_states_are_read_from_scontrol_and_from_sacct(text: str, status: Status) -> None:
-    assert slurm.read_state(text) == status
+    assert slurm.read_state(text, 3) == status
 
 
 def script_of(changed: Job, attached: bool = True) -> str:
@@ -240,7 +240,7 @@ class Person:
     def until(self, run: str, *states: str, seconds: float = 60) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
         while (found := self.status(run))["state"] not in states:
-            assert time.monotonic() < deadline, found
+            assert time.monotonic() < deadline, json.dumps(found)
         return found
 
     def folder_of(self, run: str) -> Path:
@@ -483,7 +483,7 @@ def test_a_preempted_job_is_followed_into_its_next_start_and_keeps_its_secrets(l
             time.sleep(600)
         """)
     with laptop.start("again", "run.env.partition=low", "run.env.exclusive=true", "run.env.secrets.HF_TOKEN=env",
-                      HF_TOKEN=SECRET) as process:
+                      "run.env.retries=1", HF_TOKEN=SECRET) as process:
         assert process.stdout
         lines = []
         for line in process.stdout:
@@ -503,8 +503,20 @@ def test_a_preempted_job_is_followed_into_its_next_start_and_keeps_its_secrets(l
         assert root.returncode == 0, root.stderr
         rest = rest_of(process)
     assert process.returncode == 0, "".join(lines) + rest
-    assert "start 2" in rest and "token %d resumed" % len(SECRET) in rest
+    assert "attempt 2 of 2" in rest and "token %d resumed" % len(SECRET) in rest
     assert not file.exists()
+    requeue = "scontrol -o show job %s | grep -o Requeue=." % job_id
+    assert laptop.cluster.on_login(["sh", "-c", requeue]).stdout == "Requeue=0\n"  # that was the last start
+
+
+@slow
+def test_a_preempted_job_without_retries_ends(laptop: Person) -> None:
+    laptop.recipe("nap", NAPPER)
+    run = laptop.started("nap", "run.env.partition=low", "run.env.exclusive=true", "--nodes", "2")
+    laptop.until(run, "running", seconds=150)
+    laptop.cluster.on_login(["srun", "-A", "team", "-p", "high", "-N2", "--exclusive", "true"])
+    found = laptop.until(run, "failed", "cancelled")
+    assert found["detail"] == "PREEMPTED", found
 
 
 # ---------------------------------------------------------------- repositories
