@@ -460,6 +460,7 @@ def test_secrets_lie_in_one_private_file_until_the_job_is_over(login: Person, en
     if end.startswith("cancelled"):
         if not blocker:
             login.until(run, "running")
+            wait_for(lambda: str(len(SECRET)) in login.log_of(run).split())
         login.run("cancel", run)
     else:
         go.touch()
