@@ -1,14 +1,24 @@
-"""Pytest's own settings: the repository on sys.path, and how hard hypothesis tries."""
+"""In CI a test that skips itself has failed: whatever it lacks, .ci/run was to install."""
 
 import os
-import sys
-from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ALLOWED = "CI has none"  # a reason that ends so: Nemotron is not ours to keep
 
-SLOW_MACHINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=SLOW_MACHINE)
-settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
-settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+def _no_skip(report):
+    reason = report.longrepr[2] if report.skipped and isinstance(report.longrepr, tuple) else ALLOWED
+    if os.environ.get("CI") and not reason.endswith(ALLOWED):
+        report.outcome, report.longrepr = "failed", "skipped in CI: " + reason
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    return _no_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return _no_skip((yield))
