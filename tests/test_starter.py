@@ -31,7 +31,8 @@ from starter import chat, checkpoint, sft  # noqa: E402
 from starter.config import RecipeError, SFTConfig, TrainConfig, apply_override, build, fill_references, parse_args  # noqa: E402
 from starter.distributed import World  # noqa: E402
 from starter.model import check_memory, load_model, model_config  # noqa: E402
-from starter.trainer import Trainer, batch_indices, learning_rate, loss_sum, shard  # noqa: E402
+from starter.run import batch_indices, learning_rate  # noqa: E402
+from starter.trainer import Trainer, loss_sum, shard  # noqa: E402
 
 RECIPE = SRC / "starter/recipes/nano3/sft"
 TINY, FINETUNE = RECIPE / "config/tiny.yaml", RECIPE / "config/finetune.yaml"
@@ -305,7 +306,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 ) -> None:
     real_step = Trainer.train_step
 
-    def die_in_step_6(self: Trainer) -> tuple[torch.Tensor, float]:
+    def die_in_step_6(self: Trainer) -> tuple[torch.Tensor, dict[str, float]]:
         if self.step == 5:
             raise MemoryError  # as good as a kill: nothing of ours handles it
         return real_step(self)

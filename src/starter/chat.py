@@ -200,6 +200,11 @@ def encode(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     return Encoded(ids, mask)
 
 
+def prompt_ids(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """ChatML token ids of a dialogue, up to where the assistant begins to write."""
+    return [*encode(dialogue, tokenizer).ids, token_id(tokenizer, START), *text_ids("assistant\n", tokenizer)]
+
+
 def pack(dialogues: Iterable[Encoded], seq_length: int, padding: int) -> Packed:
     """Fill sequences with whole dialogues, in their order; only one that is longer than a sequence is cut."""
     ids, mask, lengths = array("i"), bytearray(), array("i")

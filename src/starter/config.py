@@ -73,6 +73,43 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class PromptDataConfig:
+    train: str  # JSONL of data/prep/rl
+    val: str | None = None
+    verify: bool = False
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    actors: int  # processes that write answers, spread over the nodes of the Ray cluster
+    answers_per_prompt: int  # of which each is compared with the mean
+    max_new_tokens: int
+    batch_size: int = 64  # answers that an actor writes at once
+
+    def __post_init__(self) -> None:
+        least = {"actors": 1, "answers_per_prompt": 2, "max_new_tokens": 1, "batch_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise RecipeError(f"rollout.{name} is {getattr(self, name)}.\nGive {value} or more.")
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    kl: float = 0.05  # weight of the KL term to the policy that the run began with
+    clip: float = 0.2
+    updates: int = 1  # optimizer steps on the answers of one step
+    cold_start: int = 0  # supervised steps on the expected answers before, for a model that is new
+    cold_start_lr: float = 0.003
+
+    def __post_init__(self) -> None:
+        if self.kl < 0 or not 0 < self.clip < 1 or self.updates < 1 or self.cold_start < 0 or self.cold_start_lr <= 0:
+            raise RecipeError(
+                f"grpo has a number that makes no sense: {self}.\n"
+                "Give kl >= 0, 0 < clip < 1, updates >= 1, cold_start >= 0 and cold_start_lr > 0."
+            )
+
+
+@dataclass(frozen=True)
 class SFTConfig:
     output: str
     model: ModelConfig
@@ -88,6 +125,25 @@ class PretrainConfig:
     data: TokenDataConfig
     train: TrainConfig
     seed: int = 1234
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    output: str
+    model: ModelConfig
+    data: PromptDataConfig
+    rollout: RolloutConfig
+    train: TrainConfig  # global_batch_size counts answers
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        answers, group = self.train.global_batch_size, self.rollout.answers_per_prompt
+        if answers % group:
+            raise RecipeError(
+                f"train.global_batch_size={answers} answers cannot be {group} to each prompt.\n"
+                "Make it a multiple of rollout.answers_per_prompt."
+            )
 
 
 def parse_args(cls: type[T], argv: Sequence[str]) -> T:

@@ -77,6 +77,11 @@ def join() -> World:
     return World(rank, size, device)
 
 
+def alone() -> World:
+    """A world of one, whatever the environment says of ranks."""
+    return World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def leave(world: World) -> None:
     """Wait for the slowest rank, which may still be writing, then close the process group."""
     world.barrier()

@@ -12,12 +12,13 @@ from typing import NoReturn, TypeVar
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from starter import checkpoint, manifest, model
 from starter.chat import load_tokenizer
-from starter.config import PretrainConfig, RecipeError, SFTConfig, parse_args
+from starter.config import ModelConfig, PretrainConfig, RecipeError, SFTConfig, parse_args
 from starter.distributed import StopSignal, World, join, local_rank
+from starter.run import Run
 from starter.trainer import Sequences, Trainer
 
 Config = TypeVar("Config", SFTConfig, PretrainConfig)
@@ -39,8 +40,13 @@ def main(recipe: Path, config: type[Config], load: Load[Config], chat: bool) -> 
 
     Exit codes: 0 done, 1 an error, 128 + N stopped by signal N with a checkpoint written.
     """
+    guarded(lambda: run(recipe, sys.argv[1:], config, load, chat))
+
+
+def guarded(work: Callable[[], int]) -> NoReturn:
+    """End the process with the code that ``work`` returns; an error of ours is told in its two lines."""
     try:
-        code = run(recipe, sys.argv[1:], config, load, chat)
+        code = work()
     except RecipeError as error:
         if local_rank() == 0:  # every rank of a node comes to the same error
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -50,7 +56,7 @@ def main(recipe: Path, config: type[Config], load: Load[Config], chat: bool) -> 
 
 def run(recipe: Path, argv: list[str], config: type[Config], load: Load[Config], chat: bool) -> int:
     cfg = parse_args(config, argv)
-    output = Path(os.environ.get("NEMO_RUN_DIR", "."), cfg.output)
+    output = output_folder(cfg.output)
     world = join()
     quiet_libraries(world)
     resume_from = world.from_rank_0(checkpoint.newest_checkpoint(output / "checkpoints"))
@@ -58,13 +64,21 @@ def run(recipe: Path, argv: list[str], config: type[Config], load: Load[Config],
     def start() -> tuple[Trainer, Callable[[], None]]:
         return prepare(cfg, recipe, output, world, resume_from, load, chat)
 
-    trainer, export = world.together(start)
+    return conclude(*world.together(start), output)
+
+
+def output_folder(output: str) -> Path:
+    return Path(os.environ.get("NEMO_RUN_DIR", "."), output)
+
+
+def conclude(trainer: Run, export: Callable[[], None], output: Path) -> int:
+    """Train, and export the model. Returns the process' exit code."""
     trainer.distribute()
     announce(trainer)
     stopped_by = trainer.fit(StopSignal())
     if stopped_by:
         trainer.say(f"{signal.Signals(stopped_by).name}: stopped after step {trainer.step}, checkpoint saved")
-    elif world.rank == 0 and model.exported_step(output / "model") != trainer.step:
+    elif trainer.world.rank == 0 and model.exported_step(output / "model") != trainer.step:
         export()
         trainer.say(f"model for the next stage in {output / 'model'}")
     trainer.close()
@@ -75,31 +89,51 @@ def prepare(
     cfg: Config, recipe: Path, output: Path, world: World, resume_from: Path | None, load: Load[Config], chat: bool
 ) -> tuple[Trainer, Callable[[], None]]:
     """What each rank does on its own: tokenizer, data, model, checkpoint. Returns also what exports the model."""
-    tokenizer_name = cfg.model.tokenizer or cfg.model.path
-    if not tokenizer_name:
-        raise RecipeError("the config names no tokenizer.\nSet model.tokenizer=bytes or to a local folder.")
-    tokenizer = load_tokenizer(tokenizer_name, chat)
-    config = model.model_config(cfg.model, tokenizer)
-    dtype = model.stored_dtype(config)  # asked here, since loading the model overwrites it
-    data = load(cfg, recipe, tokenizer)
-    model.check_memory(config, world.device)
-    torch.manual_seed(cfg.seed)
-    network = model.load_model(cfg.model, config, weights=resume_from is None)
+    opened = open_model(cfg.model, world, chat)
+    data = load(cfg, recipe, opened.tokenizer)
+    network = opened.load(cfg.seed, weights=resume_from is None)
     # What has to stay the same for a run to go on from a checkpoint: where it started, the data, the architecture.
     fingerprint = {
         "data.seq_length": str(cfg.data.seq_length),
         "data.train": f"sha256 {data.digest[:16]}",
         "model.path": str(cfg.model.path),
-        **model.architecture(config),
+        **model.architecture(opened.config),
     }
     trainer = Trainer(network, data.train, data.val, cfg.train, cfg.seed, output, fingerprint, world)
     trainer.resume(resume_from)
 
-    def export() -> None:
-        record = {"step": trainer.step, "tokenizer": tokenizer_name, "data": data.name}
-        model.export_model(network, tokenizer, output / "model", dtype, record)
+    return trainer, opened.exporter(trainer, output / "model", data.name)
 
-    return trainer, export
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that is about to be trained: all but its weights."""
+
+    cfg: ModelConfig
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype  # that its export will have
+
+    def load(self, seed: int, weights: bool) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        return model.load_model(self.cfg, self.config, weights)
+
+    def exporter(self, trainer: Run, folder: Path, data: str) -> Callable[[], None]:
+        def export() -> None:
+            record = {"step": trainer.step, "tokenizer": self.cfg.tokenizer or self.cfg.path, "data": data}
+            model.export_model(trainer.model, self.tokenizer, folder, self.dtype, record)
+
+        return export
+
+
+def open_model(cfg: ModelConfig, world: World, chat: bool) -> OpenModel:
+    name = cfg.tokenizer or cfg.path
+    if not name:
+        raise RecipeError("the config names no tokenizer.\nSet model.tokenizer=bytes or to a local folder.")
+    tokenizer = load_tokenizer(name, chat)
+    config = model.model_config(cfg, tokenizer)
+    model.check_memory(config, world.device)
+    return OpenModel(cfg, config, tokenizer, model.stored_dtype(config))  # the type, before loading overwrites it
 
 
 def verify(path: Path) -> None:
@@ -115,14 +149,14 @@ def quiet_libraries(world: World) -> None:
         transformers.logging.set_verbosity_error()
 
 
-def announce(trainer: Trainer) -> None:
+def announce(trainer: Run) -> None:
     world, steps = trainer.world, trainer.cfg.steps
     trainer.say(
         f"{trainer.model.num_parameters():,} parameters, {world.size} ranks on {world.device.type}, "
-        f"{len(trainer.data)} sequences of {trainer.data.seq_length} tokens"
+        f"{trainer.describe()}"
     )
     if trainer.step < steps:
         trainer.say(f"resumed at step {trainer.step} of {steps}" if trainer.step else f"starting, {steps} steps")
     else:
-        val_loss = f", val_loss {trainer.evaluate(trainer.val):.4f}" if trainer.val else ""
-        trainer.say(f"resumed at step {trainer.step} of {steps}: nothing left to train{val_loss}")
+        figures = "".join(f", {name} {value:.4f}" for name, value in trainer.evaluate().items())
+        trainer.say(f"resumed at step {trainer.step} of {steps}: nothing left to train{figures}")
