@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ def joined(cpus: int, store: int = STORE) -> Iterator[Any]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address:
+            knock(address)
             ray.init(address, **quiet)
         else:
             folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: names of sockets have at most 107 characters
@@ -52,6 +54,13 @@ def joined(cpus: int, store: int = STORE) -> Iterator[Any]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def knock(address: str) -> None:
+    """Raises OSError where nobody listens at host:port. Ray itself tries for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=30).close()
 
 
 class Crew:
