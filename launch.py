@@ -34,7 +34,7 @@ import pod  # noqa: E402
 import profiles  # noqa: E402
 import recipes  # noqa: E402
 import transport  # noqa: E402
-from backends import closure, screen  # noqa: E402
+from backends import checks, closure, screen  # noqa: E402
 from transport import Refusal  # noqa: E402
 
 USAGE = """\
@@ -447,6 +447,33 @@ def files(options):
     return 0
 
 
+def check(options):
+    """What can be known before a launch of the profile, or of a recipe on it. 0 only if one can be expected to work."""
+    if len(options.words) < 2:
+        if not options.words or "=" in options.words[0]:
+            raise Refusal("check takes PROFILE, or FAMILY STAGE PROFILE", "python launch.py profiles lists them")
+        profile, plan = profiles.load(options.words[0]), None
+    else:
+        family, stages, name, overrides = split_words(options.words)
+        if len(stages) > 1:
+            raise Refusal("check takes one stage at a time", "name one of " + ", ".join(stages))
+        plan = Launch(options, True, family, stages[0], name, overrides)
+        profile = plan.profile
+    found = []
+    for finding in checks.look(profile, plan):
+        found.append(finding)
+        if not options.json:
+            print("%s  %-14s  %s" % (screen.state(finding.state, 7), finding.what, one_line(screen.hide(finding.said))))
+            if finding.state != "ok" and finding.fix:
+                print(" " * 25 + screen.paint(one_line(finding.fix), "dim"), flush=True)
+    if options.json:
+        print(json.dumps([dict(vars(finding), said=screen.hide(finding.said)) for finding in found], indent=1))
+    failures = [finding for finding in found if finding.state == "failure"]
+    if failures and not options.json:
+        print("a launch cannot be expected to work: %s" % ", ".join(finding.what for finding in failures))
+    return failures[0].code or 2 if failures else 0
+
+
 def find_run(options):
     if len(options.words) != 1:
         raise Refusal("name one run", "python launch.py status lists them")
@@ -527,10 +554,11 @@ def diff(options):
 
 DIFFERENCES = {"changed": "yellow", "only in the run": "red", "only here": "green"}
 COMMANDS = {"launch": launch, "list": list_recipes, "profiles": list_profiles, "files": files, "status": status,
-            "logs": logs, "cancel": cancel, "diff": diff}
+            "logs": logs, "cancel": cancel, "diff": diff, "check": check}
 TAKES = {"launch": ("config", "nodes", "repo_root", "dry_run", "json", "detach", "rank", "all_ranks", "args"),
          "list": ("repo_root", "json"), "profiles": ("json",),
          "files": ("config", "nodes", "repo_root", "json", "args"), "status": ("json",),
+         "check": ("config", "nodes", "repo_root", "json", "args"),
          "logs": ("follow", "rank", "all_ranks"), "cancel": (), "diff": ("repo_root", "json")}
 
 if __name__ == "__main__":

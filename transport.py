@@ -605,8 +605,8 @@ def object_bytes(env: dict[str, str], argv: list[str], copies: int) -> int:
 def human(size: int) -> str:
     """1234567 -> "1.2 MiB"."""
     value = float(size)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024 or unit == "MiB":
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
             break
         value /= 1024
     return "%d %s" % (value, unit) if unit == "B" else "%.1f %s" % (value, unit)

@@ -1,12 +1,13 @@
 """What every executor shares: Job, the table of executors, and the file that remembers a run.
 
-A backend is a module with five functions:
+A backend is a module with six functions:
 
     submit(run, job, plan, attached)    start the job; what the others need is in run.record, saved before it is sent
     follow(run) -> Status               pass logs on until the job ends; run.ranks says whose
     logs(run)                           print the logs that there are, and return
     status(run) -> Status               ask the platform
     cancel(run) -> str                  end the job; one sentence that says what was done
+    probe(settings, job) -> findings    what can be asked before a launch (checks.py); `job` None: of the profile alone
 
 and a set CAN of what it supports ("detach", "ray"). Backends import nothing of each other. A new executor is one file
 here and one line in BACKENDS and transport.LIMITS.

@@ -14,11 +14,13 @@ import codecs
 import os
 import urllib.parse
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import backends
 import profiles
-from backends import Job, Run, Status
+from backends import Job, Run, Status, checks
+from backends.checks import Finding, tried
 from transport import LIMITS, Plan, Refusal, human
 
 CAN = {"detach"}
@@ -118,6 +120,56 @@ def cancel(run: Run) -> str:
     return job + (" was stopped" if after.state in backends.FINAL else " was told to stop; it is still " + after.detail)
 
 
+def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
+    """The credentials, the project, volumes, credentials of [secrets], the ways to the logs."""
+    client: Any = None
+
+    def signed_in() -> str:
+        nonlocal client
+        made = Client(settings)
+        made.token = made.ask_token()
+        client = made
+        return "client %s at %s" % (made.identity, made.base)
+
+    yield tried("credentials", signed_in)
+    if client is None:
+        return
+    yield tried("project", lambda: "%s, id %s" % (settings["project_name"], client.project(
+        settings["project_name"])[0]))
+    yield checks.image(settings, job)
+    if job:
+        yield tried("workload", partial(check, job), "has all that the API asks for")
+    pvcs = settings.get("pvcs") or []
+    claims = [str(pvc.get("claimName")) for pvc in pvcs]
+    yield from checks.listed("claim", claims, lambda: [
+        str((entry.get("spec") or {}).get("claimName")) for entry in client.call(
+            "GET", "/asset/datasource/pvc", "list the data sources").get("entries", [])],
+        "look that the claim exists in the project's namespace: not every claim is a data source", False)
+    yield checks.workspace(settings, [str(pvc.get("path")) for pvc in pvcs])
+    wanted = [source.partition(":")[2].partition("/")[0] for source in settings.get("secrets", {}).values()
+              if source != "env"]
+    yield from checks.listed("credential", wanted, lambda: [
+        str((entry.get("meta") or {}).get("name")) for entry in client.call(
+            "GET", "/asset/credentials", "list the credentials").get("entries", [])],
+        "create it, or mend [secrets]: a user's own credentials are not listed", False)
+    yield _log_routes(client)
+
+
+def _log_routes(client: Client) -> Finding:
+    """Whether one of the two ways to the logs answers."""
+    origin = urllib.parse.urlsplit(client.base)
+    routes = {"the Kubernetes API": client.kube + "/version" if client.kube else "",
+              "the cluster API": "%s://%s/cluster-api/status" % (origin.scheme, origin.netloc)}
+    for name, url in routes.items():
+        try:
+            if url and client.send("GET", url, "look for a way to the logs").status_code < 400:
+                return Finding("logs", "ok", "from %s" % name)
+        except Refusal:
+            continue
+    return Finding("logs", "warning", "neither the Kubernetes API nor the cluster API answers",
+                   "set kube_apiserver_url; without it the pods' own logs lie in the workspace")
+
+
 # ---------------------------------------------------------------- the client
 
 
@@ -162,7 +214,7 @@ class Client:
 
         for attempt in (1, 2):
             if not self.token:
-                self.token = self._ask_token()
+                self.token = self.ask_token()
             try:
                 response = self.session.request(method, url, json=body, params=query, stream=stream,
                                                 headers={"Authorization": "Bearer " + self.token})
@@ -173,7 +225,7 @@ class Client:
             self.token = ""
         return response
 
-    def _ask_token(self) -> str:
+    def ask_token(self) -> str:
         import requests
 
         from backends import clouds

@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import backends
-from backends import GONE, Job, Run, Status, screen
+from backends import GONE, Job, Run, Status, checks, screen
+from backends.checks import Finding, tried
 from backends.repositories import parse
 from profiles import FOLDER
 from transport import Plan, Refusal
@@ -92,12 +94,48 @@ def cancel(run: Run) -> str:
     return "container %s was stopped and removed; its log is kept" % run.record["name"]
 
 
+def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
+    """The daemon, the image, the runtime, the mounts."""
+    client: Any = None
+
+    def daemon() -> str:
+        nonlocal client
+        client = connect()
+        return "%s, %s" % (os.environ.get("DOCKER_HOST", "its usual socket"), asked(client.version)["Version"])
+
+    yield tried("daemon", daemon)
+    if client is None:
+        return
+    yield (named := checks.image(settings, job))
+    if named.state == "ok":
+        yield _image_here(client, named.said)
+    if (job.gpus_per_node if job else settings.get("gpus_per_node")) and settings.get("runtime"):
+        yield from checks.listed("runtime", [settings["runtime"]], lambda: list(asked(client.info)["Runtimes"]),
+                                 "install it, or take runtime out")
+    yield tried("mounts", lambda: ", ".join(volumes(settings, False)) or "none")
+    targets = [mount.split(":")[1] for mount in settings.get("mounts") or [] if ":" in str(mount)]
+    yield checks.workspace(settings, targets)
+
+
+def _image_here(client: Any, image: str) -> Finding:
+    from docker.errors import ImageNotFound
+
+    def get() -> Finding:
+        try:
+            return Finding("image here", "ok", str(client.images.get(image).short_id))
+        except ImageNotFound:
+            return Finding("image here", "warning", "no: the first launch will pull it", "docker pull " + image)
+
+    found: Finding = asked(get)
+    return found
+
+
 # ---------------------------------------------------------------- the container
 
 
-def volumes(settings: dict[str, Any]) -> list[str]:
+def volumes(settings: dict[str, Any], make: bool = True) -> list[str]:
     """The mounts as Docker takes them: `~`, variables and relative paths (from launch.py's folder) filled in. A bare
-    name is a volume of Docker's own. Raises Refusal."""
+    name is a volume of Docker's own. Folders that are not there are made. Raises Refusal."""
     result = []
     for mount in settings.get("mounts") or []:
         if isinstance(mount, str) and parse(mount, {}):
@@ -112,7 +150,7 @@ def volumes(settings: dict[str, Any]) -> list[str]:
                           "export it, or write the path")
         if "/" in source or source.startswith("."):
             source = os.path.normpath(FOLDER.parent / source)
-            if not os.path.exists(source):
+            if make and not os.path.exists(source):
                 os.makedirs(source)  # as Docker does, but ours and not root's
         result.append(source + ":" + found.group(2) + (found.group(3) or ""))
     return result
@@ -183,7 +221,8 @@ def find(run: Run) -> Any:
         except NotFound:
             return None
 
-    return asked(get)
+    found: Finding = asked(get)
+    return found
 
 
 # ---------------------------------------------------------------- its end

@@ -9,10 +9,12 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import backends
-from backends import Job, Run, Status
+from backends import Job, Run, Status, checks
+from backends.checks import Finding, tried
 from transport import LIMITS, Plan, Refusal, human
 
 CAN = {"detach"}
@@ -90,6 +92,58 @@ def cancel(run: Run) -> str:
     after = clouds.await_end(lambda: _status(client, run))
     job = "job " + run.record["job"]
     return job + (" was stopped" if after.state in backends.FINAL else " was told to stop; it is still " + after.detail)
+
+
+def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
+    """The credentials, the node group and its nodes, the shape, mounts, secrets."""
+    client: Any = None
+    groups: list[Any] = []
+
+    def workspace() -> str:
+        nonlocal client
+        client = connect(settings.get("ca_bundle"))
+        groups.extend(asked("list the node groups", client, client.nodegroup.list_all))
+        return client.url
+
+    yield tried("credentials", workspace)
+    if client is None or not groups:
+        return
+    yield (found := tried("node group", lambda: node_group(client, settings["node_group"])))
+    if found.state != "ok":
+        return
+    group = next(group for group in groups if group.metadata.id_ == found.said)
+    yield _nodes(client, found.said, job.nodes if job else settings.get("nodes", 1))
+    shapes = [settings["resource_shape"]]
+    yield from checks.listed("resource shape", shapes, lambda: [
+        str(shape.metadata.id_ or shape.spec.name) for shape in asked(
+            "list the resource shapes", client, lambda: client.shapes.list_shapes(found.said, "job"))],
+        "set resource_shape in the profile")
+    yield checks.image(settings, job)
+    mounts = [mount for mount in settings.get("mounts") or [] if isinstance(mount, dict)]
+    storage = [str(mount.get("from", "")).partition(":")[2] for mount in mounts]
+    yield from checks.listed("storage", storage, lambda: [volume.name for volume in group.spec.volumes or []],
+                             "name a storage of the node group in mounts: from")
+    if job:
+        yield tried("job", partial(check, job), "has all that the API asks for")
+    yield checks.workspace(settings, [str(mount.get("mount_path")) for mount in mounts])
+    secrets = [source.partition(":")[2] for source in settings.get("secrets", {}).values() if source != "env"]
+    yield from checks.listed("secret", secrets, lambda: [
+        secret.name for secret in asked("list the secrets", client, client.secret.list_all)],
+        "create it in the workspace, or mend [secrets]")
+    for name in settings.get("image_pull_secrets", []):
+        yield Finding("pull secret", "warning", "%s: the SDK has no way to ask for it" % name, "look in the console")
+
+
+def _nodes(client: Any, group: str, wanted: int) -> Finding:
+    """Whether a node group can hold the job, at all and now."""
+    nodes = asked("list the nodes", client, lambda: client.nodegroup.list_nodes(group))
+    ready = [node for node in nodes if not node.spec.unschedulable and (
+        not node.status or not node.status.status or "Ready" in node.status.status)]
+    said = "%d of %d are ready, %d wanted" % (len(ready), len(nodes), wanted)
+    if len(nodes) < wanted or not ready:
+        return Finding("nodes", "failure", said, "choose another node group, or fewer nodes", 4)
+    return Finding("nodes", "ok" if len(ready) >= wanted else "warning", said,
+                   "" if len(ready) >= wanted else "a job would wait")
 
 
 # ---------------------------------------------------------------- the client

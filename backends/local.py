@@ -18,11 +18,14 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import backends
+import transport
 from backends import Job, Run, Status, screen
+from backends.checks import Finding
 from pod import become_subreaper, end_the_rest
 from transport import Plan, Refusal
 
@@ -108,6 +111,29 @@ def cancel(run: Run) -> str:
     while _alive(run):
         time.sleep(0.05)
     return "ended, with all its pods" if run.nodes > 1 else "ended, with its pod"
+
+
+def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
+    """What a pod needs here: programs, space, GPUs."""
+    path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", os.defpath)
+    for tool in ("python3", "bash", *(["torchrun"] if job and job.description["launch"] == "torchrun" else [])):
+        program = shutil.which(tool, path=path)
+        yield Finding(tool, "ok", program) if program else Finding(
+            tool, "failure", "is not in the PATH", "install it, or run make setup", 2)
+    base = Path(backends.workspace(settings) or tempfile.gettempdir())
+    for name, place in (("scratch", Path(tempfile.gettempdir())), ("workspace", base)):
+        here = next(folder for folder in (place, *place.parents) if folder.exists())
+        free = shutil.disk_usage(here).free
+        low = Finding(name, "warning", "%s: only %s free" % (place, transport.human(free)), "make room")
+        fine = Finding(name, "ok", "%s: %s free" % (place, transport.human(free)))
+        yield (low if free < 1 << 30 else fine) if os.access(here, os.W_OK) else Finding(
+            name, "failure", "%s cannot be written" % place, "choose another", 2)
+    gpus = (job.gpus_per_node if job else settings.get("gpus_per_node")) or 0
+    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    wanted = gpus * (job.nodes if job else settings.get("nodes", 1)) if isinstance(gpus, int) else 1
+    if wanted:
+        yield Finding("GPUs", "ok", "%d here" % found) if found >= wanted else Finding(
+            "GPUs", "failure", "%d are wanted, and %d here" % (wanted, found), "set gpus_per_node = 0", 2)
 
 
 # ---------------------------------------------------------------- supervisor

@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import transport
 from backends import FINAL, GONE, Job, Run, Status, screen
+from backends.checks import Finding, tried
 from backends.hosts import Host, words
 from backends.repositories import parse
 from transport import Plan, Refusal
@@ -104,6 +107,47 @@ def cancel(run: Run) -> str:
     settled(host, run, after)
     done = "job %s was cancelled" % job_id(host, run)
     return done if after.state in FINAL else done + "; it is still %s" % after.detail
+
+
+ASK_SLURM = """\
+sbatch --test-only -A %(account)s -p %(partition)s -N %(nodes)d --time=%(time)s %(more)s --wrap true 2>&1 || exit 1
+"""
+
+
+def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
+    """The login node, its Slurm, account and partitions (by sbatch --test-only), pyxis, and the folder of all jobs."""
+    if job:
+        yield (first := tried("job", partial(check, job), "can be put into a batch script"))
+        if first.state != "ok":
+            return
+    host, base = host_of(settings), settings["remote_job_dir"].rstrip("/")
+    yield (found := tried("login node", lambda: host.ask("hostname", "run a command").strip()))
+    if found.state != "ok":
+        return
+    yield tried("Slurm", lambda: host.ask("sbatch --version", "find sbatch").strip())
+    gpus = (job.gpus_per_node if job else settings.get("gpus_per_node")) or 0
+    more = ["--gpus-per-node=%s" % gpus] if isinstance(gpus, int) and gpus else []
+    more += ["--exclusive"] if settings.get("exclusive") else []
+    more += ["--mem=%s" % settings["mem"]] if settings.get("mem") else []
+    for partition in dict.fromkeys(settings.get(key) or settings["partition"] for key in (
+            "run_partition", "batch_partition")):
+        asked = {"account": shlex.quote(settings["account"]), "partition": shlex.quote(partition),
+                 "nodes": job.nodes if job else settings.get("nodes", 1), "more": " ".join(map(shlex.quote, more)),
+                 "time": shlex.quote(settings.get("time", "04:00:00"))}
+        yield tried("partition", lambda words=ASK_SLURM % asked, name=partition: "%s: %s" % (  # type: ignore[misc]
+            name, host.ask(words, "submit to %s as %s" % (name, settings["account"])).strip().split(": ", 1)[-1]))
+    yield tried("sacct", lambda: host.ask("sacct -n -X -S now >/dev/null", "ask the accounting"), "answers")
+    named = job.image if job else settings.get("container_image")
+    if named or (not job and "container_image" not in settings):
+        yield tried("pyxis", lambda: host.ask("srun --help | grep -q -e --container-image", "find --container-image "
+                                              "in srun, which images need"), "is there")
+    if settings.get("tunnel") == "ssh":
+        yield Finding("rsync", "ok", "here") if shutil.which("rsync") else Finding(
+            "rsync", "failure", "is not here", "install it: it copies the tree", 2)
+        yield tried("rsync there", lambda: host.ask("command -v rsync", "find rsync").strip())
+    yield tried("job folder", lambda: host.ask(
+        "mkdir -p %s && test -w %s && df -Ph %s | awk 'NR==2 {print $4 \" free\"}'" % (base, base, base),
+        "write to " + base).strip())
 
 
 # ---------------------------------------------------------------- before it is sent

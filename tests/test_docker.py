@@ -148,6 +148,22 @@ def test_the_exit_code_is_the_recipes_and_nothing_is_left(person: Person) -> Non
 
 
 @slow
+def test_check_asks_the_daemon(person: Person) -> None:
+    done = person.run("check", "here", "--json")
+    found = {one["what"]: one["state"] for one in json.loads(done.stdout)}
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [found[what] for what in ("daemon", "image", "image here", "mounts", "workspace")] == ["ok"] * 5
+    assert not (person.home / "work").exists()  # nothing was made
+    profile = person.folder / "profiles/here.toml"
+    text = profile.read_text()
+    profile.write_text(text.replace('"plain"', '"gone:1"').replace("$WORK", "$NOT_SET"))
+    done = person.run("check", "here", "--json")
+    found = {one["what"]: one["state"] for one in json.loads(done.stdout)}
+    assert (done.returncode, found["image here"], found["mounts"]) == (2, "warning", "failure")
+    assert person.run("check", "here", DOCKER_HOST="unix:///nowhere/socket").returncode == 5
+
+
+@slow
 def test_another_shell_sees_and_cancels_a_container(person: Person) -> None:
     person.recipe("nap", """
         import signal, sys, time

@@ -424,6 +424,32 @@ def test_a_tree_that_was_changed_on_the_cluster_does_not_run(laptop: Person) -> 
     assert done.returncode == 1 and "did not arrive whole" in done.stderr, done.stdout + done.stderr
 
 
+@slow
+@pytest.mark.parametrize("changes, what, code, said", [
+    ({"container_image": "plain"}, "", 0, ""),
+    ({"partition": "gone"}, "partition", 4, "invalid partition"),
+    ({"account": "gone"}, "partition", 4, "Invalid account"),
+    ({"nodes": 3}, "partition", 4, "node configuration is not available"),
+    ({"identity": "{home}/.ssh/other"}, "login node", 4, "Permission denied"),
+    ({"port": 2223}, "login node", 5, "Connection refused"),
+    ({"remote_job_dir": "/proc/here"}, "job folder", 4, "/proc/here"),
+])
+def test_check_asks_the_cluster(laptop: Person, changes: dict[str, Any], what: str, code: int, said: str) -> None:
+    text = (laptop.folder / "profiles/here.toml").read_text()
+    for key, value in changes.items():
+        line = "%s = %s" % (key, json.dumps(value).replace("{home}", str(laptop.home)))
+        text = re.sub("(?m)^%s = .*$" % key, line, text) if re.search("(?m)^%s =" % key, text) else line + "\n" + text
+    (laptop.folder / "profiles/changed.toml").write_text(text)
+    done = laptop.run("check", "changed", "--json")
+    found = {one["what"]: one for one in json.loads(done.stdout)}
+    assert done.returncode == code, done.stdout
+    if what:
+        assert found[what]["state"] == "failure" and said in found[what]["said"], found
+    else:
+        assert {one["state"] for one in found.values()} <= {"ok", "warning"}
+        assert {"login node", "Slurm", "partition", "sacct", "pyxis", "rsync", "job folder"} <= set(found)
+
+
 # ---------------------------------------------------------------- secrets
 
 SECRET = "s3cret-4f1c"

@@ -823,4 +823,4 @@ def test_a_tree_for_slurm_travels_outside_the_environment() -> None:
 
 def test_human() -> None:
     assert [transport.human(size) for size in (0, 1023, 1024, 1_234_567, 5 << 30)] == [
-        "0 B", "1023 B", "1.0 KiB", "1.2 MiB", "5120.0 MiB"]
+        "0 B", "1023 B", "1.0 KiB", "1.2 MiB", "5.0 GiB"]

@@ -74,6 +74,7 @@ class LeptonEmulator(Plane):
         self.unschedulable: set[str] = set()
         self.volumes = {"node-nfs:shared": self.volume("shared")} if volumes is None else dict(volumes)
         self.secrets = dict(secrets or {})
+        self.shapes = ["cpu.small", "cpu.large", "gpu.1xh100-80gb", "gpu.8xh100-80gb"]
         self.worker_retries = worker_retries
         self.job_retries = job_retries
         self.jobs: dict[str, LeptonJob] = {}  # by id; a deleted job stays until its name is used again
@@ -93,6 +94,7 @@ class LeptonEmulator(Plane):
             Route("GET", "/dedicated-node-groups/{group}", self._get_group),
             Route("GET", "/dedicated-node-groups/{group}/nodes", self._list_nodes, ("idle",)),
             Route("GET", "/usersecrets", self._list_secrets),
+            Route("GET", "/shapes", self._list_shapes, ("node_groups", "purpose")),
             Route("POST", "/jobs", self._create),
             Route("GET", "/jobs", self._list_jobs, LIST_QUERY),
             Route("GET", "/jobs/{id}", self._get, mode),
@@ -141,6 +143,10 @@ class LeptonEmulator(Plane):
 
     def _list_secrets(self, request: Request) -> Reply:
         return Reply(body=[{"name": name} for name in self.secrets])
+
+    def _list_shapes(self, request: Request) -> Reply:
+        self._known_group(request.one("node_groups"))
+        return Reply(body=[{"metadata": {"id": name, "name": name}, "spec": {"name": name}} for name in self.shapes])
 
     def _known_group(self, group: str) -> str:
         if group not in self.groups:

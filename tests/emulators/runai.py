@@ -108,6 +108,8 @@ class RunaiEmulator(Plane):
         return [
             Route("POST", "/token", self._token, public=True),
             Route("GET", "/org-unit/projects", self._list_projects, LIST_QUERY),
+            Route("GET", "/asset/datasource/pvc", self._list_claims, ("name", "limit", "offset")),
+            Route("GET", "/asset/credentials", self._list_credentials, ("name", "limit", "offset")),
             *(Route("POST", f"/workloads/{kind}", self._create) for kind in RUNAI_REQUESTS),
             Route("GET", "/workloads", self._list, (*LIST_QUERY, "deleted")),
             Route("GET", "/workloads/{id}/events", self._events, ("offset", "limit", "sortOrder")),
@@ -164,6 +166,12 @@ class RunaiEmulator(Plane):
         projects = [{"id": number, "name": name, "clusterId": self.cluster_id} for number, name in page]
         more = offset + len(page) if offset + len(page) < len(found) else None
         return Reply(body={"projects": projects, **({} if more is None else {"next": more})})
+
+    def _list_claims(self, request: Request) -> Reply:
+        return Reply(body={"entries": [{"meta": {"name": name}, "spec": {"claimName": name}} for name in self.claims]})
+
+    def _list_credentials(self, request: Request) -> Reply:
+        return Reply(body={"entries": [{"meta": {"name": name}, "spec": {}} for name in self.credentials]})
 
     # -- workloads -----------------------------------------------------------------------------------------------
 

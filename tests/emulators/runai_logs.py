@@ -30,6 +30,7 @@ def log_routes(plane: RunaiEmulator) -> list[Route]:
     """All of them; those that are switched off say no."""
     return [
         Route("GET", KUBE_LOG, lambda r: kube_log(plane, r), ("container", "follow", "previous", "tailLines")),
+        Route("GET", KUBE + "/version", lambda r: kube_version(plane, r)),
         Route("GET", CLUSTER + "/status", lambda r: cluster_status(plane, r)),
         Route("GET", CLUSTER_LOG, lambda r: cluster_log(plane, r)),
     ]
@@ -74,6 +75,13 @@ def find_runs(plane: RunaiEmulator, namespace: str, name: str) -> tuple[RunaiJob
                 if job.pod_name(replica) == name and replica.runs:
                     return job, replica.runs
     raise Refusal(404, f'pods "{name}" not found')
+
+
+def kube_version(plane: RunaiEmulator, request: Request) -> Reply:
+    """Is the Kubernetes API there?"""
+    if not plane.kube_logs:
+        raise Refusal(403, 'forbidden: cannot get path "/version"')
+    return Reply(body={"major": "1", "minor": "31"})
 
 
 def cluster_status(plane: RunaiEmulator, request: Request) -> Reply:

@@ -1,0 +1,214 @@
+"""`check`: what it finds on each platform, and that it says 0 only where a launch would work."""
+
+import importlib.metadata
+import json
+import shutil
+
+import pytest
+from cloud import EMULATED, PLATFORMS, cloud
+from test_local import Place
+
+import backends
+from backends import checks, docker, local, slurm
+from tests import support
+from transport import Refusal
+
+ORDER = {
+    "lepton": ["profile", "omegaconf", "nemo-run", "leptonai", "credentials", "node group", "nodes", "resource shape",
+               "image", "storage", "workspace"],
+    "dgxcloud": ["profile", "omegaconf", "nemo-run", "requests", "credentials", "project", "image", "claim",
+                 "workspace", "logs"],
+}
+
+
+@pytest.fixture(params=PLATFORMS)
+def here(request, tmp_path, monkeypatch, capsys):
+    yield from cloud(request.param, tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def lepton(tmp_path, monkeypatch, capsys):
+    yield from cloud("lepton", tmp_path, monkeypatch, capsys, secrets={"there": "x"})
+
+
+@pytest.fixture
+def runai(tmp_path, monkeypatch, capsys):
+    yield from cloud("dgxcloud", tmp_path, monkeypatch, capsys, credentials={"there": {"key": "x"}})
+
+
+def checked(here, *words):
+    """(exit code, {what: finding}), by --json; in words it must come to the same."""
+    said = here.main("check", *(words or [here.kind]), "--json")
+    found = json.loads(said.out)
+    plain = here.main("check", *(words or [here.kind]))
+    assert plain.code == said.code and (said.code == 0) == all(one["state"] != "failure" for one in found)
+    for one in found:
+        assert any(line.startswith("%-7s  %s" % (one["state"], one["what"])) for line in plain.out.splitlines())
+        assert one["state"] == "ok" or one["fix"] or one["what"] in ("note", "nodes")
+    assert here.posts == []  # nothing was created
+    return said.code, {one["what"]: one for one in found}
+
+
+@EMULATED
+def test_all_is_well(here):
+    code, found = checked(here)
+    assert code == 0 and list(found) == ORDER[here.kind]
+    assert {one["state"] for one in found.values()} == {"ok"}, found
+    assert here.launch("--detach").code == 0  # and so it is
+
+
+@EMULATED
+def test_with_a_recipe(here):
+    here.recipe("pass", nodes=2)
+    code, found = checked(here, "nano3", "sft", here.kind, "--repo-root", here.root)
+    assert code == 0 and found["recipe"]["said"].startswith("nano3/sft, direct, ") and "API object" in found
+    assert found["job" if here.kind == "lepton" else "workload"]["state"] == "ok"
+    here.pad(1_400_000)
+    code, found = checked(here, "nano3", "sft", here.kind, "--repo-root", here.root)
+    assert code == 3 and found["API object"]["state"] == "failure"
+
+
+@EMULATED
+def test_bad_credentials_are_a_failure_and_not_shown(here):
+    wrong = "wrong-secret-value-4711"
+    here.monkeypatch.setenv("LEPTON_WORKSPACE_TOKEN" if here.kind == "lepton" else "RUNAI_CLIENT_SECRET", wrong)
+    code, found = checked(here)
+    assert code == 4 and found["credentials"]["state"] == "failure" and "401" in found["credentials"]["said"]
+    assert wrong not in json.dumps(found) and list(found)[-1] == "credentials"  # nothing more is asked
+
+
+@EMULATED
+def test_a_platform_that_is_not_there(here):
+    name = "LEPTON_WORKSPACE_URL" if here.kind == "lepton" else "RUNAI_BASE_URL"
+    here.monkeypatch.setenv(name, "http://127.0.0.1:9/api/v1")
+    code, found = checked(here)
+    assert code == 5 and "cannot be reached" in found["credentials"]["said"]
+
+
+@EMULATED
+def test_variables_that_are_not_set(here):
+    here.profile(container_image="${env:NOT_SET_HERE}")
+    code, found = checked(here)
+    assert code == 2 and "NOT_SET_HERE" in found["profile"]["said"] and "credentials" not in found
+
+
+@EMULATED
+@pytest.mark.parametrize(("change", "what", "code", "said"), [
+    ({"node_group": "defualt"}, "node group", 4, "no node group 'defualt'"),
+    ({"resource_shape": "gpu.8xb200"}, "resource shape", 4, "gpu.8xb200 is not among cpu.large, cpu.small"),
+    ({"mounts": [{"path": "/", "mount_path": "/shared", "from": "node-nfs:gone"}]}, "storage", 4, "gone is not among"),
+    ({"nemo_run_dir": "/elsewhere"}, "workspace", 2, "/elsewhere lies on none of the mounts"),
+    ({"nodes": 9}, "nodes", 4, "4 of 4 are ready, 9 wanted"),
+    ({"secrets": {"T": "lepton:gone"}}, "secret", 4, "gone is not among there"),
+    ({"secrets": {"T": "lepton:there"}, "image_pull_secrets": ["reg"]}, "pull secret", 0, "reg: the SDK has no way"),
+    ({"container_image": None}, "image", 0, "the profile has none"),
+])
+def test_lepton_knows(lepton, change, what, code, said):
+    lepton.profile(**change)
+    got, found = checked(lepton)
+    assert got == code and said in found[what]["said"]
+    assert found[what]["state"] == ("failure" if code else "warning")
+
+
+@EMULATED
+def test_nodes_that_take_no_pods(lepton):
+    nodes = next(iter(lepton.server.nodes.values()))
+    lepton.server.unschedulable.update(nodes[1:])
+    lepton.profile(nodes=2)
+    code, found = checked(lepton)
+    assert code == 0 and (found["nodes"]["state"], found["nodes"]["fix"]) == ("warning", "a job would wait")
+    lepton.server.unschedulable.update(nodes)
+    assert checked(lepton)[0] == 4
+
+
+@EMULATED
+def test_a_list_that_may_not_be_read_is_a_warning(lepton):
+    lepton.server.fault("status", status=403, path="/shapes", message="not for you", times=9)
+    code, found = checked(lepton)
+    assert code == 0 and found["resource shape"]["state"] == "warning" and "403" in found["resource shape"]["said"]
+
+
+@EMULATED
+@pytest.mark.parametrize(("change", "what", "code", "said"), [
+    ({"project_name": "team-z"}, "project", 4, "no project 'team-z'"),
+    ({"pvcs": [{"claimName": "gone", "path": "/shared", "existingPvc": True}]}, "claim", 0, "gone is not among"),
+    ({"pvc_nemo_run_dir": "/elsewhere"}, "workspace", 2, "on none of the mounts"),
+    ({"secrets": {"T": "runai:gone/key"}}, "credential", 0, "gone is not among there"),
+    ({"kube_apiserver_url": None}, "logs", 0, "neither the Kubernetes API nor"),
+])
+def test_runai_knows(runai, change, what, code, said):
+    runai.profile(**change)
+    got, found = checked(runai)
+    assert got == code and said in found[what]["said"]
+    assert found[what]["state"] == ("failure" if code else "warning")
+
+
+def test_libraries_that_are_not_there_or_not_those_that_are_pinned(monkeypatch):
+    found = {one.what: one for one in checks.versions("lepton")}
+    assert {one.state for one in found.values()} == {"ok"} and found["leptonai"].said == "0.27.3"
+
+    def version(name):
+        if name == "nemo-run":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "9.9"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = {one.what: one for one in checks.versions("lepton")}
+    assert (found["nemo-run"].state, found["leptonai"].state) == ("failure", "warning")
+    assert found["leptonai"].said == "9.9, and requirements.txt pins 0.27.3"
+
+
+# ---------------------------------------------------------------- this machine, Docker, Slurm
+
+
+def states(findings):
+    return {one.what: one.state for one in findings}
+
+
+def test_this_machine(tmp_path, monkeypatch):
+    found = states(local.probe({"workspace": str(tmp_path / "new/output")}, None))
+    assert found == dict.fromkeys(["python3", "bash", "scratch", "workspace"], "ok")
+    assert states(local.probe({"gpus_per_node": 4096}, None))["GPUs"] == "failure"
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setattr(local.sys, "executable", str(tmp_path / "bin/python3"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert states(local.probe({}, None))["bash"] == "failure"
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
+    assert states(local.probe({}, None))["scratch"] == "warning"
+    monkeypatch.setattr(local.os, "access", lambda path, mode: False)
+    assert states(local.probe({}, None))["workspace"] == "failure"
+
+
+def test_check_as_a_command(tmp_path):
+    place = Place(tmp_path)
+    place.recipe("pass")
+    done = place.run("check", "nano3", "sft", "local")
+    assert done.returncode == 0 and done.stdout.startswith("ok       profile         local, executor local"), done.stderr
+    assert place.run("check").stderr.startswith("airlift: check takes PROFILE")
+    assert place.run("check", "lokal").returncode == 2
+    assert place.run("check", "nano3", "sft,rl", "local").returncode == 2
+
+
+def test_docker_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/socket")
+    (only,) = docker.probe({}, None)
+    assert (only.what, only.state, only.code) == ("daemon", "failure", 5)
+
+
+def test_a_job_that_slurm_cannot_have_is_found_before_anything_is_asked():
+    settings = {"account": "a", "partition": "p", "remote_job_dir": "jobs"}
+    job = backends.Job("t23456", "a/b", "slurm", 1, 0, 1, None, settings, support.job(), {})
+    (only,) = slurm.probe(settings, job)
+    assert (only.what, only.state, only.code) == ("job", "failure", 2)
+
+
+@pytest.mark.parametrize("word", ["ok", "failure"])
+def test_a_look_that_is_refused_is_a_failure(word):
+    def look():
+        if word == "failure":
+            raise Refusal("no", "do", 4)
+        return ""
+
+    found = checks.tried("x", look, "fine")
+    assert (found.state, found.said, found.code) == ((word, "no", 4) if word == "failure" else (word, "fine", 0))
