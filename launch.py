@@ -254,6 +254,7 @@ class Launch(object):
             "setup": backends.setup_commands(settings), "command": command, "tool": tool,
             "workdir": settings.get("workdir"), "clones": repositories,
             "folders": list(backends.caches(settings).values()), "retries": settings.get("retries", 0),
+            "patience": settings["rendezvous_timeout"],
         }
         description.update(backends.unpacking(settings))
         return backends.Job(

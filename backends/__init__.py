@@ -263,8 +263,7 @@ def unpacking(settings: dict[str, Any]) -> dict[str, Any]:
     if base is None:
         raise Refusal('unpack = "shared" needs a workspace that all pods see',
                       "set workspace in the profile, or leave unpack out")
-    return {"unpack": "shared", "shared": posixpath.join(base, ".airlift"), "keep": settings.get("keep", 5),
-            "patience": settings["rendezvous_timeout"]}
+    return {"unpack": "shared", "shared": posixpath.join(base, ".airlift"), "keep": settings.get("keep", 5)}
 
 
 def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from backends import Job, Run, Status, checks
 from backends.checks import Finding, tried
 from transport import LIMITS, Plan, Refusal, human
 
-CAN = {"detach"}
+CAN = {"detach", "ray"}
 NAME_LIMIT = 34  # characters of a workload's name (nemo-run 0.11.1 cuts here)
 PHASES = {
     "Creating": "waiting", "Initializing": "waiting", "Resuming": "waiting", "Pending": "waiting", "Unknown": "waiting",

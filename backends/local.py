@@ -29,7 +29,7 @@ from backends.checks import Finding
 from pod import become_subreaper, end_the_rest
 from transport import Plan, Refusal
 
-CAN = {"detach"}
+CAN = {"detach", "ray"}
 GRACE = 10.0  # seconds between TERM and KILL
 
 

@@ -26,7 +26,7 @@ from backends.hosts import Host, words
 from backends.repositories import parse
 from transport import Plan, Refusal
 
-CAN = {"detach"}
+CAN = {"detach", "ray"}
 POLL_S = 2.0  # seconds between two questions
 PATIENCE_S = 120.0  # seconds without an answer until following gives up
 LATE_S = 10.0  # seconds for a log's end to reach the login node through a shared file system

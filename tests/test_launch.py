@@ -107,8 +107,6 @@ REFUSALS = [
      "name the source tree with --repo-root"),
     ("nano3 sft --repo-root", "--repo-root stands without a value",
      "write it behind, like: --nodes 2, -c default"),
-    ("nano3 rl local --nodes 2", "a Ray recipe on 2 nodes is not supported by executor local",
-     "use --nodes 1, or another executor"),
     ("list nan", "ROOT has no recipe of family nan", "did you mean nano3?"),
     ("list a b", "'b' is one word too many", "list takes a family at most"),
     ("list --repo-root /nonexistent", "/nonexistent has no recipe", "name the source tree with --repo-root"),
