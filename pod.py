@@ -28,6 +28,7 @@ import io
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
