@@ -658,3 +658,53 @@ def test_the_cluster_can_be_started_by_hand() -> None:
     process.terminate()
     assert process.wait(30) == 0
     process.stdout.close()
+
+
+RAY = """
+import os, ray, time
+ray.init(log_to_driver=False)
+nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+@ray.remote(num_cpus=0)
+def there():
+    import helper
+    return os.environ["TOKEN"], os.environ["NODE_RANK"], helper.__file__.startswith(os.environ["AIRLIFT_CODE"])
+
+pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+found = ray.get([there.options(scheduling_strategy=pinned(node, soft=False)).remote() for node in nodes])
+print(len(nodes), 'nodes "quoted"', sorted(found), flush=True)
+time.sleep(float(os.environ["NAP"]))
+"""
+
+
+@slow
+@pytest.mark.parametrize("image", [NO_CONTAINER, CONTAINER])
+def test_ray_on_two_nodes(laptop: Person, image: str) -> None:
+    """The source on every node, a secret that stands in no file in the end, the driver's exit code."""
+    layout.recipe(laptop.recipes, "fam/ray", RAY + "raise SystemExit(4)\n", launch="ray", nodes=2)
+    layout.write(laptop.recipes / "src/helper.py", "")
+    profile = laptop.folder / "profiles/here.toml"
+    before = profile.read_text()
+    profile.write_text(before + '[secrets]\nTOKEN = "env"\n')
+    try:
+        done = laptop.launch("ray", "--nodes", "2", "--all-ranks", "run.env.container_image=" + (image or '""'),
+                             "run.env.env_vars.NAP=0", env={"TOKEN": "very-secret"})
+    finally:
+        profile.write_text(before)
+    assert done.returncode == 1 and "exit code 4" in done.stderr, done.stdout + done.stderr
+    assert "[0] 2 nodes \"quoted\" [('very-secret', '0', True), ('very-secret', '1', True)]" in done.stdout
+    for rank in (0, 1):
+        assert "[%d] airlift: rank %d ended with exit code 4" % (rank, rank) in done.stdout
+    run = re.search(r"run (\w+)", done.stdout).group(1)
+    texts = [path.read_text(errors="replace") for path in laptop.folder_of(run).parent.parent.rglob("*") if path.is_file()]
+    assert not [text for text in texts if "very-secret" in text.replace("[('very-secret'", "").replace("('very-secret'", "")]
+
+
+@slow
+def test_a_ray_job_is_cancelled(login: Person) -> None:
+    layout.recipe(login.recipes, "fam/ray", RAY, launch="ray", nodes=2)
+    layout.write(login.recipes / "src/helper.py", "")
+    run = login.started("ray", "--nodes", "2", "run.env.env_vars.NAP=300", "run.env.env_vars.TOKEN=x")
+    wait_for(lambda: "2 nodes" in login.log_of(run), 90)
+    assert login.run("cancel", run).stdout == "%s: cancelled\n" % run
+    assert login.cluster.on_login(["pgrep", "-f", "airlift-%s-ray" % run]).stdout == ""
