@@ -706,5 +706,5 @@ def test_a_ray_job_is_cancelled(login: Person) -> None:
     layout.write(login.recipes / "src/helper.py", "")
     run = login.started("ray", "--nodes", "2", "run.env.env_vars.NAP=300", "run.env.env_vars.TOKEN=x")
     wait_for(lambda: "2 nodes" in login.log_of(run), 90)
-    assert login.run("cancel", run).stdout == "%s: cancelled\n" % run
+    assert "was cancelled" in login.run("cancel", run).stdout
     assert login.cluster.on_login(["pgrep", "-f", "airlift-%s-ray" % run]).stdout == ""
