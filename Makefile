@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make run` and `make test`.
 .DELETE_ON_ERROR:
-.PHONY: help setup run test slow lint clean
+.PHONY: help setup run test slow lint bundle install clean
 
 VENV := .venv
 # The first Python that is new enough.
@@ -13,6 +13,8 @@ help:
 	@echo 'make test    set up, then the tests (a few minutes)'
 	@echo 'make slow    the slow proofs too: scale, chaos, real clusters'
 	@echo 'make lint    ruff and mypy'
+	@echo 'make bundle  dist/airlift-<version>.tar.gz for an air gap; BUNDLE="--torch --python 3.12" says more'
+	@echo 'make install in an unpacked bundle: verify it and set up $(VENV), without a network'
 	@echo 'make setup   only the virtual environment in $(VENV)'
 	@echo 'make clean   remove what make and the local profile wrote here'
 
@@ -47,6 +49,13 @@ slow: setup $(VENV)/dev
 lint: setup $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+bundle: | $(VENV)/bin/python
+	$(VENV)/bin/python bundle.py make $(BUNDLE)
+
+install:
+	@test -n "$(PYTHON)" || { echo 'airlift: needs Python 3.11 or later with venv; name one: make install PYTHON=/path/to/python3.12' >&2; exit 2; }
+	@$(PYTHON) bundle.py install
 
 clean:
 	rm -rf $(VENV) output .pytest_cache .mypy_cache .ruff_cache .hypothesis

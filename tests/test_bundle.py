@@ -1,0 +1,207 @@
+"""The bundle: what is refused; and, marked slow, a real one, made twice, and used where there is no network."""
+
+import gzip
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import layout
+import pytest
+
+import bundle
+from tests import support
+from tests.emulators import no_pods_because
+from transport import Refusal
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    """Two small lists of what stand for wheels."""
+    return support.plant(tmp_path / "wheels", {"launcher/a-1-py3-none-any.whl": b"a", "recipes/b-1-py3-none-any.whl": b"b"})
+
+
+def made(wheels: Path, out: Path) -> Path:
+    done = subprocess.run([sys.executable, "bundle.py", "make", "--wheels", str(wheels), "--out", str(out)],
+                          cwd=layout.REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = next(out.glob("airlift-*.tar.gz"))
+    assert done.stdout.startswith(hashlib.sha256(found.read_bytes()).hexdigest())
+    return found
+
+
+def unpacked(file: Path, place: Path) -> Path:
+    place.mkdir(exist_ok=True)
+    subprocess.run(["tar", "-xzf", str(file), "-C", str(place)], check=True)
+    return next(place.iterdir())
+
+
+def test_the_same_inputs_give_the_same_bytes(wheels: Path, tmp_path: Path) -> None:
+    first = made(wheels, tmp_path / "one").read_bytes()
+    os.utime(wheels / "launcher/a-1-py3-none-any.whl", (1, 1))
+    (wheels / "recipes/b-1-py3-none-any.whl").chmod(0o600)
+    assert made(wheels, tmp_path / "two").read_bytes() == first
+    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(first))) as tar:
+        infos = tar.getmembers()
+    names = [info.name.partition("/")[2] for info in infos]
+    assert {(info.mtime, info.uid, info.gid, info.uname, info.mode) for info in infos} == {(0, 0, 0, "", 0o644)}
+    assert names == sorted(names) and {"INSTALL", "SHA256SUMS", "launch.py", "profiles/lepton.toml", "how.svg",
+                                       "src/starter/sft.py", "wheels/launcher/a-1-py3-none-any.whl"} <= set(names)
+    assert not any("__pycache__" in name or name.startswith("tests") for name in names)
+
+
+def test_what_was_changed_on_the_way_is_refused_by_name(wheels: Path, tmp_path: Path) -> None:
+    file = made(wheels, tmp_path / "out")
+    changes = {
+        "1 not as packed: backends/lepton.py": lambda place: (place / "backends/lepton.py").open("a").write("#"),
+        "1 missing: wheels/recipes/b-1-py3-none-any.whl": lambda place: (
+            place / "wheels/recipes/b-1-py3-none-any.whl").unlink(),
+        "1 not of this bundle: wheels/launcher/evil.whl": lambda place: (
+            place / "wheels/launcher/evil.whl").write_text("x"),
+        "SHA256SUMS is missing": lambda place: (place / "SHA256SUMS").unlink()}
+    for number, (said, change) in enumerate(changes.items()):
+        place = unpacked(file, tmp_path / str(number))
+        assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=place).returncode == 0
+        bundle.verify(place)
+        change(place)
+        done = subprocess.run([sys.executable, "bundle.py", "install"], cwd=place, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("airlift: " + said), done.stderr
+        assert len(done.stderr.splitlines()) == 2 and not (place / ".venv").exists()
+
+
+def test_a_bundle_for_another_python_is_refused(wheels: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, "bundle.py", "make", "--wheels", str(wheels), "--out", str(out), "--python", "3.14"],
+                   cwd=layout.REPO, check=True, capture_output=True)
+    place = unpacked(next(out.iterdir()), tmp_path / "there")
+    assert "python3.14 -m venv .venv" in (place / "INSTALL").read_text()
+    done = subprocess.run([sys.executable, "bundle.py", "install"], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 2 and "the bundle is for Python 3.14 on linux" in done.stderr
+
+
+def test_no_credential_goes_into_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "checkout"
+    for name in (*bundle.FILES, *bundle.FOLDERS):
+        source = layout.REPO / name
+        place.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, place / name)
+    monkeypatch.setattr(bundle, "HERE", place)
+    assert len(dict(bundle.scripts())) > 40
+    (place / "profiles/mine.toml").write_text('executor = "lepton"\n[env_vars]\nHF_TOKEN = "hf_%s"\n' % ("a1" * 17))
+    with pytest.raises(Refusal, match=r"profiles/mine\.toml holds what looks like a credential"):
+        list(bundle.scripts())
+
+
+# ---------------------------------------------------------------- a real one
+
+slow = pytest.mark.slow
+# The word of the other side: a namespace whose only network is its own loopback, and a HOME with nothing in it.
+INSIDE = """\
+set -e
+ip link set lo up
+cd "$PLACE"
+tar -xzf "$BUNDLE"
+cd airlift-*
+! timeout 5 python3 -c 'import socket; socket.create_connection(("192.0.2.1", 80), 3)' 2>/dev/null
+make install PYTHON=$PYTHON
+python3 launch.py list
+for profile in $(python3 launch.py profiles | cut -d" " -f1); do
+  python3 launch.py nano3 sft $profile --dry-run
+done
+python3 launch.py check local
+python3 launch.py nano3 sft local train.steps=10
+"""
+LEPTON = """\
+(cd "$REPO" && exec "$TESTS" -m tests.emulators lepton >"$PLACE/emulator" 2>&1) &
+emulator=$!
+trap 'kill $emulator; wait $emulator' EXIT
+until grep -q Ctrl-C "$PLACE/emulator"; do sleep 0.1; done
+eval "$(grep ^export "$PLACE/emulator")"
+export LEPTON_NODE_GROUP=default-group LEPTON_STORAGE=node-nfs:shared
+python3 launch.py check lepton
+python3 launch.py nano3 sft lepton run.env.gpus_per_node=0 train.steps=10
+"""
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A bundle with torch, made from the package index that this machine has."""
+    out = tmp_path_factory.mktemp("bundle")
+    done = subprocess.run([sys.executable, "bundle.py", "make", "--torch", "--out", str(out)], cwd=layout.REPO,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    yield next(out.iterdir())
+    shutil.rmtree(out)
+
+
+@slow
+def test_it_works_where_there_is_no_network(real: Path, tmp_path: Path) -> None:
+    support.need(os.geteuid() == 0 and shutil.which("ip"), "a network namespace needs root and iproute2")
+    support.need(not no_pods_because(), str(no_pods_because()))
+    env = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": str(tmp_path / "home"), "BUNDLE": str(real),
+           "PLACE": str(tmp_path / "place"), "LANG": "C.UTF-8", "REPO": str(layout.REPO), "TESTS": sys.executable,
+           "PYTHON": str(Path(sys.base_prefix, "bin/python%d.%d" % sys.version_info[:2]))}
+    for name in ("home", "place"):
+        (tmp_path / name).mkdir()
+    done = subprocess.run(["unshare", "-n", "bash", "-c", INSIDE + LEPTON], env=env, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("nothing was submitted") == len(list((layout.REPO / "profiles").glob("*.toml")))
+    assert len(re.findall(r"^done in ", done.stdout, re.MULTILINE)) == 2  # here, and on the emulated Lepton
+    assert len(re.findall(r"^\[\d\] airlift: rank \d of 2, sha256", done.stdout, re.MULTILINE)) == 2
+    assert "ok       credentials" in done.stdout
+    shutil.rmtree(tmp_path / "place")
+
+
+@slow
+def test_three_lines_by_hand(real: Path, tmp_path: Path) -> None:
+    """Those of INSTALL, as they stand."""
+    place = unpacked(real, tmp_path / "place")
+    lines = re.search(r"or by hand:\n\n((?:    .*\n)+)", (place / "INSTALL").read_text()).group(1)
+    home = tmp_path / "home"
+    home.mkdir()
+    env = {"PATH": "%s/bin:/usr/bin:/bin:/usr/sbin:/sbin" % sys.base_prefix, "HOME": str(home)}
+    done = subprocess.run(["unshare", "-n", "sh", "-ec", lines + "python3 launch.py list"], cwd=place, env=env,
+                          capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "nano3" in done.stdout, done.stderr[-2000:]
+    shutil.rmtree(place)
+
+
+# ---------------------------------------------------------------- the lightest form
+
+
+def test_a_copied_handful_beside_a_checkout_says_what_it_lacks(tmp_path: Path) -> None:
+    """launch.py, recipes.py, transport.py, pod.py, backends/ and profiles/, and a Python without our libraries."""
+    folder = layout.flat_folder(tmp_path / "checkout")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["launch.py", "recipes.py", "transport.py", "pod.py", "backends", "profiles"])
+    layout.nemotron(folder)
+    site = tmp_path / "site"
+    for name in ("omegaconf", "yaml", "antlr4"):
+        for path in Path(bundle.__file__).parent.glob(".venv/lib/python3.*/site-packages/%s*" % name):
+            (site / path.name).parent.mkdir(exist_ok=True)
+            os.symlink(path, site / path.name)
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHONPATH": str(site), "DOCKER_HOST": "unix:///x",
+           "LEPTON_NODE_GROUP": "g", "LEPTON_STORAGE": "node-nfs:s"}
+    python = Path(sys.base_prefix, "bin/python%d.%d" % sys.version_info[:2])
+    if subprocess.run([python, "-c", "import leptonai"], capture_output=True, env=env).returncode == 0:
+        pytest.fail("this Python has the SDKs: the test needs one without")
+
+    def said(*words: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([python, str(folder / "launch.py"), *words], env=env, capture_output=True, text=True)
+
+    for profile in ("local", "docker", "lepton", "dgxcloud", "slurm"):
+        done = said("nano3", "sft", profile, "--dry-run")
+        assert done.returncode == 0, done.stderr
+    done = said("nano3", "sft", "lepton")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
+    assert "the Lepton SDK cannot be imported" in done.stderr and "pip install" in done.stderr
+    checked = said("check", "lepton")
+    assert checked.returncode != 0 and re.search("failure  leptonai +is not installed", checked.stdout)
