@@ -41,10 +41,12 @@ or by hand:
 
     sha256sum --check --quiet SHA256SUMS
     python%(python)s -m venv .venv
-    .venv/bin/python -m pip install --no-index %(words)s
-
+    .venv/bin/pip install --no-index %(words)s
+%(more)s
 Then: python launch.py list, python launch.py nano3 sft local, python launch.py check PROFILE. README.md tells the rest.
 %(torch)s"""
+BY_HAND_TORCH = ("    .venv/bin/pip install --no-index -f wheels/launcher -f wheels/recipes -f wheels/torch "
+                 "-r requirements-torch.txt\n")
 WITHOUT_TORCH = "This bundle has no torch: launches need none, but the local profile trains with the torch in .venv.\n"
 
 
@@ -60,8 +62,8 @@ def make(options: argparse.Namespace) -> None:
             download(options, wheels)
         members = dict(scripts()) | {"wheels/%s" % path.relative_to(wheels).as_posix(): path
                                      for name in lists(options.torch) for path in (wheels / name).glob("*.whl")}
-        asked = " ".join("--find-links wheels/%s -r %s" % (name, LISTS[name]) for name in lists(options.torch))
-        words = target | {"words": asked, "torch": "" if options.torch else WITHOUT_TORCH}
+        words = target | {"torch": "" if options.torch else WITHOUT_TORCH, "more": BY_HAND_TORCH * options.torch,
+                          "words": " ".join("-f wheels/%s -r %s" % (name, LISTS[name]) for name in lists(False))}
         texts = {"INSTALL": INSTALL % words, "TARGET": json.dumps(target, sort_keys=True) + "\n"}
         sums = {name: digest(path) for name, path in members.items()}
         sums |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}

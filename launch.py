@@ -504,8 +504,8 @@ def status(options):
                          detail=state.detail, age_s=int(time.time() - run.started), job_exit_code=state.exit_code))
     if options.json:
         print(json.dumps(rows, indent=1))
-    elif rows:
-        print(screen.runs(rows))
+    else:
+        print(screen.runs(rows) if rows else "no run was launched from here")
         if len(runs) > len(shown):
             print("%d older runs: python launch.py status --json" % (len(runs) - len(shown)))
     return worst

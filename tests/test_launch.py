@@ -430,7 +430,7 @@ def test_files(say, here):
 
 
 def test_status_of_nothing(say, here):
-    assert say("status") == (0, "", "")
+    assert say("status") == (0, "no run was launched from here\n", "")
     assert say("status", "--json") == (0, "[]\n", "")
 
 

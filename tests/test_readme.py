@@ -1,5 +1,6 @@
 """The README tells the truth: its commands run, its tables are those of the code."""
 
+import json
 import os
 import re
 import shlex
@@ -13,10 +14,12 @@ import launch
 import pod
 import profiles
 import transport
+from tests import podman, slurm, support
+from tests.emulators import LeptonEmulator, RunaiEmulator, no_pods_because
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MADE_UP = ("k3f9qa", "~/Nemotron")  # words that stand for the reader's own
+MADE_UP = ("k3f9qa", "~/Nemotron", "my-image")  # words that stand for the reader's own
 
 
 def blocks(language: str) -> list[str]:
@@ -49,6 +52,79 @@ def test_a_command_that_needs_a_platform_is_understood(command: str, tmp_path: P
     if name == "launch" and not any(word in command for word in MADE_UP):
         done = run(command.replace(" --detach", "") + " --dry-run", tmp_path)
         assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- from nothing to a running job
+
+
+def steps(title: str, more: str, **env: str) -> str:
+    """The commands of a platform's section as a script: its exports stand for the reader's own, which `env` holds;
+    launches, and checks of a recipe, get the words `more`."""
+    section = README.split("### %s\n" % title)[1].split("\n##")[0]
+    lines = [line[2:] for line in re.findall("```console\n(.*?)```", section, re.DOTALL)[0].splitlines()]
+    exports = [word.split("=")[0] for line in lines if line.startswith("export") for word in line.split()[1:]]
+    assert set(exports) <= set(env), "every variable that the section names is given"
+    lines = [line for line in lines if not line.startswith("export")]
+    assert [line.split()[2] for line in lines] == ["check", "nano3"], "a check, then a launch"
+    lines = [re.sub("^python launch.py", "%s %s/launch.py" % (sys.executable, ROOT), line).replace("my-image", "plain")
+             + (" " + more if "nano3" in line else "") for line in lines]
+    return "set -e\n" + "\n".join(lines)
+
+
+def done_by(result: "subprocess.CompletedProcess[str]") -> None:
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "step 3/3" in result.stdout and re.search("^done in", result.stdout, re.MULTILINE), result.stdout
+
+
+def our_python(file: Path, name: str, template: str) -> str:
+    """An env.toml with the template's section, whose pods find the Python that runs the tests."""
+    file.write_text("[%s]\n%s\n[%s.env_vars]\nPATH = '%s/bin:/usr/bin:/bin'\n" % (name, template, name, sys.prefix))
+    return str(file)
+
+
+WORDS = "run.env.gpus_per_node=0 train.steps=3"
+
+
+@pytest.mark.slow
+def test_this_machine(tmp_path: Path) -> None:
+    done_by(run(steps("This machine", "train.steps=3 run.env.workspace=" + str(tmp_path / "out")), tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", ["DGX Cloud Lepton", "DGX Cloud run:AI"])
+def test_the_clouds(title: str, tmp_path: Path) -> None:
+    support.need(not no_pods_because(), str(no_pods_because()))
+    made = LeptonEmulator(root=tmp_path) if "Lepton" in title else RunaiEmulator(
+        root=tmp_path, claims=("shared-storage",), cluster_logs=True)
+    with made as server:
+        env = server.env() | {"LEPTON_NODE_GROUP": "default-group", "LEPTON_STORAGE": "node-nfs:shared"}
+        done_by(run(steps(title, WORDS, **env), tmp_path, **env))
+
+
+@pytest.mark.slow
+def test_docker(tmp_path: Path) -> None:
+    support.need(not podman.why_not(), podman.why_not() or "")
+    with podman.Podman() as service:
+        mounts = json.dumps(["~/airlift:/workspace", *service.mounts()])
+        text = (ROOT / "profiles/docker.toml").read_text().replace('["~/airlift:/workspace"]', mounts)
+        env = service.environment() | {"NEMOTRON_ENV_FILE": our_python(tmp_path / "env.toml", "docker", text)}
+        done_by(run(steps("Docker", WORDS), tmp_path, **env))
+    assert (tmp_path / "airlift/nano3").is_dir()
+
+
+@pytest.mark.slow
+def test_slurm(tmp_path: Path) -> None:
+    support.need(not slurm.why_not(), slurm.why_not() or "")
+    with slurm.Cluster() as cluster:
+        env = {"SLURM_HOST": cluster.host, "SLURM_USER": cluster.user, "SLURM_ACCOUNT": cluster.account,
+               "SLURM_JOB_DIR": "%s/jobs" % cluster.shared}
+        text = (ROOT / "profiles/slurm.toml").read_text().replace("# port = 22", "port = %d" % cluster.port)
+        env["NEMOTRON_ENV_FILE"] = our_python(cluster.laptop / "env.toml", "slurm", text)
+        more = WORDS + " 'run.env.container_image=\"\"'"
+        done_by(cluster.on_laptop(["bash", "-c", steps("Slurm", more, **env)], env=env))
+
+
+# ---------------------------------------------------------------- tables and figures
 
 
 @pytest.mark.parametrize("target", re.findall(r"^    make (\w+)", README, re.MULTILINE))
