@@ -107,8 +107,11 @@ class Prep(Protocol):
     def ingredients(self) -> Any:
         """What decides the output besides rows, holdout and seed, for JSON."""
 
-    def build(self, split: Split, ranges: list[Range], held: list[Held], folder: Path) -> Built:
-        """Fill ``folder``, and look at all that can be wrong with a row."""
+    def look(self, part: Range, seed: int, holdout: int) -> Scan:
+        """shards.scan, or with it all that one pass over a range that is to be built can find."""
+
+    def build(self, split: Split, ranges: list[Range], scans: list[Any], held: list[Held], folder: Path) -> Built:
+        """Fill ``folder``. What can be wrong with a row has been looked at by then, or is now."""
 
     def finish(self, output: Path, manifest: dict[str, Any], splits: list[Split]) -> None:
         """Add to the manifest, and write what belongs to no split."""
@@ -161,21 +164,25 @@ def prepare(cfg: PrepConfig, prep: Prep, split: Split, output: Path, scratch: Pa
     ranges = shards.cut(split.shards, prep.range_size)
     before = stamps(split)
 
-    look = functools.partial(shards.scan, seed=cfg.seed, holdout=holdout)
-    scans = watched(f"{split.name}: read", look, ranges, ranges, cfg.workers)
-    rows, key = sum(found.rows for found in scans), split_key(cfg, prep, split, holdout, scans)
+    def read(look: Callable[..., Scan]) -> list[Scan]:
+        work = functools.partial(look, seed=cfg.seed, holdout=holdout)
+        return watched(f"{split.name}: read", work, ranges, ranges, cfg.workers)
+
     old = read_receipt(folder)
     if old and not cfg.force:
-        if old["key"] == key and intact(folder, old, cfg.workers):
-            say(f"{split.name}: unchanged, {rows:,} rows")
+        scans = read(shards.scan)
+        if old["key"] == split_key(cfg, prep, split, holdout, scans) and intact(folder, old, cfg.workers):
+            say(f"{split.name}: unchanged, {sum(found.rows for found in scans):,} rows")
             return old
         say(f"{split.name}: not what is there now: built anew")
+    scans = read(prep.look)
+    rows, key = sum(found.rows for found in scans), split_key(cfg, prep, split, holdout, scans)
     held = shards.choose(scans, holdout)
     if holdout and not held:
         say(f"{split.name}: only {rows} rows, and {holdout} were to be held out: all of them go to train")
     new = scratch / split.name
     new.mkdir()
-    built = prep.build(split, ranges, held, new)
+    built = prep.build(split, ranges, scans, held, new)
     if stamps(split) != before:
         raise RecipeError(f"a shard of {split.name} changed while it was read.\nWait until it is written, then again.")
     receipt = {"key": key, "parts": built.parts, "files": built.files}

@@ -51,6 +51,7 @@ def tokenize(task: Task, tokenizer_name: str) -> Done:
 class PretrainPrep:
     mode, range_size = "pretrain", 1 << 26
     takes: tuple[str, ...] = ("weight", "text_field")
+    look = staticmethod(shards.scan)
 
     def __init__(self, cfg: PretrainPrepConfig, recipe: Path) -> None:
         self.cfg = cfg
@@ -61,7 +62,7 @@ class PretrainPrep:
     def ingredients(self) -> Any:
         return chat.fingerprint(tokenizer(self.cfg.tokenizer))
 
-    def build(self, split: Split, ranges: list[Range], held: list[Held], folder: Path) -> Built:
+    def build(self, split: Split, ranges: list[Range], scans: list[Any], held: list[Held], folder: Path) -> Built:
         work = functools.partial(tokenize, tokenizer_name=self.cfg.tokenizer)
         return prep.build_parts("tokenize", work, split, ranges, held, folder, self.cfg.workers)
 

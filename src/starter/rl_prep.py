@@ -7,11 +7,13 @@ into ``responses_create_params.input``, the answer into ``expected_answer``; its
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +22,9 @@ from typing import Any, BinaryIO, NoReturn
 from starter import prep, shards
 from starter.config import RecipeError, build
 from starter.files import BLOCK
-from starter.pool import parallel
 from starter.prep import Built, PrepConfig, Split
 from starter.progress import Progress
-from starter.shards import Held, Range
+from starter.shards import Held, Range, Scan
 from starter.tables import Table, TableConfig, index_table
 
 PLACEHOLDER = "_hf_placeholder"
@@ -163,60 +164,38 @@ def slow_check(line: bytes) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """The rows of a range: they stand in ``source`` from ``start`` to ``end``; and those that are held out, as
-    (where it was in the shard, where it is in the source, length)."""
+class Checked(Scan):
+    """A range that was looked at: its rows stand in ``source`` from ``start`` to ``end``, and ``moved`` tells where
+    those of ``lowest`` begin there that do not begin where they did in the shard."""
 
-    rows: int
     source: str
     start: int
     end: int
-    held: list[tuple[int, int, int]]
+    moved: dict[int, int]
+
+    def spans(self, places: Iterable[int]) -> Iterator[tuple[int, int, int]]:
+        """Of rows to hold out: the place in the shard, and begin and end in the source."""
+        with open(self.source, "rb") as source:
+            for place in sorted(places):
+                begin = self.moved.get(place, place)
+                source.seek(begin)
+                yield place, begin, begin + len(source.readline())
 
 
 @dataclass(frozen=True)
 class Checker:
-    """Checks each row of a range and fills what is to be filled, with a copy of the range only where a row changes."""
+    """Checks each row and fills what is to be filled."""
 
     scratch: str
     tables: dict[str, Table]
     required: tuple[str, ...]
 
-    def __call__(self, item: tuple[Range, frozenset[int]]) -> Checked:
-        part, places = item
-        quick = quick_check(self.required) or slow_check
-        rows, held = 0, list[tuple[int, int, int]]()
-        file, at = shards.open_at(part)
-        start, written, copy = at, 0, None
-        with file:
-            for line in file:
-                if at >= part.end:
-                    break
-                place, at = at, at + len(line)
-                try:
-                    plain = line[-1] == shards.NEWLINE and quick(line).get(PLACEHOLDER) is None
-                except ValueError:
-                    plain = False
-                if not plain:
-                    changed = self.checked(part, place, line)
-                    if changed != line:
-                        copy = copy or self.copy(part, start, place)
-                        line = changed
-                    if not line:
-                        continue
-                if copy:
-                    copy.write(line)
-                if place in places:
-                    held.append((place, written, len(line)))
-                written += len(line)
-                rows += 1
-        begin = 0 if copy else start
-        if copy:
-            copy.close()
-        source = copy.name if copy else str(part.shard.path)
-        return Checked(rows, source, begin, begin + written, [(p, begin + offset, n) for p, offset, n in held])
+    def __call__(self, part: Range, seed: int, holdout: int) -> Checked:
+        rows = Rows(self, part)
+        found = shards.scan(part, seed, holdout, rows.visit)
+        return rows.checked(found)
 
-    def checked(self, part: Range, place: int, line: bytes) -> bytes:
+    def changed(self, part: Range, place: int, line: bytes) -> bytes:
         """The row as it is to be written, or nothing for a blank line. Raises what names file and line."""
         if line.isspace():
             return b""
@@ -234,16 +213,57 @@ class Checker:
                 raise shards.bad_row(part, place, f"the row has no {name}", "Add it, or set required.")
         return line
 
-    def copy(self, part: Range, start: int, end: int) -> BinaryIO:
+
+class Rows:
+    """The rows of a range, one after the other: in the shard, or from the first that changes on in a copy."""
+
+    def __init__(self, checker: Checker, part: Range) -> None:
+        self.checker, self.part, self.quick = checker, part, quick_check(checker.required) or slow_check
+        self.start, self.end = -1, part.start  # of the lines seen, in the shard
+        self.copy: BinaryIO | None = None
+        self.places, self.offsets = array("q"), array("q")  # of the rows in the copy: there, and in the shard
+
+    def visit(self, place: int, line: bytes) -> None:
+        if self.start < 0:
+            self.start = place
+        self.end = place + len(line)
+        try:
+            plain = line[-1] == shards.NEWLINE and self.quick(line).get(PLACEHOLDER) is None
+        except ValueError:
+            plain = False
+        if plain and not self.copy:
+            return
+        row = line if plain else self.checker.changed(self.part, place, line)
+        if row == line and not self.copy:
+            return
+        self.copy = self.copy or self.begin_copy(place)
+        self.places.append(place)
+        self.offsets.append(self.copy.tell())
+        self.copy.write(row)
+
+    def begin_copy(self, end: int) -> BinaryIO:
         """A file for the rows of this range, with those that went before."""
-        name = hashlib.sha256(f"{part.shard.path}:{part.start}".encode()).hexdigest()[:16]
-        copy = open(os.path.join(self.scratch, f"rows-{name}-{os.getpid()}"), "wb", buffering=BLOCK)
-        with part.shard.path.open("rb") as file:
-            file.seek(start)
-            while start < end and (block := file.read(min(BLOCK, end - start))):
+        name = hashlib.sha256(f"{self.part.shard.path}:{self.part.start}".encode()).hexdigest()[:16]
+        copy = open(os.path.join(self.checker.scratch, f"rows-{name}-{os.getpid()}"), "wb", buffering=BLOCK)
+        with self.part.shard.path.open("rb") as file:
+            file.seek(self.start)
+            at = self.start
+            while at < end and (block := file.read(min(BLOCK, end - at))):
                 copy.write(block)
-                start += len(block)
+                at += len(block)
         return copy
+
+    def checked(self, found: Scan) -> Checked:
+        start, end, source, moved = max(self.start, self.part.start), self.end, str(self.part.shard.path), {}
+        if self.copy:
+            moved = {place: self.moved(place) for _, place in found.lowest}
+            start, end, source = 0, self.copy.tell(), self.copy.name
+            self.copy.close()
+        return Checked(found.rows, found.digest, found.lowest, source, start, max(start, end), moved)
+
+    def moved(self, place: int) -> int:
+        i = bisect.bisect_left(self.places, place)
+        return self.offsets[i] if i < len(self.places) and self.places[i] == place else place - self.start
 
 
 # ---------------------------------------------------------------- prepare
@@ -265,24 +285,24 @@ class RLPrep:
                 raise RecipeError(f"sources.{name}.template is {spec.template}.\nUse {' or '.join(TEMPLATES)}.")
             self.tables[name], self.digests[name] = index_table(name, spec, self.recipe, scratch)
 
+    def look(self, part: Range, seed: int, holdout: int) -> Checked:
+        return Checker(str(self.scratch), self.tables, tuple(map(str, self.cfg.required)))(part, seed, holdout)
+
     def ingredients(self) -> Any:
         tables = {name: (table.template, table.question, table.answer) for name, table in self.tables.items()}
         return [tables, self.digests, self.cfg.required]
 
-    def build(self, split: Split, ranges: list[Range], held: list[Held], folder: Path) -> Built:
+    def build(self, split: Split, ranges: list[Range], scans: list[Any], held: list[Held], folder: Path) -> Built:
         """``<part>-split.jsonl`` in the order of the shards without what is held out, which lies in val by its keys."""
-        checker = Checker(str(self.scratch), self.tables, tuple(map(str, self.cfg.required)))
-        items = list(zip(ranges, prep.held_places(ranges, held), strict=True))
         place: dict[Held, tuple[str, int, int]] = {}
         name, rows = f"{split.part}-split.jsonl", 0
         progress = Progress(f"{split.name}: write", sum(part.end - part.start for part in ranges))
         with Copier(folder / name) as copier:
-            for i, checked in enumerate(parallel(checker, items, self.cfg.workers)):
+            for i, (checked, places) in enumerate(zip(scans, prep.held_places(ranges, held), strict=True)):
                 at = checked.start
-                for was, offset, length in checked.held:
-                    copier.copy(checked.source, at, offset)
-                    at = offset + length
-                    place[Held(i, was)] = (checked.source, offset, at)
+                for was, begin, end in checked.spans(places):
+                    copier.copy(checked.source, at, begin)
+                    place[Held(i, was)], at = (checked.source, begin, end), end
                 copier.copy(checked.source, at, checked.end)
                 rows += checked.rows
                 progress.add(ranges[i].end - ranges[i].start, checked.rows)
@@ -322,11 +342,13 @@ class Copier:
         self.waiting.append(self.thread.submit(self.hash, self.hashed, self.size))
         self.hashed = self.size
 
-    def hash(self, at: int, end: int) -> None:
+    def hash(self, begin: int, end: int) -> None:
+        at = begin
         while at < end:
             size = os.preadv(self.file.fileno(), [self.buffer[: end - at]], at)
             self.digest.update(self.buffer[:size])
             at += size
+        os.posix_fadvise(self.file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)  # begins to write it out
 
     def __enter__(self) -> Copier:
         return self

@@ -65,6 +65,7 @@ def dialogues(task: Task, held: bool, tokens: Any) -> Iterator[chat.Encoded]:
 class SFTPrep:
     mode, range_size = "sft", 1 << 24
     takes: tuple[str, ...] = ()
+    look = staticmethod(shards.scan)
 
     def __init__(self, cfg: SFTPrepConfig, recipe: Path) -> None:
         self.cfg = cfg
@@ -75,7 +76,7 @@ class SFTPrep:
     def ingredients(self) -> Any:
         return [chat.fingerprint(tokenizer(self.cfg.tokenizer)), self.cfg.seq_length]
 
-    def build(self, split: Split, ranges: list[Range], held: list[Held], folder: Path) -> Built:
+    def build(self, split: Split, ranges: list[Range], scans: list[Any], held: list[Held], folder: Path) -> Built:
         work = functools.partial(pack, tokenizer_name=self.cfg.tokenizer, seq_length=self.cfg.seq_length)
         return prep.build_parts("pack", work, split, ranges, held, folder, self.cfg.workers)
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -208,8 +208,8 @@ class Lowest:
         return self.rows
 
 
-def scan(part: Range, seed: int, holdout: int) -> Scan:
-    """Look at a range as bytes. Blank lines are no rows."""
+def scan(part: Range, seed: int, holdout: int, visit: Callable[[int, bytes], None] | None = None) -> Scan:
+    """Look at a range as bytes. Blank lines are no rows. ``visit`` is shown every line and its place."""
     prefix, keys, lowest, rows, sha256 = b"%d:" % seed, hashlib.sha256(), Lowest(holdout), 0, hashlib.sha256
     file, at = open_at(part)
     with file:
@@ -217,6 +217,8 @@ def scan(part: Range, seed: int, holdout: int) -> Scan:
             if at >= part.end:
                 break
             place, at = at, at + len(line)
+            if visit:
+                visit(place, line)
             if line.isspace():
                 continue
             key = sha256(prefix + line if line[-1] == NEWLINE else prefix + line + b"\n").digest()
