@@ -1,0 +1,89 @@
+"""The test plan that this project began from: each line of CONTRIBUTING's table names a test that is there. What no
+other file tests stands below."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests import layout, support
+from tests.cloud import EMULATED, PLATFORMS, Cloud, cloud
+from tests.slurm import Cluster, why_not
+from tests.test_slurm import Person
+
+PLAN = (layout.REPO / "CONTRIBUTING.md").read_text().split("## The test plan")[1].split("\n## ")[0]
+ROWS = re.findall(r"^\| ([^|]+) \| (`tests/[^|]+) \|$", PLAN, re.MULTILINE)
+
+
+def test_every_line_of_the_plan_names_tests_that_run() -> None:
+    names = [name for _, cell in ROWS for name in re.findall(r"`([^`]+)`", cell)]
+    assert len(ROWS) >= 10 and all(name.startswith("tests/") for name in names)
+    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "slow or not slow", *names],
+                          cwd=layout.REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = re.findall(r"^(tests/\S+?::\w+)", done.stdout, re.MULTILINE)
+    assert {name.partition("[")[0] for name in names} <= set(found)
+    ci = (layout.REPO / ".ci/run").read_text()
+    assert "make test" in ci and "make slow" in ci  # all of them
+
+
+slow = pytest.mark.slow
+
+
+@pytest.fixture(params=PLATFORMS)
+def here(request: pytest.FixtureRequest, tmp_path: Any, monkeypatch: Any, capsys: Any) -> Iterator[Cloud]:
+    yield from cloud(request.param, tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture
+def lepton(tmp_path: Any, monkeypatch: Any, capsys: Any) -> Iterator[Cloud]:
+    yield from cloud("lepton", tmp_path, monkeypatch, capsys)
+
+
+@slow
+@EMULATED
+@pytest.mark.parametrize("family", ["nano3", "super3"])
+@pytest.mark.parametrize("stage", ["pretrain", "rl", "sft"])
+def test_data_prep_on_one_node_of_a_cloud(here: Cloud, family: str, stage: str) -> None:
+    here.profile(gpus_per_node=0)
+    done = here.main(family, "data/prep/" + stage, here.kind, "--repo-root", layout.REPO)
+    assert (done.code, done.err) == (0, ""), done.out
+    manifest = json.loads((here.volume / "airlift" / family / "data" / stage / "manifest.json").read_text())
+    assert len(here.job.pods) == 1 and (stage != "rl" or (manifest["train"], manifest["val"]) == (
+        "train/train-split.jsonl", "train/val-split.jsonl"))
+
+
+@slow
+@EMULATED
+def test_rank_0_unpacks_once_for_all_and_the_others_wait_for_its_marker(lepton: Cloud) -> None:
+    """nano3/sft on two nodes of Lepton, from the local source alone: the image has no git, and rank 0 comes late."""
+    lepton.profile(gpus_per_node=0, unpack="shared")
+    lepton.server.image = type(lepton.server.image)(hide=["git"])
+    lepton.server.start_delays[0] = 3.0
+    begun = time.time()
+    done = lepton.main("nano3", "sft", "lepton", "--repo-root", layout.REPO, "--nodes", "2", "train.steps=3",
+                       "--all-ranks")
+    assert (done.code, done.err) == (0, ""), done.out
+    chunks = int(lepton.env()["AIRLIFT_TREE_CHUNKS"])
+    (marker,) = (lepton.volume / "airlift/.airlift").glob("**/told/*.ready-%d" % chunks)
+    assert marker.stat().st_mtime > begun + 3.0
+    first = {rank: re.search(r"^\[%d\] airlift: rank %d of 2, sha256 (\w+), \d+ files in (\S+)" % (rank, rank), done.out,
+                             re.MULTILINE).groups() for rank in (0, 1)}
+    assert first[0] == first[1] and first[0][1].startswith("/shared/airlift/.airlift/")
+    assert "2 ranks on cpu" in done.out and "git" not in json.dumps(lepton.job.spec["container"])
+
+
+@slow
+def test_data_prep_on_two_nodes_of_slurm() -> None:
+    support.need(not why_not(), why_not() or "")
+    with Cluster() as cluster:
+        person = Person(cluster, "ssh")
+        done = person.run("nano3", "data/prep/sft", "here", "--repo-root", str(layout.REPO), "--nodes", "2", "-c", "tiny")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+        manifest = json.loads((person.base / "nano3/data/sft/manifest.json").read_text())
+        assert manifest["mode"] == "sft" and "2 nodes" in done.stdout
