@@ -23,7 +23,7 @@ ROWS = re.findall(r"^\| ([^|]+) \| (`tests/[^|]+) \|$", PLAN, re.MULTILINE)
 def test_every_line_of_the_plan_names_tests_that_run() -> None:
     names = [name for _, cell in ROWS for name in re.findall(r"`([^`]+)`", cell)]
     assert len(ROWS) >= 10 and all(name.startswith("tests/") for name in names)
-    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "slow or not slow", *names],
+    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-m", "slow or not slow", *names],
                           cwd=layout.REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = re.findall(r"^(tests/\S+?::\w+)", done.stdout, re.MULTILINE)
