@@ -26,6 +26,7 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import select
@@ -711,7 +712,7 @@ def recipe_env(env: dict[str, str], job: dict, places: Places, rank: int) -> dic
         "MASTER_ADDR": address, "MASTER_PORT": port, "NEMO_RUN_DIR": places.run_root,
         "AIRLIFT_RUN": job["run"], "AIRLIFT_CODE": places.code, "AIRLIFT_CONFIG": places.config,
     })
-    return result
+    return driver_env(env, result, places.code) if job.get("on_cluster") else result
 
 
 # A server may refuse a commit that is no tip of a branch; then all branches are fetched.
@@ -811,11 +812,11 @@ class Child:
                 pump.join(5)  # a daemon that escaped may hold the pipe open for ever
 
 
-def copy_output(pipe: IO[bytes], log: str) -> None:
+def copy_output(pipe: IO[bytes], log: str | None) -> None:
     """Pass bytes on as they come. A log that cannot be written (full disk) is said once, and the recipe goes on; so it
     does when nobody reads our output any more: the pipe must be emptied, or the recipe would stand still."""
     try:
-        file = open(log, "ab", buffering=0)
+        file = open(log, "ab", buffering=0) if log else None
     except OSError as error:
         say("the log %s cannot be kept: %s" % (log, error.strerror))
         file = None
@@ -1214,6 +1215,154 @@ def ray_main(told: dict) -> int:
         return int(early.args[0])
 
 
+# ---------------------------------------------------------------- a Ray cluster of the platform's
+
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's own: what a driver's ray.init begins with
+
+
+def cluster_base(run: str) -> str:
+    """The same on every node: workers look for the source where the driver has it."""
+    return "/tmp/airlift-" + run
+
+
+class Spread:
+    """Puts the source on every node of a Ray cluster that was there before the recipe's driver: at once on those that
+    live, later on each that joins.
+
+    A process of its own beside the driver, for it needs the image's Ray. On each node a task that is pinned to it runs
+    this program as `place`, at the same path everywhere, with the chunks in its environment; what it answers must be
+    the digest that was sent. Workers find the source by Ray's own job configuration, not by a runtime_env. On a node
+    that joins later a task of the recipe can come a moment before the source does, and then cannot import it: Ray has
+    nothing to hold it back with but a runtime_env.
+    """
+
+    def __init__(self, told: dict) -> None:
+        self.told: dict = told
+        self.served: set[str] = set()
+        with open(told["program"], "rb") as file:
+            self.program = file.read()
+        self.chunks = {name: value for name, value in os.environ.items() if name.startswith("AIRLIFT_")}
+
+    def main(self) -> int:
+        import ray
+
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="airlift-" + self.told["run"])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray's handler writes a page about it
+        self.ray, self.sent = ray, ray.put(self.chunks)
+        deadline = time.monotonic() + self.told["patience"]
+        while len(self.living()) < self.told["nodes"]:
+            if time.monotonic() > deadline:
+                raise Failure(RAY, "%d of %d nodes are there after %d s"
+                              % (len(self.living()), self.told["nodes"], self.told["patience"]))
+            time.sleep(0.5)
+        self.serve()
+        say("all nodes have the source")
+        while True:
+            time.sleep(0.2)
+            try:
+                self.serve()
+            except Failure as failure:
+                complain("0", failure)
+
+    def living(self) -> dict[str, str]:
+        """Node id -> address."""
+        return {node["NodeID"]: node["NodeManagerAddress"] for node in self.ray.nodes() if node["Alive"]}
+
+    def serve(self) -> None:
+        """The source to every living node that lacks it. Raises Failure."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        def place(program: bytes, chunks: dict, run: str, words: list) -> tuple:
+            import os
+            import subprocess
+            import sys
+            import tempfile
+
+            with tempfile.NamedTemporaryFile(prefix="airlift-" + run + "-", suffix=".py") as file:
+                file.write(program)
+                file.flush()
+                done = subprocess.run([sys.executable, "-I", "-S", file.name, *words], stdin=subprocess.DEVNULL,
+                                      env=dict(os.environ, **chunks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            return done.returncode, done.stdout.decode("utf-8", "replace")
+
+        here, new = self.ray.get_runtime_context().get_node_id(), {}
+        for node, address in self.living().items():
+            if node not in self.served:
+                self.served.add(node)
+                words = ["place", self.told["base"]] + ([] if node == here else ["setup"])
+                task = self.ray.remote(place).options(
+                    num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+                new[address] = task.remote(self.program, self.sent, self.told["run"], words)
+        for address, answer in sorted(new.items()):
+            try:
+                code, said = self.ray.get(answer, timeout=self.told["patience"])
+            except Exception as error:  # Ray's own: the node is gone, say
+                raise Failure(RAY, "node %s: %s" % (address, str(error).splitlines()[0])) from None
+            if code or "airlift: sha256 %s in " % self.told["sha256"] not in said:
+                for line in said.splitlines():
+                    say("node %s: %s" % (address, line))
+                raise Failure(code if code in FAILURES else PLACE, "node %s ended with exit code %d" % (address, code))
+            say("node %s has sha256 %s in %s" % (address, self.told["sha256"], self.told["base"]))
+
+
+def place_main(base: str, setup: bool) -> int:
+    """Put the source on this node, and run the startup commands here too."""
+    env = dict(os.environ)
+    try:
+        job, tar = read_payload(env)
+        places = Places(job, env, base)
+        put(tar, job, places, env, 0)
+        say("sha256 %s in %s" % (hashlib.sha256(tar).hexdigest(), base))
+        if setup and (job["setup"] or job.get("clones")):
+            _, ready = os.pipe()
+            script = script_for(dict(job, command="true", tool=""), places.code, ready)
+            return Child().run(script, recipe_env(env, dict(job, nodes=1), places, 0), None, ready)
+        return 0
+    except Failure as failure:
+        return complain("?", failure)
+
+
+def spread(env: dict[str, str], job: dict, places: Places) -> None:
+    """Start Spread and wait for all nodes to have the source; it goes on. Raises Failure with its code."""
+    path, program = os.path.join(places.base, "pod.py"), own_source(env)  # it may be that very file
+    with open(path, "wb") as file:
+        file.write(program)
+    told = {"run": job["run"], "sha256": job["tree"]["sha256"], "nodes": job["on_cluster"], "patience": job["patience"],
+            "base": places.base, "program": path}
+    process = subprocess.Popen([sys.executable or "python3", path, "spread", json.dumps(told)], env=env,
+                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert process.stdout
+    for line in iter(process.stdout.readline, b""):
+        sys.stdout.buffer.write(line)
+        sys.stdout.flush()
+        if line == b"airlift: all nodes have the source\n":
+            threading.Thread(target=copy_output, args=(process.stdout, None), daemon=True).start()
+            return
+    code = process.wait()
+    raise Failure(code if code in FAILURES else RAY, "see the lines above")
+
+
+def spread_main(told: dict) -> int:
+    try:
+        return Spread(told).main()
+    except Failure as failure:
+        what = FAILURES[failure.code][0]
+        say("%s: %s" % (what, failure.seen))
+        return failure.code
+
+
+def driver_env(env: dict[str, str], result: dict[str, str], code: str) -> dict[str, str]:
+    """The environment of a driver on a cluster whose raylets have our chunks: empty values in their place, so that a
+    driver that hands its whole environment to ray.init masks them; the source on the workers' sys.path."""
+    try:
+        config = json.loads(env.get(RAY_JOB) or "{}")
+    except ValueError:
+        config = {}
+    config["py_driver_sys_path"] = [*(config.get("py_driver_sys_path") or []), os.path.join(code, "src")]
+    masks = {name: "" for name in env if name.startswith("AIRLIFT_")}
+    return dict(masks, **dict(result, **{RAY_JOB: json.dumps(config)}))
+
+
 # ---------------------------------------------------------------- main
 
 
@@ -1227,26 +1376,31 @@ def complain(rank: str, failure: Failure) -> int:
 def main() -> int:
     if sys.argv[1:2] == ["ray"]:
         return ray_main(json.loads(sys.argv[2]))
+    if sys.argv[1:2] == ["spread"]:
+        return spread_main(json.loads(sys.argv[2]))
+    if sys.argv[1:2] == ["place"]:
+        return place_main(sys.argv[2], "setup" in sys.argv[3:])
     child = Child()
     env = dict(os.environ)
     rank_text, shared, own = "?", None, ""
     try:
         if sys.version_info < (3, 8):
             raise Failure(PYTHON, "python3 is %d.%d; 3.8 is the oldest that works" % sys.version_info[:2])
-        manifest = sys.argv[1] if len(sys.argv) > 1 else ""  # on Slurm: the tree has come by itself, and lies beside it
+        driver = sys.argv[1:2] == ["driver"]  # of a Ray cluster that the platform has made
+        manifest = "" if driver else "".join(sys.argv[1:2])  # on Slurm: the tree has come by itself, and lies beside it
+        if sys.argv[2:]:
+            env.update(read_chunks(sys.argv[2]))
         job: dict = read_manifest(manifest) if manifest else {"nodes": nodes_sent(env)}
-        rank = find_rank(env, socket.gethostname(), job["nodes"])
+        rank = 0 if driver else find_rank(env, socket.gethostname(), job["nodes"])
         rank_text = str(rank)
         if manifest:
             places = settle(manifest, job, env)
             own = places.base
         else:
-            job = read_job(env)
-            tar = decompress(join(env, "TREE"), job["tree"]["compression"])
-            digest = hashlib.sha256(tar).hexdigest()
-            if digest != job["tree"]["sha256"]:
-                raise Failure(PAYLOAD, "the tree's digest is %s, not %s" % (digest, job["tree"]["sha256"]))
-            places = Places(job, env)
+            job, tar = read_payload(env)
+            if driver:
+                job = dict(job, nodes=1, on_cluster=job["nodes"])
+            places = Places(job, env, cluster_base(job["run"]) if driver else "")
             shared = put(tar, job, places, env, rank)
         said = rank, job["nodes"], job["tree"]["sha256"], job["tree"]["files"], places.code
         # The launcher tells one start from the next by this.
@@ -1279,6 +1433,25 @@ def own_source(env: dict[str, str]) -> bytes:
         with open(__file__, "rb") as file:
             return file.read()
     return zlib.decompress(join(env, "POD"))
+
+
+def read_payload(env: dict[str, str]) -> tuple[dict, bytes]:
+    """The job's description and the tar, both whole. Raises Failure."""
+    job = read_job(env)
+    tar = decompress(join(env, "TREE"), job["tree"]["compression"])
+    digest = hashlib.sha256(tar).hexdigest()
+    if digest != job["tree"]["sha256"]:
+        raise Failure(PAYLOAD, "the tree's digest is %s, not %s" % (digest, job["tree"]["sha256"]))
+    return job, tar
+
+
+def read_chunks(path: str) -> dict[str, str]:
+    """The chunks from a file, where no environment carries them."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return {name: value for name, value in json.load(file).items() if name.startswith("AIRLIFT_")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise Failure(PAYLOAD, "%s cannot be read: %s" % (path, error)) from None
 
 
 def nodes_sent(env: dict[str, str]) -> int:
@@ -1332,6 +1505,8 @@ def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: in
     begun, low = os.pipe()
     ready = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100)  # startup commands may use the low numbers for their own
     os.close(low)
+    if job.get("on_cluster"):
+        spread(env, job, places)
     code = child.run(script_for(job, workdir, ready), recipe_env(env, job, places, rank), log, ready)
     if forms_cluster(job):
         shutil.rmtree(ray_folder(dict(env, **job["env"]), job["run"]), ignore_errors=True)

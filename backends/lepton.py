@@ -17,7 +17,7 @@ from backends import Job, Run, Status, checks
 from backends.checks import Finding, tried
 from transport import LIMITS, Plan, Refusal, human
 
-CAN = {"detach"}
+CAN = {"detach", "ray"}
 NAME_LIMIT = 36  # characters of a job's name (leptonai 0.47.1, job_validation.py)
 STATES = {
     "Starting": "waiting", "Queueing": "waiting", "Awaiting": "waiting", "PendingRetry": "waiting",
@@ -36,6 +36,8 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     settings = job.settings
     check(job)
     client = connect(settings.get("ca_bundle"))
+    if wants_cluster(job):
+        return lepton_ray().submit(run, job, plan, client)
     group = node_group(client, settings["node_group"])
     name = clouds.job_name(job.name, job.run, NAME_LIMIT)
     body = request(job, plan, name, group)
@@ -55,7 +57,21 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     nemo.submit(name, executor, job.run, lambda: (create(client, body, name, hide), "Starting"))
 
 
+def wants_cluster(job: Job) -> bool:
+    """Whether the job runs on a Ray cluster of the platform's."""
+    return job.description["launch"] == "ray" and bool(job.nodes > 1 or job.settings.get("existing_ray_cluster"))
+
+
+def lepton_ray() -> Any:
+    """The other half of this backend."""
+    from backends import lepton_ray
+
+    return lepton_ray
+
+
 def follow(run: Run) -> Status:
+    if run.record.get("cluster"):
+        return lepton_ray().follow(run, reconnect(run))
     return _follower(run).follow()
 
 
@@ -64,6 +80,8 @@ def logs(run: Run) -> None:
 
 
 def status(run: Run) -> Status:
+    if run.record.get("cluster"):
+        return lepton_ray().status(run, reconnect(run))
     client = reconnect(run)
     follower = _follower(run, client)
     found: Status = follower.explain(follower.ask())
@@ -76,6 +94,8 @@ def _follower(run: Run, client: Any = None) -> Any:
     from backends import clouds
 
     client = client or reconnect(run)
+    if run.record.get("cluster"):
+        return lepton_ray().follower(run, client)
     return clouds.Follower(run, lambda: _status(client, run), lambda rank, follow: open_log(client, run, rank, follow),
                            lambda: trouble(client, run))
 
@@ -84,6 +104,8 @@ def cancel(run: Run) -> str:
     from backends import clouds
 
     client = reconnect(run)
+    if run.record.get("cluster"):
+        return lepton_ray().cancel(run, client)
     before = _status(client, run)
     if before.state in backends.FINAL:
         return "it had already ended (%s); nothing was done" % before.detail

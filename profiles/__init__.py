@@ -101,6 +101,9 @@ KEYS: dict[str, Key] = {
     # DGX Cloud Lepton
     "node_group": Key("str", "the node group's name", _LEPTON),
     "resource_shape": Key("str", "like gpu.8xh100-80gb", _LEPTON),
+    "head_resource_shape": Key("str", "of a Ray head besides the nodes; left out: one of the nodes", _LEPTON),
+    "ray_version": Key("str", "the Ray in the image, for a Ray recipe on several nodes", _LEPTON),
+    "existing_ray_cluster": Key("str", "a Ray cluster to run Ray recipes on, in place of a new one", _LEPTON),
     "node_reservation": Key("str", "a reservation's id", _LEPTON),
     "shared_memory_size": Key("int", "MiB of /dev/shm", _LEPTON),
     "image_pull_secrets": Key("str list", "names of registry secrets", _LEPTON),
@@ -125,7 +128,6 @@ KEYS: dict[str, Key] = {
 # Keys of NVIDIA's launcher that are refused, and why.
 REFUSED = {
     "launcher": "the recipe's header says how it is launched; take it out",
-    "existing_ray_cluster": "Ray clusters on Lepton are not used by this version; use one node",
     **dict.fromkeys(("packager", "packager_include_pattern", "packager_subpath", "packager_include_submodules",
                      "packager_relative_path"), "Airlift packs the tree itself; exclude and scope say what ships"),
 }
@@ -134,7 +136,6 @@ UNUSED = {
     **dict.fromkeys(("build_partition", "build_time", "build_cache_dir", "build_image", "build_include_gpus",
                      "build_gpus_per_node"), "images are used as they are named, and never built"),
     "code_src_dir": "the source travels with the job",
-    **dict.fromkeys(("ray_version", "head_resource_shape"), "this version builds no Ray clusters on Lepton"),
 }
 # Executors of NVIDIA's launcher that have none here.
 ELSEWHERE = ("skypilot", "kubeflow")

@@ -2,15 +2,19 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import time
 from pathlib import Path
 
 import pytest
+import requests
 import support
-from cloud import EMULATED, cloud, wait_for
-from layout import flat_folder, launcher, recipe
+from cloud import EMULATED, KEEPS_ON, cloud, wait_for
+from layout import flat_folder, heed_ctrl_c, launcher, recipe
+
+import backends
 
 PATIENCE = 40
 
@@ -133,19 +137,6 @@ def connected(port):
 
 
 @pytest.mark.slow
-def test_pods_form_a_cluster_and_the_driver_runs_on_all_of_it(tmp_path, nodes=3):
-    setup = ["export FROM_SETUP=yes"]
-    command = 'echo "$FROM_SETUP at $RAY_ADDRESS" && python "$AIRLIFT_CODE"/%s; exit 7' % support.SCRIPT
-    with pods(tmp_path, range(nodes), nodes, setup=setup, command=command) as all_of_them:
-        codes = [pod.end(90) for pod in all_of_them]
-    assert codes == [7] * nodes, "\n".join(pod.text for pod in all_of_them)
-    head, *others = [pod.text for pod in all_of_them]
-    assert "airlift: rank 0: a Ray cluster of %d nodes is up at 127.77.0.1:" % nodes in head
-    assert 'nodes: %d said "so"\n' % nodes in head and "yes at 127.77.0.1:" in head
-    assert all("nodes:" not in text and "ended with exit code 7" in text for text in others)
-
-
-@pytest.mark.slow
 def test_a_worker_whose_ray_ends_ends_the_job(tmp_path):
     with pods(tmp_path, [0, 1], body="import time\nprint('up', flush=True)\ntime.sleep(300)\n") as (head, worker):
         head.until(b"up\n", 60)
@@ -180,12 +171,15 @@ def name(pid):
 @pytest.mark.slow
 def test_two_pods_of_the_local_profile(tmp_path):
     folder = flat_folder(tmp_path / "air")
-    recipe(folder, "nano3/rl", WHERE, launch="ray", nodes=2, gpus=0)
+    recipe(folder, "nano3/rl", WHERE + "print(os.environ['FROM_SETUP'])", launch="ray", nodes=2, gpus=0)
     (folder / "src/family_helper.py").touch()
+    profile = folder / "profiles/local.toml"
+    profile.write_text('startup_commands = ["export FROM_SETUP=\\"set up\\""]\n' + profile.read_text())
     env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "AIRLIFT_HOME": str(tmp_path / "state")}
     done = launcher(folder, "nano3", "rl", "local", env=env, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert '[0] nodes: 2 said "so"\n' in done.stdout
+    assert '[0] nodes: 2 said "so"\n[0] set up\n' in done.stdout
+    assert "airlift: rank 0: a Ray cluster of 2 nodes is up at 127.77.0.1:" in done.stdout
 
 
 # ---------------------------------------------------------------- DGX Cloud
@@ -231,3 +225,204 @@ def test_a_workload_that_fails_ends_with_a_code(runai, fails):
         assert [pod.exit_code for pod in runai.job.pods] == [3, 3] and "exit code 3 " in err
     else:
         assert "the job failed with exit code 91" in err and "the Ray cluster lost a node" in err
+
+
+# ---------------------------------------------------------------- Lepton
+
+
+@pytest.fixture
+def lepton(tmp_path, monkeypatch, capsys):
+    yield from cloud("lepton", tmp_path, monkeypatch, capsys)
+
+
+# As a driver that hands its whole environment to Ray does; the source is imported on every node, from one path.
+HANDS_ALL_ON = """\
+import os, ray, time
+
+config = os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"]
+assert "working_dir" not in config and "AIRLIFT" not in config, config
+ray.init(log_to_driver=False)
+
+@ray.remote(num_cpus=0)
+def where(code):
+    import importlib
+    for _ in range(300):  # a node that has just joined gets the source a moment later
+        if os.path.exists(code):
+            break
+        time.sleep(0.1)
+    importlib.invalidate_caches()
+    import family_helper
+    return ray.get_runtime_context().get_node_id(), family_helper.__file__, len("".join(map(str, os.environ.items())))
+
+pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+
+def found(wanted):
+    deadline = time.monotonic() + 60
+    while len(nodes := [node["NodeID"] for node in ray.nodes() if node["Alive"]]) < wanted:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    small = {"env_vars": dict(os.environ)}
+    assert len(str(small)) < 20000, len(str(small))
+    where_to = [where.options(scheduling_strategy=pinned(node, soft=False), runtime_env=small) for node in nodes]
+    return ray.get([task.remote(os.environ["AIRLIFT_CODE"]) for task in where_to])
+
+told = found(int(os.environ["WANTED"]))
+assert {file for _, file, _ in told} == {os.environ["AIRLIFT_CODE"] + "/src/family_helper.py"}, told
+assert max(size for *_, size in told) < 20000, told
+print("nodes:", len(told), 'said "so"', os.environ.get("TOKEN"), flush=True)
+"""
+
+
+@EMULATED
+@pytest.mark.slow
+def test_a_ray_cluster_on_lepton_and_a_node_that_joins_later(lepton):
+    grpo(lepton, HANDS_ALL_ON + "raise SystemExit(4)\n", ray_version="2.60.0", env_vars={"WANTED": "3"},
+         secrets={"TOKEN": "lepton:tok"}, startup_commands=["touch /tmp/set-up"])
+    lepton.server.secrets["tok"] = "sesame"
+    lepton.pad(100_000)
+    with lepton.process("nano3", "rl", "lepton", "--nodes", "2", "--repo-root", lepton.root) as launched:
+        out = until(launched, "all nodes have the source")
+        cluster, = lepton.server.clusters.values()
+        with lepton.server.lock:
+            cluster.grow(2)
+        wait_for(lambda: len(cluster.pods) == 3 and (cluster.pods[2].root / "tmp/set-up").exists(), "the new node", 60)
+        rest, err = launched.communicate(timeout=90)
+    out += rest
+    assert launched.returncode == 1 and "exit code 4 " in err, out + err
+    assert 'nodes: 3 said "so" sesame\n' in out
+    digest = re.search(r"rank 0 of 1, sha256 (\w{64})", out).group(1)
+    places = re.findall(r"airlift: node (127.0.1.\d) has sha256 %s in /tmp/airlift-" % digest, out)
+    assert sorted(places) == ["127.0.1.1", "127.0.1.2", "127.0.1.3"]
+    assert cluster.phase in ("deleting", "deleted")
+    specs = [cluster.spec["head_group_spec"], *cluster.spec["worker_group_specs"]]
+    assert all("AIRLIFT_TREE_0001" in {env["name"] for env in spec["envs"]} for spec in specs)
+    assert specs[1]["min_replicas"] == 1
+
+
+def until(process, words):
+    """What it prints, to a line with these words."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if words in line:
+            return "".join(lines)
+    raise AssertionError("".join(lines) + process.stderr.read())
+
+
+@EMULATED
+@pytest.mark.slow
+def test_a_ray_cluster_that_is_there_already(lepton):
+    """It has none of our environment; it stays, also after Ctrl-C, but not the job on it."""
+    group = {"resource_shape": "gpu.8xh100-80gb", "min_replicas": 1,
+             "affinity": {"allowed_dedicated_node_groups": list(lepton.server.groups)}}
+    made = {"metadata": {"id": "shared-ray"}, "spec": {
+        "image": "registry.test/ray:1", "ray_version": "2.60.0", "head_group_spec": group,
+        "worker_group_specs": [{**group, "group_name": "workers"}]}}
+    assert requests.post(lepton.server.url + "/rayclusters", json=made, timeout=9,
+                         headers={"Authorization": "Bearer " + lepton.server.token}).status_code == 201
+    grpo(lepton, HANDS_ALL_ON, existing_ray_cluster="shared-ray", env_vars={"WANTED": "2"})
+    lepton.pad(100_000)
+    result = lepton.launch("--nodes", 2, stage="rl")
+    assert result.code == 0 and 'nodes: 2 said "so" None\n' in result.out, result.out + result.err
+    assert "Ray cluster shared-ray was deleted" not in result.out
+    cluster = lepton.server.clusters["shared-ray"]
+    grpo(lepton, KEEPS_ON, existing_ray_cluster="shared-ray")
+    with lepton.process("nano3", "rl", "lepton", "--repo-root", lepton.root, preexec_fn=heed_ctrl_c) as launched:
+        until(launched, "up\n")
+        launched.send_signal(signal.SIGINT)
+        _, err = launched.communicate(timeout=60)
+    assert launched.returncode == 1 and "the job was cancelled" in err
+    wait_for(lambda: not [pid for pid in support.marked("RAY_CLUSTER_NAME=shared-ray") if b"time.sleep(120)" in
+                          Path("/proc/%d/cmdline" % pid).read_bytes()])
+    assert cluster.state == "Ready"
+
+
+@EMULATED
+@pytest.mark.slow
+def test_ctrl_c_deletes_the_cluster_that_was_made(lepton):
+    grpo(lepton, KEEPS_ON, ray_version="2.60.0")
+    with lepton.process("nano3", "rl", "lepton", "--nodes", "2", "--repo-root", lepton.root,
+                        preexec_fn=heed_ctrl_c) as launched:
+        until(launched, "up\n")
+        launched.send_signal(signal.SIGINT)
+        _, err = launched.communicate(timeout=60)
+    assert launched.returncode == 1 and "the job was cancelled" in err
+    wait_for(lambda: all(cluster.phase == "deleted" for cluster in lepton.server.clusters.values()))
+
+
+@EMULATED
+@pytest.mark.slow
+def test_a_detached_launch_leaves_its_cluster_until_it_is_asked_about(lepton):
+    grpo(lepton, "print('quick')\n", ray_version="2.60.0", head_resource_shape="cpu.small")
+    result = lepton.launch("--nodes", 2, "--detach", stage="rl")
+    assert result.code == 0, result.err
+    cluster, = lepton.server.clusters.values()
+    assert len(cluster.replicas) == 3 and cluster.spec["head_group_spec"]["resource_shape"] == "cpu.small"
+    wait_for(lambda: "done" in lepton.main("status", result.run).out, "done", 60)
+    assert cluster.phase in ("deleting", "deleted")
+    assert "done" in lepton.main("status", result.run).out
+
+
+@EMULATED
+@pytest.mark.parametrize(("trouble", "code", "words"), [
+    ({"status": 401}, 4, "answered 401: injected by the test"), ({"status": 403}, 4, "answered 403: injected"),
+    ({"status": 503, "times": 9}, 5, "answered 503"), (None, 4, "Lepton has no node group 'elsewhere'"),
+])
+def test_a_cluster_that_is_refused(lepton, trouble, code, words):
+    grpo(lepton, WHERE, ray_version="2.60.0", **({} if trouble else {"node_group": "elsewhere"}))
+    lepton.monkeypatch.setattr(backends.clouds, "BACKOFF_S", 0.01)
+    if trouble:
+        lepton.server.fault("status", method="POST", path="/rayclusters$", **trouble)
+    result = lepton.launch("--nodes", 2, stage="rl")
+    assert result.code == code and words in result.err and lepton.server.clusters == {}, result.err
+    assert len(result.err.strip().splitlines()) == 2
+
+
+@EMULATED
+def test_an_image_that_cannot_be_pulled_ends_the_cluster(lepton):
+    lepton.server.missing_images.add("registry.test/nemo:1")
+    grpo(lepton, WHERE, ray_version="2.60.0")
+    result = lepton.launch("--nodes", 2, stage="rl")
+    assert result.code == 4 and "the image cannot be pulled: ErrImagePull" in result.err
+    assert [cluster.phase for cluster in lepton.server.clusters.values()] == ["deleted"]
+
+
+@EMULATED
+def test_a_cluster_that_is_not_ready_in_time_is_deleted(lepton):
+    lepton.server.queue_seconds = 60
+    grpo(lepton, WHERE, ray_version="2.60.0")
+    lepton.profile(rendezvous_timeout=1, ray_version="2.60.0")
+    result = lepton.launch("--nodes", 2, stage="rl")
+    assert result.code == 4 and "is still Starting after 1 s" in result.err
+    assert [cluster.phase for cluster in lepton.server.clusters.values()] == ["deleted"]
+
+
+@EMULATED
+def test_that_the_cluster_is_there_already_is_no_error(lepton):
+    """The answer to its creation got lost, and it was asked for again."""
+    lepton.server.queue_seconds = 60
+    lepton.server.fault("status", status=409, method="POST", path="/rayclusters$", done=True, message="already exists")
+    grpo(lepton, WHERE, ray_version="2.60.0")
+    lepton.profile(rendezvous_timeout=1, ray_version="2.60.0")
+    assert "is still Starting after 1 s" in lepton.launch("--nodes", 2, stage="rl").err
+
+
+@EMULATED
+@pytest.mark.parametrize(("changes", "words"), [
+    ({}, "needs ray_version"), ({"ray_version": "2.60.0", "unpack": "shared"}, 'unpack = "shared" is not for'),
+    ({"ray_version": "2.60.0", "retries": 1}, "retries is not for"),
+    ({"existing_ray_cluster": "x", "secrets": {"T": "lepton:t"}}, "secrets cannot be given to a Ray cluster"),
+])
+def test_what_a_cluster_cannot_have_is_refused_before_anything_is_sent(lepton, changes, words):
+    grpo(lepton, WHERE, **changes)
+    result = lepton.launch("--nodes", 2, stage="rl")
+    assert result.code == 2 and words in result.err and lepton.server.requests == []
+
+
+@EMULATED
+def test_the_environment_counts_twice(lepton):
+    grpo(lepton, WHERE, ray_version="2.60.0")
+    lepton.pad(600_000)
+    result = lepton.launch("--nodes", 2, stage="rl")
+    assert result.code == 3 and "API object needs 1,6" in result.err and lepton.server.requests == []
+    assert lepton.launch("--nodes", 1, "--dry-run", stage="rl").code == 0

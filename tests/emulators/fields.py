@@ -73,6 +73,29 @@ LEPTON_JOB_SPEC: Shape = {
     "segment_config": {"count_per_segment": int},
 }
 
+_LEPTON_RAY_GROUP: Shape = {
+    "resource_shape": str,
+    "affinity": LEPTON_JOB_SPEC["affinity"],
+    "shared_memory_size": int,
+    "min_replicas": int,
+    "envs": [LEPTON_ENV],
+    "mounts": [LEPTON_MOUNT],
+    "queue_config": LEPTON_JOB_SPEC["queue_config"],
+    "reservation_config": LEPTON_JOB_SPEC["reservation_config"],
+}
+
+LEPTON_RAYCLUSTER: Shape = {
+    "metadata": LEPTON_METADATA,
+    "spec": {
+        "image": str,
+        "image_pull_secrets": [str],
+        "ray_version": str,
+        "suspend": bool,
+        "head_group_spec": _LEPTON_RAY_GROUP,
+        "worker_group_specs": [{**_LEPTON_RAY_GROUP, "group_name": str}],
+    },
+}
+
 LEPTON_JOB: Shape = {"metadata": LEPTON_METADATA, "spec": LEPTON_JOB_SPEC}
 
 # --- run:AI -------------------------------------------------------------------------------------------------------

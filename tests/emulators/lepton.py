@@ -18,7 +18,7 @@ Where the facts are silent the emulator is on the hostile side, so that a client
 - A worker that was started again is a new replica; the list has the old one too, oldest first.
 - Every env name that begins with LEPTON_ is refused, and so is a name that comes twice.
 
-RAYCLUSTERS: not here yet (issue 8). See `rayclusters()` below for where they belong.
+A RayCluster has a real Ray head and real workers; see lepton_ray.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 
 from .fields import LEPTON_JOB
 from .lepton_job import ALIVE, LeptonJob
+from .lepton_ray import RayCluster, RayClusters
 from .plane import Plane, not_started
 from .rules import check, check_env_names, check_object_size
 from .server import Refusal, Reply, Request, Route
@@ -44,7 +45,7 @@ LIST_QUERY = ("page", "page_size", "job_query_mode", "q", "query", "status", "no
 DEFAULT_GROUPS: Mapping[str, Sequence[str]] = {"default-group": ("node-a", "node-b", "node-c", "node-d")}
 
 
-class LeptonEmulator(Plane):
+class LeptonEmulator(RayClusters, Plane):
     """The control plane; see the top of this file, and plane.Plane for the parameters that both planes have.
 
     node_groups: {name: node ids}; volumes: {what a mount's `from` says: folder} (default: node-nfs:shared, made under
@@ -77,6 +78,7 @@ class LeptonEmulator(Plane):
         self.shapes = ["cpu.small", "cpu.large", "gpu.1xh100-80gb", "gpu.8xh100-80gb"]
         self.worker_retries = worker_retries
         self.job_retries = job_retries
+        self.clusters: dict[str, RayCluster] = {}
         self.jobs: dict[str, LeptonJob] = {}  # by id; a deleted job stays until its name is used again
 
     def env(self) -> dict[str, str]:
@@ -107,10 +109,28 @@ class LeptonEmulator(Plane):
         ]
 
     def rayclusters(self) -> list[Route]:
-        """The place for issue 8: POST /rayclusters; GET, PATCH, DELETE /rayclusters/{name}; and the proxy to Ray's own
-        job API, /rayclusters/{name}/dashboard/…, which must open its connection from a thread that has entered the
-        cluster's network namespace (setns on pods.Network.fd), since nothing else reaches it."""
-        return []
+        """Clusters, and the proxy to each one's own dashboard."""
+        return [
+            Route("POST", "/rayclusters", self.create_cluster),
+            Route("GET", "/rayclusters/{name}", self.get_cluster),
+            Route("PATCH", "/rayclusters/{name}", self.patch_cluster),
+            Route("DELETE", "/rayclusters/{name}", self.delete_cluster),
+            *(Route(method, "/rayclusters/{name}/dashboard/{path*}", self.pass_on) for method in ("GET", "POST", "PUT")),
+        ]
+
+    def check_name(self, name: str) -> None:
+        if not JOB_NAME.fullmatch(name):
+            raise Refusal(400, f'invalid name "{name}": at most 36 of [a-z0-9-], a letter first, no "-" at the end')
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        if not SHAPE.fullmatch(group.get("resource_shape", "")):
+            raise Refusal(400, f'unknown resource_shape "{group.get("resource_shape", "")}"')
+        self._check_affinity(group.get("affinity") or {})
+        self._check_envs(group.get("envs") or [])
+        self._check_mounts(group.get("mounts") or [])
+
+    def check_size(self, body: Any) -> None:
+        check_object_size(body, self.object_limit)
 
     def authorize(self, request: Request) -> None:
         header = {name.lower(): value for name, value in request.headers.items()}.get("authorization", "")

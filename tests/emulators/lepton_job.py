@@ -158,13 +158,18 @@ class LeptonJob(Job):
             "LEPTON_RESOURCE_ACCELERATOR_TYPE": kind,
             "LEPTON_VIRTUAL_ENV": "/opt/lepton/venv",
         }
-        pairs = [(key, value, True) for key, value in platform.items()]
-        for env in self.spec.get("envs") or []:
-            if env.get("value_from"):
-                pairs.append((env["name"], self.plane.secrets[env["value_from"]["secret_name_ref"]], True))
-            else:
-                pairs.append((env["name"], env.get("value") or "", False))
-        return expand_environment(pairs)
+        return environment(self.plane, self.spec, platform)
+
+
+def environment(plane: LeptonEmulator, spec: dict[str, Any], platform: dict[str, str]) -> dict[str, str]:
+    """What a container gets: the platform's own variables, then those of its spec, secrets resolved."""
+    pairs = [(key, value, True) for key, value in platform.items()]
+    for env in spec.get("envs") or []:
+        if env.get("value_from"):
+            pairs.append((env["name"], plane.secrets[env["value_from"]["secret_name_ref"]], True))
+        else:
+            pairs.append((env["name"], env.get("value") or "", False))
+    return expand_environment(pairs)
 
 
 def accelerators(shape: str) -> tuple[int, str]:

@@ -98,7 +98,8 @@ class Route:
 
     def match(self, path: str) -> dict[str, str] | None:
         """The path's {names}, or None."""
-        found = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.pattern), path)
+        pattern = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", self.pattern)
+        found = re.fullmatch(re.sub(r"\{(\w+)\*\}", r"(?P<\1>.+)", pattern), path)
         return None if found is None else {name: unquote(value) for name, value in found.groupdict().items()}
 
 
