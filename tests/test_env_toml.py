@@ -302,7 +302,8 @@ OF_NVIDIA = {
     "node_group": (["lepton"], "g"), "node_reservation": (["lepton"], "r"), "shared_memory_size": (["lepton"], 65536),
     "image_pull_secrets": (["lepton"], ["reg"]), "pre_launch_commands": (["lepton"], ["pip install x"]),
     "queue_priority": (["lepton"], "mid-4000"), "can_be_preempted": (["lepton"], True),
-    "can_preempt": (["lepton"], True),
+    "can_preempt": (["lepton"], True), "ray_version": (["lepton"], "2.48.0"),
+    "head_resource_shape": (["lepton"], "cpu.large"), "existing_ray_cluster": (["lepton"], "c"),
     "base_url": (["dgxcloud"], "https://h/api/v1"), "kube_apiserver_url": (["dgxcloud"], "https://k"),
     "client_id": (["dgxcloud"], "i"), "client_secret": (["dgxcloud"], "s"), "app_id": (["dgxcloud"], "i"),
     "app_secret": (["dgxcloud"], "s"), "project_name": (["dgxcloud"], "p"),
@@ -316,12 +317,10 @@ OF_NVIDIA = {
 NAMED = {
     "build_partition": "cpu", "build_time": "02:00:00", "build_cache_dir": "/lustre/x", "build_image": "docker://x",
     "build_include_gpus": False, "build_gpus_per_node": 0, "code_src_dir": "/workspace/_nemotron/src",
-    "ray_version": "2.48.0", "head_resource_shape": "cpu.large",
 }
 # What would change something, and is not to be had here.
 NOT_HERE = {
     "launcher": ("torchrun", "the recipe's header says how it is launched; take it out"),
-    "existing_ray_cluster": ("c", "Ray clusters on Lepton are not used by this version; use one node"),
     "packager": ("git", "Airlift packs the tree itself; exclude and scope say what ships"),
     "packager_include_pattern": ("src/**/*.py", "Airlift packs the tree itself; exclude and scope say what ships"),
 }

@@ -15,6 +15,7 @@ from cloud import EMULATED, KEEPS_ON, cloud, wait_for
 from layout import flat_folder, heed_ctrl_c, launcher, recipe
 
 import backends
+from tests.emulators import fields
 
 PATIENCE = 40
 
@@ -426,3 +427,16 @@ def test_the_environment_counts_twice(lepton):
     result = lepton.launch("--nodes", 2, stage="rl")
     assert result.code == 3 and "API object needs 1,6" in result.err and lepton.server.requests == []
     assert lepton.launch("--nodes", 1, "--dry-run", stage="rl").code == 0
+
+
+def test_the_emulators_fields_of_a_cluster_are_the_sdks():
+    from leptonai.api.v1.types import raycluster
+
+    def there(shape, model):
+        names = {field.alias or name for name, field in model.model_fields.items()}
+        return set(shape) <= names
+
+    spec = fields.LEPTON_RAYCLUSTER["spec"]
+    assert there(spec, raycluster.LeptonRayClusterUserSpec)
+    assert there(spec["head_group_spec"], raycluster.RayHeadGroupSpec)
+    assert there(spec["worker_group_specs"][0], raycluster.RayWorkerGroupSpec)
