@@ -131,7 +131,7 @@ def main(argv=None):
         if "--debug" in argv[: argv.index("--") if "--" in argv else None]:
             raise
         what, fix, code = wrong(error)
-        print("airlift: %s\n%s" % (one_line(what), one_line(fix)), file=sys.stderr)
+        screen.complain(one_line(what), one_line(fix))
     try:
         sys.stdout.flush()
     except OSError:  # nobody reads, or the disk is full; Python would try again, and say so
@@ -343,7 +343,7 @@ def submit(plan, options):
         job.name, plan.profile.name, screen.shape(job), plan.plan.files, transport.human(len(plan.plan.tar)),
         plan.plan.digest[:12], job.run))
     for note in plan.notes():
-        print("note: " + note)
+        screen.note(note)
     sys.stdout.flush()
     run = backends.Run(job.run, job.name, plan.profile.name, job.executor, job.nodes, plan.plan.digest, begun)
     every = job.executor == "local" and options.rank is None  # what happens on this machine is seen whole
@@ -387,7 +387,7 @@ def follow(run, took=()):
     what = "the job was cancelled" if status.state == "cancelled" else "the job failed" + (
         " with exit code %d" % code if code is not None else ", and no exit code was told (%s)" % status.detail)
     why = "%s; %s" % pod.FAILURES[code] if code in pod.FAILURES else "see python launch.py logs " + run.run
-    print("airlift: %s%s\n%s" % (what, after.replace(" in ", " after "), why), file=sys.stderr)
+    screen.complain(what + after.replace(" in ", " after "), why)
     return 1
 
 
@@ -416,7 +416,7 @@ def list_recipes(options):
                 recipe.stage, recipe.launch, recipe.nodes, recipe.gpus_per_node, recipe.script,
                 "  [%s]" % recipe.image if recipe.image else ""))
     for problem in problems:
-        print("airlift: %s\n%s" % (problem.what, problem.fix), file=sys.stderr)
+        screen.complain(problem.what, problem.fix)
     return 2 if problems else 0
 
 
@@ -470,8 +470,9 @@ def check(options):
     if options.json:
         print(json.dumps([dict(vars(finding), said=screen.hide(finding.said)) for finding in found], indent=1))
     failures = [finding for finding in found if finding.state == "failure"]
-    if failures and not options.json:
-        print("a launch cannot be expected to work: %s" % ", ".join(finding.what for finding in failures))
+    if not options.json:
+        print("a launch cannot be expected to work: %s" % ", ".join(finding.what for finding in failures) if failures
+              else "a launch can be expected to work")
     return failures[0].code or 2 if failures else 0
 
 

@@ -130,15 +130,22 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     yield tried("credentials", workspace)
     if client is None or not groups:
         return
-    yield (found := tried("node group", lambda: node_group(client, settings["node_group"])))
-    if found.state != "ok":
+    group: Any = None
+
+    def by_name() -> str:
+        nonlocal group
+        found = node_group(client, settings["node_group"])
+        group = next(group for group in groups if group.metadata.id_ == found)
+        return "%s, id %s" % (group.metadata.name, found)
+
+    yield tried("node group", by_name)
+    if group is None:
         return
-    group = next(group for group in groups if group.metadata.id_ == found.said)
-    yield _nodes(client, found.said, job.nodes if job else settings.get("nodes", 1))
+    yield _nodes(client, group.metadata.id_, job.nodes if job else settings.get("nodes", 1))
     shapes = [settings["resource_shape"]]
     yield from checks.listed("resource shape", shapes, lambda: [
         str(shape.metadata.id_ or shape.spec.name) for shape in asked(
-            "list the resource shapes", client, lambda: client.shapes.list_shapes(found.said, "job"))],
+            "list the resource shapes", client, lambda: client.shapes.list_shapes(group.metadata.id_, "job"))],
         "set resource_shape in the profile")
     yield checks.image(settings, job)
     mounts = [mount for mount in settings.get("mounts") or [] if isinstance(mount, dict)]

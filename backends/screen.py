@@ -38,6 +38,15 @@ def told(status: Status, run: Run) -> str:
     return "-- %s%s%s" % (state(status.state), detail, after)
 
 
+def complain(what: str, fix: str) -> None:
+    """An error's two lines, on standard error."""
+    print("%s %s\n%s" % (paint("airlift:", "red", sys.stderr), what, fix), file=sys.stderr)
+
+
+def note(text: str) -> None:
+    print("%s %s" % (paint("note:", "yellow"), text))
+
+
 def rank(number: str | int) -> str:
     """What stands before a line of a log where several are shown."""
     return paint("[%s]" % number, "dim") + " "
@@ -59,7 +68,8 @@ def runs(rows: list[dict[str, Any]]) -> str:
     """The table of `status`."""
     lines = [("RUN", "STATE", "AGE", "RECIPE", "PROFILE", "NODES", "DETAIL")]
     for row in rows:
-        said = (row["detail"], "exit code %s" % row["job_exit_code"] if row["job_exit_code"] else "")
+        said = ("" if row["detail"] == "exit code 0" else row["detail"],
+                "exit code %s" % row["job_exit_code"] if row["job_exit_code"] else "")
         detail = "; ".join(dict.fromkeys(filter(None, said)))
         lines.append((row["run"], row["state"], span(row["age_s"]), row["recipe"], row["profile"], str(row["nodes"]),
                       detail))
@@ -110,9 +120,9 @@ def show(plan: Any) -> None:
     rows = [
         ("script", job.description["script"]), ("config", str(plan.config.path)), ("image", job.image),
         ("command", hide(job.description["command"])), ("outputs", job.description["run_root"]),
-        ("ships", "%d files, %s as %s, %d chunks, sha256 %s" % (
-            payload.files, transport.human(len(payload.tar)), payload.compression, payload.chunks,
-            payload.digest[:16])),
+        ("ships", "%d files, %s as %s, %s, sha256 %s" % (
+            payload.files, transport.human(len(payload.tar)), payload.compression,
+            "1 chunk" if payload.chunks == 1 else "%d chunks" % payload.chunks, payload.digest[:16])),
     ]
     rows += [("" if number else "budgets", budget(*one)) for number, one in enumerate(payload.budgets)]
     rows += [("env", "%s=%s" % pair) for pair in sorted(shown_env(plan).items()) if not pair[0].startswith("AIRLIFT_")]

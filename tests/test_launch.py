@@ -235,7 +235,7 @@ def test_a_dry_run_shows_what_would_happen(say, here):
     assert rows["command"][0].startswith("torchrun --nnodes 2 --node-rank \"$NODE_RANK\" --nproc-per-node 8 ")
     assert rows["command"][0].endswith(" --config \"$AIRLIFT_CONFIG\" --flag 'two words'")
     assert rows["outputs"] == ["/shared/airlift/nano3"]
-    assert " files, " in rows["ships"][0] and " as xz, 1 chunks, sha256 " in rows["ships"][0]
+    assert " files, " in rows["ships"][0] and " as xz, 1 chunk, sha256 " in rows["ships"][0]
     budgets = "\n".join(rows["budgets"] + rows[""])
     for name in ("one string", "environment", "API object"):
         assert name in budgets
