@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,12 +115,29 @@ def read_metrics(output: Path) -> list[dict[str, Any]]:
 # Headers and configs
 
 
+def header_of(script: Path) -> dict[str, Any]:
+    block = re.search(r"^# /// script\n(.*?)^# ///$", script.read_text(), re.DOTALL | re.MULTILINE)
+    assert block
+    found: dict[str, Any] = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))["tool"]["runspec"]
+    return found
+
+
+def test_a_sub_stage_is_its_stage_with_an_output_of_its_own(tmp_path: Path) -> None:
+    header = header_of(RECIPES / "super3/rl/stage1_rlvr/train.py")
+    assert header == header_of(RECIPES / "super3/rl/train.py") | {"name": "super3/rl/stage1_rlvr"}
+    env = os.environ | {"AIRLIFT_HOME": str(tmp_path)}
+    configs = {}
+    for stage in ("rl", "rl/stage1_rlvr"):
+        done = launcher(ROOT, "super3", stage, "local", "--dry-run", "--json", env=env)
+        assert done.returncode == 0, done.stderr
+        configs[stage] = yaml.safe_load(json.loads(done.stdout)["config"]["text"])
+    assert configs["rl"]["output"] == "/nemo_run/rl"
+    assert configs["rl/stage1_rlvr"] == configs["rl"] | {"output": "/nemo_run/rl/stage1_rlvr"}
+
+
 @pytest.mark.parametrize("family", ["nano3", "super3"])
 def test_the_header_and_its_config(family: str, prepared: Path) -> None:
-    text = (RECIPES / family / "rl/train.py").read_text()
-    block = re.search(r"^# /// script\n(.*?)^# ///$", text, re.DOTALL | re.MULTILINE)
-    assert block
-    header = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))["tool"]["runspec"]
+    header = header_of(RECIPES / family / "rl/train.py")
     assert header["name"] == f"{family}/rl" and header["run"] == {"launch": "ray"}
     cfg = parse_args(RLConfig, ["--config", str(config_for(prepared, family))])
     assert cfg.data.train == str(prepared / "data/rl/train/train-split.jsonl")

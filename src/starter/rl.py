@@ -159,9 +159,12 @@ class Learner(Run):
         count = self.cfg.global_batch_size // size
         prompts = [self.train[i] for i in batch_indices(len(self.train), self.seed, self.samples, count)]
         groups = self.answers(prompts, self.samples, size, greedy=False)
+        order = sorted(range(count), key=lambda i: len(prompts[i].ids))  # so that little is padding
+        groups = [groups[i] for i in order]
         rewards = torch.stack([group.rewards for group in groups])
-        ids = [prompt.ids for prompt in prompts for _ in range(size)]
+        ids = [prompts[i].ids for i in order for _ in range(size)]
         batch = Batch(ids, groups, grpo.advantages(rewards).flatten())
+        batch.reference = self._reference(batch)
         for _ in range(self.grpo.updates):
             loss, kl = self._gradient(batch)
             norm = self.apply_gradient()
@@ -176,14 +179,23 @@ class Learner(Run):
             "grad_norm": norm,
         }
 
+    @torch.no_grad()
+    def _reference(self, batch: Batch) -> torch.Tensor:
+        """[B, T]: what the reference policy gives each token."""
+        size = self.cfg.micro_batch_size
+        found = []
+        for start in range(0, len(batch), size):
+            prompts, tokens, *_ = batch.piece(start, size)
+            found.append(grpo.token_logprobs(self.reference, prompts, tokens, self.end).cpu())
+        return torch.cat(found)
+
     def _gradient(self, batch: Batch) -> tuple[torch.Tensor, float]:
         """Add up the gradient of the mean loss. Returns that loss, and the mean KL of a token to the reference."""
         self.model.train()
         total, divergence = torch.zeros((), device=self.world.device), 0.0
         for start in range(0, len(batch), self.cfg.micro_batch_size):
-            prompts, tokens, mask, old, gain = batch.piece(start, self.cfg.micro_batch_size, self.world.device)
-            with torch.no_grad():
-                reference = grpo.token_logprobs(self.reference, prompts, tokens, self.end)
+            prompts, tokens, *rest = batch.piece(start, self.cfg.micro_batch_size)
+            mask, old, reference, gain = (tensor.to(self.world.device) for tensor in rest)
             logprobs = grpo.token_logprobs(self.model, prompts, tokens, self.end)
             kl = grpo.kl_to_reference(logprobs, reference)
             loss = grpo.policy_loss(logprobs, old, kl, gain, mask, self.grpo.clip, self.grpo.kl) / len(batch)
@@ -212,11 +224,12 @@ class Batch:
         self.lengths = torch.cat([part.lengths for part in parts])
         self.old = torch.cat([part.logprobs for part in parts])
         self.mask = torch.cat([part.mask for part in parts])
+        self.reference = torch.zeros_like(self.old)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def piece(self, start: int, size: int, device: torch.device) -> tuple[Any, ...]:
+    def piece(self, start: int, size: int) -> tuple[Any, ...]:
+        """Of some answers: prompts, tokens, mask, old and reference log-probabilities, and advantages."""
         rows = slice(start, start + size)
-        tensors = (self.mask, self.old, self.gain)
-        return self.prompts[rows], self.tokens[rows], *(tensor[rows].to(device) for tensor in tensors)
+        return tuple(part[rows] for part in (self.prompts, self.tokens, self.mask, self.old, self.reference, self.gain))
