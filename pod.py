@@ -1239,6 +1239,7 @@ class Spread:
     def __init__(self, told: dict) -> None:
         self.told: dict = told
         self.served: set[str] = set()
+        self.ended = False
         with open(told["program"], "rb") as file:
             self.program = file.read()
         self.chunks = {name: value for name, value in os.environ.items() if name.startswith("AIRLIFT_")}
@@ -1247,7 +1248,7 @@ class Spread:
         import ray
 
         ray.init(log_to_driver=False, logging_level=logging.ERROR, namespace="airlift-" + self.told["run"])
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray's handler writes a page about it
+        signal.signal(signal.SIGTERM, self.end)  # Ray's own handler writes a page about it
         self.ray, self.sent = ray, ray.put(self.chunks)
         deadline = time.monotonic() + self.told["patience"]
         while len(self.living()) < self.told["nodes"]:
@@ -1257,12 +1258,32 @@ class Spread:
             time.sleep(0.5)
         self.serve()
         say("all nodes have the source")
-        while True:
+        while not self.ended:
             time.sleep(0.2)
             try:
                 self.serve()
             except Failure as failure:
                 complain("0", failure)
+        if self.told["stays"]:
+            self.clean()
+        return 0
+
+    def end(self, _number: int, _frame: object) -> None:
+        self.ended = True
+
+    def clean(self) -> None:
+        """A cluster that goes on keeps nothing of this run."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        def remove(base: str) -> None:
+            import shutil
+
+            shutil.rmtree(base, ignore_errors=True)
+
+        tasks = [self.ray.remote(remove).options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(self.told["base"])
+            for node in self.living()]
+        self.ray.wait(tasks, num_returns=len(tasks), timeout=4)
 
     def living(self) -> dict[str, str]:
         """Node id -> address."""
@@ -1328,7 +1349,7 @@ def spread(env: dict[str, str], job: dict, places: Places) -> None:
     with open(path, "wb") as file:
         file.write(program)
     told = {"run": job["run"], "sha256": job["tree"]["sha256"], "nodes": job["on_cluster"], "patience": job["patience"],
-            "base": places.base, "program": path}
+            "base": places.base, "program": path, "stays": job["stays"]}
     process = subprocess.Popen([sys.executable or "python3", path, "spread", json.dumps(told)], env=env,
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     assert process.stdout
@@ -1399,7 +1420,7 @@ def main() -> int:
         else:
             job, tar = read_payload(env)
             if driver:
-                job = dict(job, nodes=1, on_cluster=job["nodes"])
+                job = dict(job, nodes=1, on_cluster=job["nodes"], stays=bool(sys.argv[2:]))
             places = Places(job, env, cluster_base(job["run"]) if driver else "")
             shared = put(tar, job, places, env, rank)
         said = rank, job["nodes"], job["tree"]["sha256"], job["tree"]["files"], places.code

@@ -3,6 +3,11 @@
 One srun starts one pod.py on each node, and its rank is found there, in the task. What the others need of a job lies in
 its folder, <remote_job_dir>/experiments/<name>/<name>_1/<name>: the tree (code/), one log for each rank and each start
 of the job, the batch script's own log, and, while the job may still run, secrets.json (0600).
+
+Ray on several nodes is such a job too: the tasks form the cluster (pod.py). nemo-run's SlurmRayJob is not used, for its
+batch script, which is all it has, would have to be another one: it traces every line and prints its environment into
+logs, needs containers, jq and pmix, loses double quotes, leaves out what .gitignore names, and lets a job go on whose
+worker has died.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Ray recipes on several nodes: pods that form a cluster, on every platform. The slow ones run the real Ray."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from cloud import EMULATED, KEEPS_ON, cloud, wait_for
 from layout import flat_folder, heed_ctrl_c, launcher, recipe
 
 import backends
+import pod
 from tests.emulators import fields
 
 PATIENCE = 40
@@ -215,7 +217,7 @@ def test_a_workload_whose_pods_form_a_cluster(runai, nodes):
 @pytest.mark.parametrize("fails", ["driver", "worker", "head"])
 def test_a_workload_that_fails_ends_with_a_code(runai, fails):
     grpo(runai, "import time\nprint('up', flush=True)\ntime.sleep(%d)\nraise SystemExit(3)\n" % (0 if fails == "driver" else 300))
-    runai.server.grace = 20  # platforms give 30
+    runai.server.grace = 10  # platforms give 30
     with runai.process("nano3", "rl", "dgxcloud", "--nodes", "2", "--repo-root", runai.root) as launched:
         if fails != "driver":
             wait_for(lambda: runai.jobs and runai.job.pods and "up\n" in runai.job.pods[0].output, "the driver", 60)
@@ -327,6 +329,7 @@ def test_a_ray_cluster_that_is_there_already(lepton):
     assert result.code == 0 and 'nodes: 2 said "so" None\n' in result.out, result.out + result.err
     assert "Ray cluster shared-ray was deleted" not in result.out
     cluster = lepton.server.clusters["shared-ray"]
+    wait_for(lambda: not [place for pod in cluster.pods for place in (pod.root / "tmp").glob("airlift-*")])
     grpo(lepton, KEEPS_ON, existing_ray_cluster="shared-ray")
     with lepton.process("nano3", "rl", "lepton", "--repo-root", lepton.root, preexec_fn=heed_ctrl_c) as launched:
         until(launched, "up\n")
@@ -440,3 +443,11 @@ def test_the_emulators_fields_of_a_cluster_are_the_sdks():
     assert there(spec, raycluster.LeptonRayClusterUserSpec)
     assert there(spec["head_group_spec"], raycluster.RayHeadGroupSpec)
     assert there(spec["worker_group_specs"][0], raycluster.RayWorkerGroupSpec)
+
+
+def test_a_driver_masks_the_chunks_and_tells_workers_where_the_source_is():
+    env = {"AIRLIFT_TREE_0000": "x" * 98304, pod.RAY_JOB: '{"metadata": {"a": "b"}}'}
+    given = pod.driver_env(env, {"A": "1", "AIRLIFT_RUN": "r"}, "/tmp/airlift-r/code")
+    config = {"metadata": {"a": "b"}, "py_driver_sys_path": ["/tmp/airlift-r/code/src"]}
+    assert json.loads(given.pop(pod.RAY_JOB)) == config
+    assert given == {"AIRLIFT_TREE_0000": "", "A": "1", "AIRLIFT_RUN": "r"}
