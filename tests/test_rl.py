@@ -83,7 +83,8 @@ class Here:
     nodes = 1
 
     def __init__(self, make: Any, count: int) -> None:
-        self.objects = [make() for _ in range(count)]
+        self.count = count or 2
+        self.objects = [make() for _ in range(self.count)]
 
     def share(self, value: Any) -> Any:
         return value

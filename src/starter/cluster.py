@@ -14,6 +14,7 @@ from typing import Any
 
 from starter.config import RecipeError
 
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
 STORE = 80 << 20  # bytes of the object store; Ray takes no less than 75 MiB
 PATIENCE = 120  # seconds for the actors to find their places, as nodes may still be joining
 
@@ -32,23 +33,15 @@ def joined(cpus: int, store: int = STORE) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise RecipeError("Ray is not installed here.\nUse an image with Ray, or add ray to pip_extras.") from error
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     try:
         if address:
-            knock(address)
-            ray.init(address, **quiet)
+            connect(ray, address)
         else:
             folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: names of sockets have at most 107 characters
             ray.init(
                 "local", num_cpus=max(cpus, len(os.sched_getaffinity(0))), object_store_memory=max(store, STORE),
-                include_dashboard=False, _temp_dir=folder, **quiet,
+                include_dashboard=False, _temp_dir=folder, **QUIET,
             )  # fmt: skip
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-        where = f"reach the Ray cluster at {address}" if address else "start Ray"
-        raise RecipeError(f"cannot {where}: {' '.join(str(error).split())}\nSee Ray's own log there.") from error
-    try:
         yield ray
     finally:
         ray.shutdown()
@@ -56,19 +49,31 @@ def joined(cpus: int, store: int = STORE) -> Iterator[Any]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def knock(address: str) -> None:
-    """Raises OSError where nobody listens at host:port. Ray itself tries for minutes."""
+def connect(ray: Any, address: str) -> None:
+    """Join the cluster at host:port, or at what else Ray takes for an address."""
     host, colon, port = address.rpartition(":")
-    if colon and port.isdigit() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=30).close()
+    try:
+        if colon and port.isdigit() and "/" not in host:  # where nobody listens, Ray would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=30).close()
+        ray.init(address, **QUIET)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RecipeError(
+            f"cannot reach the Ray cluster at {address}: {' '.join(str(error).split())}\n"
+            "Mend RAY_ADDRESS, or unset it: then the recipe starts Ray itself."
+        ) from error
 
 
 class Crew:
-    """Actors that each hold one object, made by ``make`` on their node, placed on as many nodes as there are."""
+    """Actors that each hold one object, made by ``make`` on their node, placed on as many nodes as there are.
 
-    def __init__(self, ray: Any, make: Callable[[], Any], count: int) -> None:
+    Without a ``count`` there is one for each node that has CPUs, and two on a single one with two CPUs.
+    """
+
+    def __init__(self, ray: Any, make: Callable[[], Any], count: int | None) -> None:
         self.ray = ray
         have = ray.cluster_resources()
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+        count = self.count = count or max(1, len(nodes), min(2, int(have.get("CPU", 0))))
         gpus = min(1.0, have.get("GPU", 0) / count)
         self.places = ray.util.placement_group([{"CPU": 1.0} | ({"GPU": gpus} if gpus else {})] * count, "SPREAD")
         if not self.places.wait(PATIENCE):

@@ -81,15 +81,15 @@ class PromptDataConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    actors: int  # processes that write answers, spread over the nodes of the Ray cluster
     answers_per_prompt: int  # of which each is compared with the mean
     max_new_tokens: int
+    actors: int | None = None  # processes that write answers, spread over the Ray cluster; by default one on each node
     batch_size: int = 64  # answers that an actor writes at once
 
     def __post_init__(self) -> None:
         least = {"actors": 1, "answers_per_prompt": 2, "max_new_tokens": 1, "batch_size": 1}
         for name, value in least.items():
-            if getattr(self, name) < value:
+            if getattr(self, name) is not None and getattr(self, name) < value:
                 raise RecipeError(f"rollout.{name} is {getattr(self, name)}.\nGive {value} or more.")
 
 

@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
+from starter import cluster
 from starter.config import RecipeError
 
 A = TypeVar("A")
@@ -60,7 +61,7 @@ def on_ray(function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
     except ImportError as error:
         raise RecipeError("RAY_ADDRESS is set, but Ray is not installed.\nUse another image, or unset it.") from error
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        cluster.connect(ray, os.environ["RAY_ADDRESS"])
         print(f"on the Ray cluster {os.environ['RAY_ADDRESS']}, {ray.cluster_resources().get('CPU', 0):.0f} CPUs")
 
     def call(source: str, work: bytes) -> Any:  # travels by value, so that it can tell where all else lies

@@ -36,6 +36,7 @@ class Crew(Protocol):
     """What writes the answers (cluster.Crew)."""
 
     nodes: int
+    count: int
 
     def share(self, value: Any) -> Any: ...
 
@@ -62,7 +63,7 @@ def assembled(cfg: RLConfig, opened: OpenModel, learner: Learner) -> Iterator[Cr
     """The actors, on a Ray cluster."""
     size = sum(value.numel() * value.element_size() for value in learner.model.state_dict().values())
     make = functools.partial(Rollout, opened.config, opened.tokenizer, cfg.seed, cfg.rollout.batch_size)
-    with cluster.joined(cfg.rollout.actors, store=4 * size) as ray:
+    with cluster.joined(cfg.rollout.actors or 2, store=4 * size) as ray:
         yield cluster.Crew(ray, make, cfg.rollout.actors)
 
 
@@ -114,7 +115,7 @@ class Learner(Run):
     def describe(self) -> str:
         return (
             f"{len(self.train)} prompts and {len(self.val)} for validation, "
-            f"{self.rollout.actors} rollout actors on {self.crew.nodes} node" + "s" * (self.crew.nodes > 1)
+            f"{self.crew.count} rollout actors on {self.crew.nodes} node" + "s" * (self.crew.nodes > 1)
         )
 
     def cold_start(self) -> None:
@@ -147,7 +148,7 @@ class Learner(Run):
     def answers(self, prompts: list[Prompt], first: int, size: int, greedy: bool) -> list[Group]:
         """A group of answers to each prompt, by all actors; ``first`` is the place in the run of the first prompt."""
         weights = self.crew.share({name: value.cpu() for name, value in self.model.state_dict().items()})
-        n, places = self.rollout.actors, list(range(first, first + len(prompts)))
+        n, places = self.crew.count, list(range(first, first + len(prompts)))
         same = [[value] * n for value in (size, self.rollout.max_new_tokens, greedy)]
         parts = [[part[i::n] for i in range(n)] for part in (prompts, places)]
         found = self.crew.call("answer", [weights] * n, *parts, *same)
