@@ -1156,6 +1156,8 @@ def test_pod_is_written_for_python_3_8() -> None:
     source = (ROOT / "pod.py").read_text()
     module = ast.parse(source, feature_version=(3, 8))
     ast.parse(source, feature_version=(3, 7))
+    spread = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "Spread")
+    module.body.remove(spread)  # it talks to the image's Ray, in a process of its own; nothing else does
     imported = {alias.name.split(".")[0] for node in ast.walk(module) if isinstance(node, ast.Import)
                 for alias in node.names}
     imported |= {str(node.module).split(".")[0] for node in ast.walk(module) if isinstance(node, ast.ImportFrom)}
