@@ -1306,15 +1306,15 @@ class Spread:
                                       env=dict(os.environ, **chunks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             return done.returncode, done.stdout.decode("utf-8", "replace")
 
-        here, new = self.ray.get_runtime_context().get_node_id(), {}
+        here, new = self.ray.get_runtime_context().get_node_id(), []
         for node, address in self.living().items():
             if node not in self.served:
                 self.served.add(node)
                 words = ["place", self.told["base"]] + ([] if node == here else ["setup"])
                 task = self.ray.remote(place).options(
                     num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-                new[address] = task.remote(self.program, self.sent, self.told["run"], words)
-        for address, answer in sorted(new.items()):
+                new.append((address, task.remote(self.program, self.sent, self.told["run"], words)))
+        for address, answer in new:
             try:
                 code, said = self.ray.get(answer, timeout=self.told["patience"])
             except Exception as error:  # Ray's own: the node is gone, say
