@@ -142,11 +142,15 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     if group is None:
         return
     yield _nodes(client, group.metadata.id_, job.nodes if job else settings.get("nodes", 1))
-    shapes = [settings["resource_shape"]]
+    shapes = [settings[key] for key in ("resource_shape", "head_resource_shape") if settings.get(key)]
     yield from checks.listed("resource shape", shapes, lambda: [
         str(shape.metadata.id_ or shape.spec.name) for shape in asked(
             "list the resource shapes", client, lambda: client.shapes.list_shapes(group.metadata.id_, "job"))],
         "set resource_shape in the profile")
+    if settings.get("existing_ray_cluster"):
+        name = settings["existing_ray_cluster"]
+        yield tried("Ray cluster", lambda: "%s is %s" % (name, asked(
+            "read Ray cluster " + name, client, lambda: client.raycluster.get(name)).status.state.value))
     yield checks.image(settings, job)
     mounts = [mount for mount in settings.get("mounts") or [] if isinstance(mount, dict)]
     storage = [str(mount.get("from", "")).partition(":")[2] for mount in mounts]

@@ -102,6 +102,8 @@ def test_variables_that_are_not_set(here):
     ({"secrets": {"T": "lepton:gone"}}, "secret", 4, "gone is not among there"),
     ({"secrets": {"T": "lepton:there"}, "image_pull_secrets": ["reg"]}, "pull secret", 0, "reg: the SDK has no way"),
     ({"container_image": None}, "image", 0, "the profile has none"),
+    ({"existing_ray_cluster": "gone"}, "Ray cluster", 4, "answered 404"),
+    ({"ray_version": "2.60.0", "head_resource_shape": "cpu.huge"}, "resource shape", 4, "cpu.huge is not among"),
 ])
 def test_lepton_knows(lepton, change, what, code, said):
     lepton.profile(**change)

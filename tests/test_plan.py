@@ -79,6 +79,20 @@ def test_rank_0_unpacks_once_for_all_and_the_others_wait_for_its_marker(lepton: 
 
 
 @slow
+@EMULATED
+@pytest.mark.parametrize("family", ["nano3", "super3"])
+def test_rl_on_two_nodes_of_lepton(lepton: Cloud, family: str) -> None:
+    """The starter's own rl recipe: a RayCluster is made, a Ray job runs on it, and it goes."""
+    lepton.profile(gpus_per_node=0, ray_version="2.60.0")
+    assert lepton.main(family, "data/prep/rl", "lepton", "--repo-root", layout.REPO).code == 0
+    done = lepton.main(family, "rl", "lepton", "--repo-root", layout.REPO, "--nodes", "2", "train.steps=2")
+    assert (done.code, done.err) == (0, ""), done.out
+    (cluster,) = lepton.server.clusters.values()
+    assert cluster.phase in ("deleting", "deleted") and len(re.findall(r"airlift: node \S+ has sha256", done.out)) == 2
+    assert "step " in done.out
+
+
+@slow
 def test_data_prep_on_two_nodes_of_slurm() -> None:
     support.need(not why_not(), why_not() or "")
     with Cluster() as cluster:
