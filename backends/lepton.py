@@ -50,11 +50,8 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
 
     run.record |= {"job": name, "url": client.url, "ca_bundle": settings.get("ca_bundle")}
     run.save()
-    executor = nemo.CarriedLepton(
-        container_image=str(job.image), nemo_run_dir=backends.workspace(settings) or "", nodes=job.nodes,
-        resource_shape=settings["resource_shape"], node_group=settings["node_group"], airlift_run=job.run)
     hide = tuple(plan.env[key] for key, source in job.secrets.items() if source == "env")
-    nemo.submit(name, executor, job.run, lambda: (create(client, body, name, hide), "Starting"))
+    nemo.submit(name, nemo.lepton_executor(job), job.run, lambda: (create(client, body, name, hide), "Starting"))
 
 
 def wants_cluster(job: Job) -> bool:

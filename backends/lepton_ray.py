@@ -8,9 +8,9 @@ chunks, leaves them on the head, where the driver then finds them. Neither drive
 What a run made ends with it: an attached launch deletes its cluster at the end, however that comes; after --detach the
 first `status` or `logs` that sees the end does, or `cancel`.
 
-nemo-run's LeptonRayCluster and LeptonRayJob are not used: of what they do, nothing could stay (18, 19, 20 of the
-design's facts/nemo_run.md; every failed question is taken for "not there yet", no request has a timeout, and a
-RAY_ADDRESS in the launcher's environment wins over the cluster's address).
+The run is a job of a nemo-run Experiment, as any other. Its LeptonRayCluster and LeptonRayJob are not used: of what
+they do, nothing could stay (18, 19, 20 of the design's facts/nemo_run.md; every failed question is taken for "not there
+yet", no request has a timeout, and a RAY_ADDRESS in the launcher's environment wins over the cluster's address).
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ def submit(run: Run, job: Job, plan: Plan, client: Any) -> None:
         if existing:
             words = ["python3", "/tmp/airlift-%s/pod.py" % job.run, "driver", "/tmp/airlift-%s/chunks.json" % job.run]
         submit_job(client, run, run.run, shlex.join(words), {})
+        from backends import nemo  # takes seconds
+
+        title = clouds.job_name(job.name, job.run, NAME_LIMIT)
+        nemo.submit(title, nemo.lepton_executor(job), job.run, lambda: (run.run, "Running"))
     except BaseException:
         end(client, run)
         raise

@@ -40,7 +40,7 @@ from nemo_run.core.packaging.base import Packager
 from nemo_run.run.torchx_backend.schedulers import api
 
 import backends
-from backends import Run, load_run
+from backends import Job, Run, load_run
 from backends.hosts import Host, words
 from transport import MANIFEST, Refusal
 
@@ -90,6 +90,13 @@ class CarriedLepton(LeptonExecutor):
             super().logs(app_id, fallback_path)
         else:
             lepton.logs(ours)
+
+
+def lepton_executor(job: Job) -> CarriedLepton:
+    """What nemo-run's records say of a job on Lepton."""
+    return CarriedLepton(
+        container_image=str(job.image), nemo_run_dir=backends.workspace(job.settings) or "", nodes=job.nodes,
+        resource_shape=job.settings["resource_shape"], node_group=job.settings["node_group"], airlift_run=job.run)
 
 
 @dataclass(kw_only=True)

@@ -147,6 +147,14 @@ class Cloud:
         where = r"/jobs" if self.kind == "lepton" else r"/workloads/(trainings|distributed|workspaces)"
         return [asked for asked in self.server.requests if asked.method == "POST" and re.fullmatch(where, asked.path)]
 
+    @property
+    def records(self):
+        """The names of the jobs that nemo-run has in its list."""
+        from nemo_run.config import get_nemorun_home
+
+        file = Path(get_nemorun_home(), ".lepton_jobs.json" if self.kind == "lepton" else ".dgx_jobs.json")
+        return [app.split("___")[1] for app in json.loads(file.read_text())]
+
     def env(self, job=None):
         """The variables that the platform was given, and the references, by name."""
         spec = (job or self.job).spec

@@ -305,7 +305,7 @@ def test_four_launches_at_once(here):
     wait_for(lambda: len(here.jobs) == 4 and all(job.pods and "up" in job.pods[0].output for job in here.jobs), "", 120)
     rows = json.loads(here.main("status", "--json").out)
     assert len({row["run"] for row in rows}) == 4 and {row["state"] for row in rows} == {"running"}
-    assert {row["run"] for row in rows} <= {name.rpartition("-")[2] for name in records(here)}
+    assert {row["run"] for row in rows} <= {name.rpartition("-")[2] for name in here.records}
     stopped = {row["run"] for row in rows[:2]}
     for run in stopped:
         assert here.main("cancel", run).out.endswith("was stopped\n")
@@ -315,14 +315,6 @@ def test_four_launches_at_once(here):
         out, _ = launcher.communicate(timeout=60)
         codes.append((launcher.returncode, re.search(r"run (\w+)\n", out).group(1) in stopped, "up\n" in out))
     assert sorted(codes) == [(0, False, True)] * 2 + [(1, True, True)] * 2
-
-
-def records(here):
-    """The names of the jobs that nemo-run has in its list."""
-    from nemo_run.config import get_nemorun_home
-
-    file = Path(get_nemorun_home(), ".lepton_jobs.json" if here.kind == "lepton" else ".dgx_jobs.json")
-    return [app.split("___")[1] for app in json.loads(file.read_text())]
 
 
 def test_two_in_one_second_and_a_rerun_have_their_own_names(here):

@@ -328,6 +328,7 @@ def test_a_ray_cluster_that_is_there_already(lepton):
     result = lepton.launch("--nodes", 2, stage="rl")
     assert result.code == 0 and 'nodes: 2 said "so" None\n' in result.out, result.out + result.err
     assert "Ray cluster shared-ray was deleted" not in result.out
+    assert "nano3-rl-" + result.run in lepton.records
     cluster = lepton.server.clusters["shared-ray"]
     wait_for(lambda: not [place for pod in cluster.pods for place in (pod.root / "tmp").glob("airlift-*")])
     grpo(lepton, KEEPS_ON, existing_ray_cluster="shared-ray")
