@@ -93,8 +93,8 @@ def test_a_storm_of_thousands(capsys, pods, share):
 
 
 @pytest.mark.slow
-def test_a_kill_at_every_call(capsys):
-    assert chaos(capsys, "--every", 1, seconds=3600)["kills"] > 800
+def test_a_kill_at_one_call_in_four(capsys):
+    assert chaos(capsys, "--every", 4, "--seed", random.randrange(4), seconds=3600)["kills"] > 180
 
 
 @pytest.mark.slow
@@ -113,8 +113,8 @@ def test_a_storm_over_two_mounts_of_one_nfs_export(capsys):
     """The machine's kernel may have no NFS; a Linux in user mode (Debian has it) brings client and server."""
     need(shutil.which("linux.uml"), "NFS is not tested: there is no linux.uml here (apt-get install user-mode-linux)")
     need(os.geteuid() == 0, "NFS is not tested: the Linux in user mode reads this machine's files as root")
-    figures = chaos(capsys, "--nfs", 500, "--kills", 200, "--pods", 6, "--patience", 3, "--slack", 20)
-    assert figures["kills"] >= 200
+    figures = chaos(capsys, "--nfs", 500, "--kills", 100, "--pods", 6, "--patience", 3, "--slack", 20)
+    assert figures["kills"] >= 100
 
 
 # ---------------------------------------------------------------- one tree for all
