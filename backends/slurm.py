@@ -262,8 +262,8 @@ def squashed(host: Host, settings: dict[str, Any], image: str, base: str) -> str
 
 def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: list[str], folder: str, attached: bool,
                    launcher: Any) -> Any:
-    """The one factory of nemo-run's executor for every kind of job. `launcher` None: pod.py starts torchrun or the
-    script itself, in the task; jobs that nemo-run starts otherwise (Ray on several nodes) pass their own."""
+    """The one factory of nemo-run's executor for every kind of job. `launcher` None: pod.py starts torchrun, Ray or the
+    script itself, in the task."""
     from backends import nemo
 
     settings = job.settings
