@@ -763,6 +763,7 @@ def test_a_ray_cluster_gives_the_same(tmp_path: Path) -> None:
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     env = {"PATH": os.environ["PATH"], "RAY_TMPDIR": "/tmp", "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
     options = ["--num-cpus=2", "--disable-usage-stats", "--include-dashboard=false", f"--temp-dir=/tmp/r{port}"]
+    options.append("--node-ip-address=127.77.0.1")  # 127.0.0.1 is not an address to Ray
     head = subprocess.Popen(
         [*ray, "start", "--head", "--block", f"--port={port}", *options], env=env, stdout=subprocess.DEVNULL
     )
@@ -770,8 +771,10 @@ def test_a_ray_cluster_gives_the_same(tmp_path: Path) -> None:
         path = big_blend(tmp_path, 60)
         assert start(tmp_path / "alone", f"blend={path}").wait() == 0
         command = [sys.executable, str(RECIPE / "prep.py"), "--config", str(TINY), OWN, f"blend={path}"]
-        env |= {"PYTHONPATH": str(SRC), "RAY_ADDRESS": f"127.0.0.1:{port}"}
-        output = tmp_path / "out"
+        env |= {"PYTHONPATH": str(SRC), "RAY_ADDRESS": f"127.77.0.1:{port}"}
+        output, deadline = tmp_path / "out", time.monotonic() + 60
+        while subprocess.run([*ray, "status", f"--address=127.77.0.1:{port}"], env=env, capture_output=True).returncode:
+            assert time.monotonic() < deadline, "Ray's head does not start"
         done = subprocess.run([*command, f"output={output}"], env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "on the Ray cluster" in done.stdout

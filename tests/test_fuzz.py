@@ -30,7 +30,7 @@ TRIED: dict[str, int] = {}
 REFUSED: dict[str, int] = {}
 
 
-def fuzz(modest, many=3000):
+def fuzz(modest, many=1500):
     """A test in two sizes: `modest` inputs always, `many` where the slow tests run; AIRLIFT_FUZZ replaces both."""
     def twice(test):
         quick = settings(deadline=None, max_examples=MANY or modest, suppress_health_check=list(HealthCheck))
