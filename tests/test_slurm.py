@@ -693,8 +693,8 @@ def test_ray_on_two_nodes(laptop: Person, image: str) -> None:
         profile.write_text(before)
     assert done.returncode == 1 and "exit code 4" in done.stderr, done.stdout + done.stderr
     assert "[0] 2 nodes \"quoted\" [('very-secret', '0', True), ('very-secret', '1', True)]" in done.stdout
-    for rank in (0, 1):
-        assert "[%d] airlift: rank %d ended with exit code 4" % (rank, rank) in done.stdout
+    codes = re.findall(r"^\[\d\] airlift: rank \d ended with exit code (\d+)", done.stdout, re.MULTILINE)
+    assert "4" in codes and set(codes) <= {"4", "143"}, codes  # after the first, srun ends the other
     run = re.search(r"run (\w+)", done.stdout).group(1)
     texts = [path.read_text(errors="replace") for path in laptop.folder_of(run).parent.parent.rglob("*") if path.is_file()]
     assert not [text for text in texts if "very-secret" in text.replace("[('very-secret'", "").replace("('very-secret'", "")]
