@@ -42,7 +42,7 @@ import tempfile
 import threading
 import time
 import zlib
-from typing import IO, Iterator
+from typing import IO, Any, Iterator
 
 POD, PAYLOAD, RANK, PLACE, WAIT, PYTHON, SETUP, TOOL, CLONE, INTERNAL, RAY, LOST = range(80, 92)
 
@@ -1196,11 +1196,17 @@ def ray_folder(env: dict[str, str], run: str) -> str:
     return os.path.join(env.get("RAY_TMPDIR") or "/tmp", "airlift-%s-ray" % run)
 
 
-def ray_command(job: dict, places: Places, rank: int, program: bytes) -> str:
-    """What bash runs in place of the recipe: this program again, as RayHead or RayWorker."""
+def leave_program(places: Places, program: bytes) -> str:
+    """This program as a file in the pod's own folder; its path. It may be that very file already."""
     path = os.path.join(places.base, "pod.py")
     with open(path, "wb") as file:
         file.write(program)
+    return path
+
+
+def ray_command(job: dict, places: Places, rank: int, program: bytes) -> str:
+    """What bash runs in place of the recipe: this program again, as RayHead or RayWorker."""
+    path = leave_program(places, program)
     told = {name: job[name] for name in ("run", "nodes", "command", "patience")}
     words = [sys.executable or "python3", "-I", "-S", path, "ray", json.dumps(dict(told, rank=rank))]
     return " ".join(map(shlex.quote, words))
@@ -1273,26 +1279,27 @@ class Spread:
 
     def clean(self) -> None:
         """A cluster that goes on keeps nothing of this run."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         def remove(base: str) -> None:
             import shutil
 
             shutil.rmtree(base, ignore_errors=True)
 
-        tasks = [self.ray.remote(remove).options(
-            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(self.told["base"])
-            for node in self.living()]
+        tasks = [self.pinned(remove, node).remote(self.told["base"]) for node in self.living()]
         self.ray.wait(tasks, num_returns=len(tasks), timeout=4)
 
     def living(self) -> dict[str, str]:
         """Node id -> address."""
         return {node["NodeID"]: node["NodeManagerAddress"] for node in self.ray.nodes() if node["Alive"]}
 
-    def serve(self) -> None:
-        """The source to every living node that lacks it. Raises Failure."""
+    def pinned(self, function: Any, node: str) -> Any:
+        """A task of Ray's that runs on that node and takes none of its CPUs."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        return self.ray.remote(function).options(
+            num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+
+    def serve(self) -> None:
+        """The source to every living node that lacks it. Raises Failure."""
         def place(program: bytes, chunks: dict, run: str, words: list) -> tuple:
             import os
             import subprocess
@@ -1311,9 +1318,8 @@ class Spread:
             if node not in self.served:
                 self.served.add(node)
                 words = ["place", self.told["base"]] + ([] if node == here else ["setup"])
-                task = self.ray.remote(place).options(
-                    num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-                new.append((address, task.remote(self.program, self.sent, self.told["run"], words)))
+                task = self.pinned(place, node).remote(self.program, self.sent, self.told["run"], words)
+                new.append((address, task))
         for address, answer in new:
             try:
                 code, said = self.ray.get(answer, timeout=self.told["patience"])
@@ -1345,9 +1351,7 @@ def place_main(base: str, setup: bool) -> int:
 
 def spread(env: dict[str, str], job: dict, places: Places) -> None:
     """Start Spread and wait for all nodes to have the source; it goes on. Raises Failure with its code."""
-    path, program = os.path.join(places.base, "pod.py"), own_source(env)  # it may be that very file
-    with open(path, "wb") as file:
-        file.write(program)
+    path = leave_program(places, own_source(env))
     told = {"run": job["run"], "sha256": job["tree"]["sha256"], "nodes": job["on_cluster"], "patience": job["patience"],
             "base": places.base, "program": path, "stays": job["stays"]}
     process = subprocess.Popen([sys.executable or "python3", path, "spread", json.dumps(told)], env=env,

@@ -24,6 +24,7 @@ import shlex
 import tempfile
 import time
 import zlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Job:
 
 FINAL = ("done", "failed", "cancelled")
 GONE = "the platform no longer knows it"  # a detail
+ENDED_ALREADY = "it had already ended (%s); nothing was done"  # what cancel says
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,14 @@ class Status:
     state: str
     detail: str = ""
     exit_code: int | None = None
+
+
+def await_end(ask: Callable[[], Status], pause: float = 0.5, seconds: float = 60.0) -> Status:
+    """The Status once the job has ended, or as it is after `seconds`; asked for with pauses between."""
+    deadline = time.monotonic() + seconds
+    while (status := ask()).state not in FINAL and time.monotonic() <= deadline:
+        time.sleep(pause)
+    return status
 
 
 def backend(executor: str) -> Any:
@@ -209,6 +219,12 @@ def caches(settings: dict[str, Any]) -> dict[str, str]:
     return {name: posixpath.join(base, folder) for name, folder in CACHES.items()} if base else {}
 
 
+def require_image(job: Job) -> None:
+    """Raises Refusal."""
+    if not job.image:
+        raise Refusal("the job has no image", "set container_image in the profile, or image in the recipe's header")
+
+
 def setup_commands(settings: dict[str, Any]) -> list[str]:
     """What runs before the recipe, in its shell. pip_extras is the profile's own word that the network may be used."""
     extras = settings.get("pip_extras") or []
@@ -243,6 +259,11 @@ def workspace(settings: dict[str, Any]) -> str | None:
         if isinstance(mount, str) and ":" in mount and not mount.startswith("${"):
             return mount.split(":")[1]
     return next((str(volume["path"]) for volume in settings.get("pvcs") or [] if volume.get("path")), None)
+
+
+def lies_on(place: str, mounts: Iterable[str]) -> bool:
+    """Whether a path is one of the mounts' or below it."""
+    return any(place == mount.rstrip("/") or place.startswith(mount.rstrip("/") + "/") for mount in mounts)
 
 
 def run_root(settings: dict[str, Any], family: str) -> str | None:

@@ -99,7 +99,7 @@ def workspace(settings: dict[str, Any], places: list[str]) -> Finding:
     if not base:
         return Finding("workspace", "warning", "there is none: what a job writes goes with its pod",
                        "set workspace in the profile")
-    if any(base == place.rstrip("/") or base.startswith(place.rstrip("/") + "/") for place in places):
+    if backends.lies_on(base, places):
         return Finding("workspace", "ok", base)
     return Finding("workspace", "failure", "%s lies on none of the mounts" % base,
                    "mount its storage, or change the workspace", 2)

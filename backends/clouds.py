@@ -22,9 +22,9 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from backends import FINAL, Run, Status, screen
+from backends import ENDED_ALREADY, FINAL, Job, Run, Status, await_end, screen
 from pod import POD
-from transport import Refusal
+from transport import LIMITS, Plan, Refusal, human
 
 CONNECT_S, READ_S, LOG_READ_S = 5.0, 30.0, 300.0  # seconds; a log may be silent for a while
 RETRIES, READ_RETRIES, BACKOFF_S, LONGEST_WAIT_S = 4, 2, 0.5, 10.0  # waits of 0, 1, 2 and 4 s, or what Retry-After says
@@ -357,14 +357,27 @@ def so_far(pieces: Iterator[str]) -> Iterator[str]:
         yield piece
 
 
-def await_end(ask: Callable[[], Status], seconds: float = 60.0) -> Status:
-    """The Status once the job has ended, or as it is after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        status = ask()
-        if status.state in FINAL or time.monotonic() > deadline:
-            return status
-        time.sleep(min(POLL_S, 0.5))
+def cancel(what: str, ask: Callable[[], Status], stop: Callable[[], object]) -> str:
+    """Stop a job that has not ended yet, and wait for its end, a minute at most. One sentence: what was done."""
+    before = ask()
+    if before.state in FINAL:
+        return ENDED_ALREADY % before.detail
+    stop()
+    after = await_end(ask, min(POLL_S, 0.5))
+    return what + (" was stopped" if after.state in FINAL else " was told to stop; it is still " + after.detail)
+
+
+def require_object(what: str, size: int, executor: str, also: str = "") -> None:
+    """Raises Refusal (exit code 3) for an API object that is too big; `also` names what may be smaller, too."""
+    limit = LIMITS[executor].object
+    if size > limit:
+        raise Refusal("the %s's API object is %s of %s; nothing was submitted" % (what, human(size), human(limit)),
+                      "leave files out with exclude" + also, 3)
+
+
+def sent_by_value(job: Job, plan: Plan) -> tuple[str, ...]:
+    """The secrets that a server may repeat, since it is given them."""
+    return tuple(plan.env[name] for name, source in job.secrets.items() if source == "env")
 
 
 # ---------------------------------------------------------------- requests

@@ -21,7 +21,7 @@ import backends
 import profiles
 from backends import Job, Run, Status, checks
 from backends.checks import Finding, tried
-from transport import LIMITS, Plan, Refusal, human
+from transport import Plan, Refusal
 
 CAN = {"detach", "ray"}
 NAME_LIMIT = 34  # characters of a workload's name (nemo-run 0.11.1 cuts here)
@@ -48,10 +48,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     name = clouds.job_name(job.name, job.run, NAME_LIMIT)
     body = request(job, plan, name, project, cluster)
     size = len(json.dumps(body)) * (2 if job.nodes > 1 else 1)  # the operator's object holds master and workers
-    if size > LIMITS["dgxcloud"].object:
-        raise Refusal("the workload's API object is %s of %s; nothing was submitted"
-                      % (human(size), human(LIMITS["dgxcloud"].object)),
-                      "leave files out with exclude, or make custom_spec smaller", 3)
+    clouds.require_object("workload", size, "dgxcloud", ", or make custom_spec smaller")
     from backends import nemo  # takes seconds; what can be refused has been by now
 
     run.record |= {"kind": "distributed" if job.nodes > 1 else "trainings", "project": settings["project_name"],
@@ -61,7 +58,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
         base_url=settings["base_url"], kube_apiserver_url=settings.get("kube_apiserver_url", ""), client_id="",
         client_secret="", project_name=settings["project_name"], container_image=str(job.image), pvc_nemo_run_dir="",
         nodes=job.nodes, airlift_run=job.run)
-    hide = tuple(plan.env[key] for key, source in job.secrets.items() if source == "env")
+    hide = clouds.sent_by_value(job, plan)
     nemo.submit(name, executor, job.run, lambda: (create(client, run, body, hide), "Creating"))
 
 
@@ -111,13 +108,9 @@ def cancel(run: Run) -> str:
     from backends import clouds
 
     client = reconnect(run)
-    before = _status(client, run)
-    if before.state in backends.FINAL:
-        return "it had already ended (%s); nothing was done" % before.detail
-    client.call("POST", _path(run) + "/suspend", "suspend workload " + run.record["name"])
-    after = clouds.await_end(lambda: _status(client, run))
-    job = "workload " + run.record["name"]
-    return job + (" was stopped" if after.state in backends.FINAL else " was told to stop; it is still " + after.detail)
+    name = run.record["name"]
+    return clouds.cancel("workload " + name, lambda: _status(client, run),
+                         lambda: client.call("POST", _path(run) + "/suspend", "suspend workload " + name))
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
@@ -291,8 +284,7 @@ def _path(run: Run) -> str:
 
 def check(job: Job) -> None:
     """What the API would refuse, or take and get wrong, found before anything is sent. Raises Refusal."""
-    if not job.image:
-        raise Refusal("the job has no image", "set container_image in the profile, or image in the recipe's header")
+    backends.require_image(job)
     if job.gpus_per_node == "gpu":
         raise Refusal('gpus_per_node is "gpu"', "run:AI needs a number; set gpus_per_node in the profile")
     for volume in job.settings.get("pvcs") or []:
@@ -302,8 +294,7 @@ def check(job: Job) -> None:
             raise Refusal("a pvc lacks %s: %s" % (", ".join(missing), volume),
                           'like: { claimName = "data", path = "/data", existingPvc = true }')
     base = backends.workspace(job.settings)
-    paths = [str(volume["path"]).rstrip("/") for volume in job.settings.get("pvcs") or []]
-    if base and not any(base == path or base.startswith(path + "/") for path in paths):
+    if base and not backends.lies_on(base, [str(volume["path"]) for volume in job.settings.get("pvcs") or []]):
         raise Refusal("the workspace %s is on none of the pvcs" % base,
                       "add the claim that holds it, or change the workspace")
     if job.nodes > 1 and job.settings.get("retries"):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import backends
-from backends import GONE, Job, Run, Status, checks, screen
+from backends import ENDED_ALREADY, GONE, Job, Run, Status, checks, screen
 from backends.checks import Finding, tried
 from backends.repositories import parse
 from profiles import FOLDER
@@ -34,8 +34,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     if job.nodes > 1:
         raise Refusal("Docker starts one container on this machine, and the job has %d nodes" % job.nodes,
                       "set nodes = 1 in the profile, or use --nodes 1")
-    if not job.image:
-        raise Refusal("the job has no image", "set container_image in the profile, or image in the recipe's header")
+    backends.require_image(job)
     mounts = volumes(job.settings)
     client = connect()
     find_image(client, str(job.image))
@@ -86,7 +85,7 @@ def cancel(run: Run) -> str:
     """TERM, and KILL when that does not end it; returns when it has ended."""
     container = find(run)
     if container is None or container.status == "exited":
-        return "it had already ended (%s); nothing was done" % status(run).detail
+        return ENDED_ALREADY % status(run).detail
     _kept(run).mkdir(mode=0o700, parents=True, exist_ok=True)
     (_kept(run) / "cancelled").touch()
     asked(lambda: container.stop(timeout=GRACE_S))

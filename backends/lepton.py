@@ -15,7 +15,7 @@ from typing import Any
 import backends
 from backends import Job, Run, Status, checks
 from backends.checks import Finding, tried
-from transport import LIMITS, Plan, Refusal, human
+from transport import Plan, Refusal
 
 CAN = {"detach", "ray"}
 NAME_LIMIT = 36  # characters of a job's name (leptonai 0.47.1, job_validation.py)
@@ -42,15 +42,12 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     name = clouds.job_name(job.name, job.run, NAME_LIMIT)
     body = request(job, plan, name, group)
     size = len(body.model_dump_json(exclude_none=True, by_alias=True))
-    if size > LIMITS["lepton"].object:
-        raise Refusal("the job's API object is %s of %s; nothing was submitted"
-                      % (human(size), human(LIMITS["lepton"].object)),
-                      "leave files out with exclude, or make custom_spec smaller", 3)
+    clouds.require_object("job", size, "lepton", ", or make custom_spec smaller")
     from backends import nemo  # takes seconds; what can be refused has been by now
 
     run.record |= {"job": name, "url": client.url, "ca_bundle": settings.get("ca_bundle")}
     run.save()
-    hide = tuple(plan.env[key] for key, source in job.secrets.items() if source == "env")
+    hide = clouds.sent_by_value(job, plan)
     nemo.submit(name, nemo.lepton_executor(job), job.run, lambda: (create(client, body, name, hide), "Starting"))
 
 
@@ -103,14 +100,9 @@ def cancel(run: Run) -> str:
     client = reconnect(run)
     if run.record.get("cluster"):
         return lepton_ray().cancel(run, client)
-    before = _status(client, run)
-    if before.state in backends.FINAL:
-        return "it had already ended (%s); nothing was done" % before.detail
-    stop = {"spec": {"stopped": True}}
-    asked("stop job " + run.record["job"], client, lambda: client.job.update(run.record["job"], stop))
-    after = clouds.await_end(lambda: _status(client, run))
-    job = "job " + run.record["job"]
-    return job + (" was stopped" if after.state in backends.FINAL else " was told to stop; it is still " + after.detail)
+    job, stop = run.record["job"], {"spec": {"stopped": True}}
+    return clouds.cancel("job " + job, lambda: _status(client, run),
+                         lambda: asked("stop job " + job, client, lambda: client.job.update(job, stop)))
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
@@ -236,8 +228,7 @@ def node_group(client: Any, name: str) -> str:
 
 def check(job: Job) -> None:
     """What the API would refuse, found before anything is sent. Raises Refusal."""
-    if not job.image:
-        raise Refusal("the job has no image", "set container_image in the profile, or image in the recipe's header")
+    backends.require_image(job)
     for mount in job.settings.get("mounts") or []:
         if isinstance(mount, dict):
             missing = [key for key in ("path", "mount_path", "from") if not mount.get(key)]

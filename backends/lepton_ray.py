@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from backends import FINAL, GONE, Job, Run, Status, clouds, lepton
-from transport import LIMITS, Plan, Refusal, human
+from transport import Plan, Refusal
 
 NAME_LIMIT = 35  # characters of a cluster's name (nemo-run 0.11.1)
 STATES = {"PENDING": "waiting", "RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed", "STOPPED": "cancelled"}
@@ -47,8 +47,7 @@ def submit(run: Run, job: Job, plan: Plan, client: Any) -> None:
     run.save()
     try:
         if body is not None:
-            hide = tuple(plan.env[key] for key, source in job.secrets.items() if source == "env")
-            create(client, body, name, hide)
+            create(client, body, name, clouds.sent_by_value(job, plan))
         await_ready(client, name, settings["rendezvous_timeout"])
         if existing:
             stage(client, run, plan)
@@ -155,10 +154,7 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
         first = error.errors()[0]
         raise Refusal("the Ray cluster does not fit Lepton's API: %s: %s"
                       % (".".join(map(str, first["loc"])), first["msg"]), "mend it in the profile") from None
-    size = len(body.model_dump_json(exclude_none=True, by_alias=True))
-    if size > LIMITS["lepton"].object:
-        raise Refusal("the Ray cluster's API object is %s of %s; nothing was submitted"
-                      % (human(size), human(LIMITS["lepton"].object)), "leave files out with exclude", 3)
+    clouds.require_object("Ray cluster", len(body.model_dump_json(exclude_none=True, by_alias=True)), "lepton")
     return body
 
 

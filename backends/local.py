@@ -105,7 +105,7 @@ def status(run: Run) -> Status:
 def cancel(run: Run) -> str:
     """TERM to the supervisor, which ends its pods; returns when they are gone."""
     if not _alive(run):
-        return "it had already ended (%s); nothing was done" % status(run).state
+        return backends.ENDED_ALREADY % status(run).state
     (Path(run.record["folder"]) / "cancelled").touch()
     os.kill(run.record["pid"], signal.SIGTERM)
     while _alive(run):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import transport
-from backends import FINAL, GONE, Job, Run, Status, screen
+from backends import ENDED_ALREADY, FINAL, GONE, Job, Run, Status, await_end, screen
 from backends.checks import Finding, tried
 from backends.hosts import Host, words
 from backends.repositories import parse
@@ -102,13 +102,9 @@ def cancel(run: Run) -> str:
     before = ask(host, run)
     if before.state in FINAL:
         settled(host, run, before)
-        return "it had already ended (%s); nothing was done" % before.detail
+        return ENDED_ALREADY % before.detail
     host.ask("scancel " + job_id(host, run), "cancel the job")
-    deadline = time.monotonic() + 60
-    after = ask(host, run)
-    while after.state not in FINAL and time.monotonic() < deadline:
-        time.sleep(0.5)
-        after = ask(host, run)
+    after = await_end(lambda: ask(host, run))
     settled(host, run, after)
     done = "job %s was cancelled" % job_id(host, run)
     return done if after.state in FINAL else done + "; it is still %s" % after.detail

@@ -5,6 +5,7 @@ kernel's limits hold as they would on a platform.
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -29,6 +30,31 @@ def need(ability: object, why: str) -> None:
     """Skip a test for what this machine cannot do; in CI that is a failure (conftest.py)."""
     if not ability:
         pytest.skip(why)
+
+
+def toml(value: Any) -> str:
+    """A value as TOML on one line."""
+    if isinstance(value, dict):
+        return "{%s}" % ", ".join("%s = %s" % (json.dumps(k), toml(v)) for k, v in value.items())
+    if isinstance(value, list):
+        return "[%s]" % ", ".join(map(toml, value))
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+@contextlib.contextmanager
+def as_a_recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process as a pod's: one thread, nothing set by torchrun or for someone else's cluster, and pytest's own
+    signal handlers afterwards."""
+    import torch
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NEMO_RUN_DIR", "MODEL_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def job(**changes: Any) -> dict[str, Any]:

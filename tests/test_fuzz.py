@@ -17,6 +17,7 @@ import support
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layout import recipe, write
+from support import toml
 
 import launch
 import pod
@@ -130,14 +131,6 @@ TABLE = st.dictionaries(KEYS, VALUES, max_size=4)
 TOKENS = st.sampled_from(["[", "]", "[[", "]]", "executor", "=", '"local"', "'", '"""', "\n", "[stages.rl]", "[p]",
                           "[wandb]", ".", "{", "}", ",", "extends", '"p"', "#", "1",
                           "nan", "1979-05-27", "true", "\0", "\\u0000", "${env:X}", "﻿"])
-
-
-def toml(value):
-    if isinstance(value, dict):
-        return "{%s}" % ", ".join("%s = %s" % (json.dumps(k), toml(v)) for k, v in value.items())
-    if isinstance(value, list):
-        return "[%s]" % ", ".join(map(toml, value))
-    return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
 def whole_profile(profile):

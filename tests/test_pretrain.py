@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import socket
 import struct
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import as_a_recipe
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -40,14 +40,8 @@ FEW_STEPS = ["train.warmup_steps=1", "train.log_every=1", "train.eval_every=3", 
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NEMO_RUN_DIR", "RAY_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with as_a_recipe(monkeypatch):
+        yield
 
 
 def config(run: Path, recipe: str) -> Path:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layout import REPO, recipe, write
+from support import toml
 
 import backends
 import launch
@@ -289,14 +290,6 @@ SCALARS = st.one_of(st.text(max_size=6), st.integers(), st.booleans(), st.floats
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
     st.text(max_size=4) | st.sampled_from(["rl", "path", "nodes"]), inner, max_size=3), max_leaves=6)
 NAMES = st.sampled_from(sorted(profiles.KEYS)) | st.text(max_size=5)
-
-
-def toml(value):
-    if isinstance(value, dict):
-        return "{%s}" % ", ".join("%s = %s" % (json.dumps(k), toml(v)) for k, v in value.items())
-    if isinstance(value, list):
-        return "[%s]" % ", ".join(map(toml, value))
-    return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
 def load_any(folder, text):

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layout import header, nemotron, recipe, write
 from omegaconf import OmegaConf
+from support import toml
 
 import recipes
 from transport import Refusal
@@ -196,14 +197,6 @@ VALUES = st.recursive(
 WORDS = sorted({*recipes.FIELDS, *[key for table in recipes.FIELDS.values() for key in table]} - {""})
 SPECS = st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=6), VALUES | st.dictionaries(
     st.sampled_from(WORDS) | st.text(max_size=6), VALUES, max_size=4), max_size=5)
-
-
-def toml(value):
-    if isinstance(value, dict):
-        return "{%s}" % ", ".join("%s = %s" % (json.dumps(k), toml(v)) for k, v in value.items())
-    if isinstance(value, list):
-        return "[%s]" % ", ".join(map(toml, value))
-    return repr(value) if isinstance(value, float) else json.dumps(value)
 
 
 def check_any(folder, data):

@@ -21,6 +21,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from support import as_a_recipe
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -58,15 +59,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, no cluster of someone else, and pytest's own signal handlers afterwards."""
-    for name in ("RAY_ADDRESS", "NEMO_RUN_DIR", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with as_a_recipe(monkeypatch):
+        yield
 
 
 def config_for(prepared: Path, family: str = "nano3") -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import as_a_recipe
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -43,20 +43,14 @@ CPU = World(0, 1, torch.device("cpu"))
 
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, no network, none of torchrun's variables, and pytest's own signal handlers afterwards."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NEMO_RUN_DIR", "MODEL_PATH"):
-        monkeypatch.delenv(name, raising=False)
+    """And no network."""
 
     def refuse(*args: Any) -> None:
         raise AssertionError(f"the recipe opened a connection: {args}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with as_a_recipe(monkeypatch):
+        yield
 
 
 def train(output: Path, *overrides: str, config: Path = TINY) -> int:
