@@ -16,7 +16,7 @@ xxhash by one that does nothing, so that no package of theirs is needed.
 
 The rounds alternate, each into a fresh folder, so that all meet the same machine. cpu is user and system time of all
 processes: on a machine that is busy otherwise it says more than the clock. The peak of theirs is its process'; of ours,
-the sum over all its processes, looked at every 5 ms, with memory that they share counted in each of them.
+the sum over all its processes, looked at every 20 ms, with memory that they share counted in each of them.
 """
 
 import argparse
@@ -131,7 +131,7 @@ def ours(shard: Path, folder: Path, workers: int | None) -> tuple[float, float, 
     peak = 0
     while process.poll() is None:
         peak = max(peak, tree_rss(process.pid))
-        time.sleep(0.005)
+        time.sleep(0.02)
     seconds = time.perf_counter() - began
     after = os.times()
     if process.returncode:
