@@ -108,8 +108,10 @@ def download(options: argparse.Namespace, wheels: Path) -> None:
         words += [word for tag in [*tags, "linux"] for word in ("--platform", "%s_%s" % (tag, options.platform))]
     have: set[str] = set()
     for name in lists(options.torch):
+        wanted = wheels / LISTS[name]
+        wanted.write_text(needed((HERE / LISTS[name]).read_text(), options))
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", *words, *STRICT[name]]
-        done = subprocess.run([*pip, "--dest", str(wheels / name), "-r", str(HERE / LISTS[name])],
+        done = subprocess.run([*pip, "--dest", str(wheels / name), "-r", str(wanted)],
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
@@ -119,6 +121,22 @@ def download(options: argparse.Namespace, wheels: Path) -> None:
             if path.name in have:
                 path.unlink()
             have.add(path.name)
+
+
+def needed(text: str, options: argparse.Namespace) -> str:
+    """A list without what the other side's Python and machine do not need, and without the conditions that say so: pip
+    would hold them against the Python that it runs on."""
+    from pip._vendor.packaging.markers import Marker  # there wherever pip is; this script runs before all else
+
+    python = options.python and {"python_version": options.python, "python_full_version": options.python + ".0"}
+    other = (python or {}) | ({"platform_machine": options.platform} if options.platform else {})
+    lines = []
+    for line in text.replace("\\\n", " ").splitlines():
+        pin, _, condition = line.partition(" ; ")
+        condition, hashes, rest = condition.partition(" --hash")
+        if not condition or Marker(condition).evaluate(other):
+            lines.append(pin + hashes + rest + "\n")
+    return "".join(lines)
 
 
 def write(made: Path, members: dict[str, Path], texts: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """The bundle: what is refused; and, marked slow, a real one, made twice, and used where there is no network."""
 
+import argparse
 import gzip
 import hashlib
 import io
@@ -85,6 +86,23 @@ def test_a_bundle_for_another_python_is_refused(wheels: Path, tmp_path: Path) ->
     assert done.returncode == 2 and "the bundle is for Python 3.14 on linux" in done.stderr
 
 
+def pins(python: str | None, platform: str | None = None) -> dict[str, str]:
+    """What a bundle for that Python needs, all lists together: name -> version."""
+    target = argparse.Namespace(python=python, platform=platform)
+    lines = [line.split()[0] for name in bundle.LISTS.values()
+             for line in bundle.needed((layout.REPO / name).read_text(), target).splitlines() if line[0] != "#"]
+    found = dict(line.split("==") for line in lines)
+    assert all(found[name] == version for name, version in (line.split("==") for line in lines))
+    return found
+
+
+def test_a_list_for_another_python_has_what_that_one_asks_for() -> None:
+    here, there = pins(None), pins("3.13", "aarch64")
+    assert pins("%d.%d" % sys.version_info[:2]) == here and set(here) <= set(there)
+    assert (pins("3.11")["numpy"], there["numpy"]) == ("2.4.6", "2.5.5") and "colorama" not in there
+    assert "hf-xet" in there and "hf-xet" not in pins(None, "riscv64")
+
+
 def test_no_credential_goes_into_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "checkout"
     for name in (*bundle.FILES, *bundle.FOLDERS):
@@ -139,6 +157,20 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     print(done.stdout)
     yield next(out.iterdir())
     shutil.rmtree(out)
+
+
+@slow
+def test_one_for_another_python(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "bundle.py", "make", "--python", "3.13", "--out", str(tmp_path)],
+                          cwd=layout.REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wheels = {path.name for path in unpacked(next(tmp_path.iterdir()), tmp_path / "there").glob("wheels/*/*.whl")}
+    have = {tuple(re.sub("[-_.]+", "-", part.lower()) for part in name.split("-")[:2]) for name in wheels}
+    wanted = {tuple(re.sub("[-_.]+", "-", part.lower()) for part in pin) for pin in pins("3.13").items()
+              if pin[0] != "torch"}
+    assert have == wanted
+    assert any("-cp313-cp313-" in name for name in wheels)
+    assert all(re.search("-cp313-cp313-|-cp3[0-9]+-abi3-|py3-none-", name) for name in wheels), sorted(wheels)
 
 
 @slow
