@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -81,11 +80,6 @@ def flat_folder(folder):
         else:
             shutil.copy(REPO / name, folder / name)
     return folder
-
-
-def heed_ctrl_c():
-    """For preexec_fn: a shell that started the tests in the background has SIGINT ignored, down to our children."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def launcher(folder, *words, python=sys.executable, timeout=60, **options):

@@ -5,8 +5,11 @@ kernel's limits hold as they would on a platform.
 """
 
 import contextlib
+import functools
 import json
 import os
+import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +33,28 @@ def need(ability: object, why: str) -> None:
     """Skip a test for what this machine cannot do; in CI that is a failure (conftest.py)."""
     if not ability:
         pytest.skip(why)
+
+
+@functools.cache
+def pythons() -> dict[tuple[int, int], str]:
+    """The Pythons of this machine that start by themselves, whatever HOME says (a shim of pyenv may not), by version."""
+    home = Path(pwd.getpwuid(os.getuid()).pw_dir)
+    paths = [sys.executable, "/usr/bin/python3", *map(str, sorted(home.glob(".pyenv/versions/*/bin/python")))]
+    paths += filter(None, (shutil.which("python%d.%d" % version) for version in [(2, 7), *((3, n) for n in range(20))]))
+    found: dict[tuple[int, int], str] = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            done = subprocess.run([path, "-c", "import sys; print('%d %d' % sys.version_info[:2])"],
+                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={"PATH": os.defpath})
+            if done.returncode == 0:
+                major, minor = done.stdout.split()
+                found.setdefault((int(major), int(minor)), path)
+    return dict(sorted(found.items()))
+
+
+def python(major: int, minor: int) -> str:
+    need((major, minor) in pythons(), "there is no Python %d.%d here" % (major, minor))
+    return pythons()[major, minor]
 
 
 def toml(value: Any) -> str:

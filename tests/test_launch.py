@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from layout import FLAT, REPO, flat_folder, header, heed_ctrl_c, launcher, nemotron, recipe, write
+from layout import FLAT, REPO, flat_folder, header, launcher, nemotron, recipe, write
+from support import python
 
 import backends
 import launch
@@ -488,21 +489,10 @@ def test_a_dry_run_needs_no_network_and_writes_nothing(flat, bare):
 OLD = [(2, 7), (3, 6), (3, 7), (3, 8), (3, 9), (3, 10)]
 
 
-def pyenv(version):
-    """A Python of that version that really starts here, whatever HOME says: a shim of pyenv may not."""
-    homes = [os.environ.get("PYENV_ROOT", ""), str(Path.home() / ".pyenv")]
-    found = [path for home in homes if home for path in Path(home).glob("versions/%d.%d.*/bin/python" % version)]
-    found += [Path(place) for place in [shutil.which("python%d.%d" % version)] if place]
-    for path in found:
-        if subprocess.run([path, "--version"], capture_output=True, env={"PATH": os.defpath}).returncode == 0:
-            return path
-    return pytest.skip("there is no Python %d.%d here" % version)
-
-
 @pytest.mark.parametrize("version", OLD, ids=["%d.%d" % version for version in OLD])
 def test_an_old_python_is_told_plainly(flat, bare, version):
     for words in ([], FAMILY, ["--help"], ["nano3", "sft", "--debug"]):
-        done = launcher(flat, *words, python=str(pyenv(version)), env=bare)
+        done = launcher(flat, *words, python=python(*version), env=bare)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.splitlines() == [
             "airlift: needs Python 3.11 or later, and this is %d.%d" % version,
@@ -517,14 +507,14 @@ def test_an_old_python_hands_over_to_the_virtual_environment(tmp_path, bare):
         pytest.skip("there is no .venv in this checkout")
     (folder / ".venv/pyvenv.cfg").write_text((REPO / ".venv/pyvenv.cfg").read_text())
     (folder / ".venv/lib").symlink_to(REPO / ".venv/lib")
-    done = launcher(folder, *FAMILY, "lepton", "--json", python=str(pyenv((3, 8))), env=bare)
+    done = launcher(folder, *FAMILY, "lepton", "--json", python=python(3, 8), env=bare)
     assert done.returncode == 0 and json.loads(done.stdout)["payload"]["fits"]
 
 
 def test_without_omegaconf_two_plain_lines(flat, bare):
-    python = str(pyenv((3, 12)))
-    assert subprocess.run([python, "-c", "import omegaconf"], capture_output=True).returncode, "this one has omegaconf"
-    done = launcher(flat, *FAMILY, "--dry-run", python=python, env=bare)
+    newer = python(3, 12)
+    assert subprocess.run([newer, "-c", "import omegaconf"], capture_output=True).returncode, "this one has omegaconf"
+    done = launcher(flat, *FAMILY, "--dry-run", python=newer, env=bare)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == ["airlift: configs are read with omegaconf, which this Python does not have",
                                         "run `make setup`, or pip install -r requirements.txt"]
@@ -570,7 +560,7 @@ def test_ctrl_c_while_it_packs(flat, bare, tmp_path):
     os.mkfifo(root / CONFIGS / "wait.yaml")  # reading it blocks
     process = subprocess.Popen([sys.executable, str(flat / "launch.py"), *FAMILY, "-c",
                                 str(root / CONFIGS / "wait.yaml"), "--repo-root", str(root), "--dry-run"],
-                               env=bare, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
+                               env=bare, stderr=subprocess.PIPE, text=True)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=20)[1]

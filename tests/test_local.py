@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from layout import flat_folder, heed_ctrl_c, launcher, recipe, write
+from layout import flat_folder, launcher, recipe, write
 
 WORDS = ("nano3", "sft", "local")
 
@@ -61,7 +61,7 @@ class Place:
         """The launcher as a process group of its own, as a shell starts it."""
         process = subprocess.Popen([sys.executable, str(self.folder / "launch.py"), *(words or WORDS)], env=self.env,
                                    stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   cwd=self.tmp, start_new_session=True, preexec_fn=heed_ctrl_c, **options)
+                                   cwd=self.tmp, start_new_session=True, **options)
         self.started.append(process)
         return process
 

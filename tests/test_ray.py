@@ -13,7 +13,7 @@ import pytest
 import requests
 import support
 from cloud import EMULATED, KEEPS_ON, cloud, wait_for
-from layout import flat_folder, heed_ctrl_c, launcher, recipe
+from layout import flat_folder, launcher, recipe
 
 import backends
 import pod
@@ -332,7 +332,7 @@ def test_a_ray_cluster_that_is_there_already(lepton):
     cluster = lepton.server.clusters["shared-ray"]
     wait_for(lambda: not [place for pod in cluster.pods for place in (pod.root / "tmp").glob("airlift-*")])
     grpo(lepton, KEEPS_ON, existing_ray_cluster="shared-ray")
-    with lepton.process("nano3", "rl", "lepton", "--repo-root", lepton.root, preexec_fn=heed_ctrl_c) as launched:
+    with lepton.process("nano3", "rl", "lepton", "--repo-root", lepton.root) as launched:
         until(launched, "up\n")
         launched.send_signal(signal.SIGINT)
         _, err = launched.communicate(timeout=60)
@@ -346,8 +346,7 @@ def test_a_ray_cluster_that_is_there_already(lepton):
 @pytest.mark.slow
 def test_ctrl_c_deletes_the_cluster_that_was_made(lepton):
     grpo(lepton, KEEPS_ON, ray_version="2.60.0")
-    with lepton.process("nano3", "rl", "lepton", "--nodes", "2", "--repo-root", lepton.root,
-                        preexec_fn=heed_ctrl_c) as launched:
+    with lepton.process("nano3", "rl", "lepton", "--nodes", "2", "--repo-root", lepton.root) as launched:
         until(launched, "up\n")
         launched.send_signal(signal.SIGINT)
         _, err = launched.communicate(timeout=60)
