@@ -54,6 +54,16 @@ def test_a_command_that_needs_a_platform_is_understood(command: str, tmp_path: P
         assert done.returncode == 0, done.stderr
 
 
+def test_the_blend_is_one_that_data_prep_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "src"))
+    from starter import shards
+
+    support.plant(tmp_path, {"chat/a.jsonl": b"{}", "chat/b.jsonl": b"{}", "held-out.jsonl": b"{}"})
+    (tmp_path / "my.json").write_text("\n".join(blocks("json")))
+    found = shards.read_blend(tmp_path / "my.json")
+    assert {name: len(files) for name, files in found.items()} == {"train": 2, "validation": 1}
+
+
 # ---------------------------------------------------------------- from nothing to a running job
 
 
@@ -146,9 +156,9 @@ def test_the_limits_are_those_of_the_code(figure: int) -> None:
 
 
 def test_every_file_of_the_layout_is_there() -> None:
-    for name in re.findall(r"^\| `([\w./]+)` \|", README, re.MULTILINE):
-        if "/" in name or name.endswith(".py"):
-            assert (ROOT / name).exists(), name
+    layout = README.split("| file | what it is |")[1].split("\n\n")[0]
+    names = re.findall(r"^\| `([\w./]+)` \|", layout, re.MULTILINE)
+    assert names and all((ROOT / name).exists() for name in names), names
 
 
 def test_every_profile_of_the_folder_is_a_template_that_can_be_tried(tmp_path: Path) -> None:
