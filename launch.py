@@ -27,6 +27,7 @@ import json  # noqa: E402
 import re  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
+import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import backends  # noqa: E402
@@ -129,7 +130,7 @@ def main(argv=None):
         pass
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in argv[: argv.index("--") if "--" in argv else None]:
-            raise
+            traceback.print_exc()
         what, fix, code = wrong(error)
         screen.complain(one_line(what), one_line(fix))
     try:
@@ -207,6 +208,7 @@ class Launch(object):
     def __init__(self, options, dry, family, stage, name, overrides):
         begun = time.time()
         self.profile = profiles.load(name, stage)
+        screen.conceal(*(self.profile.keys.get(key) for key in profiles.SECRET_KEYS))
         if not dry:
             self.profile.require_set()
         root = options.repo_root or self.profile.keys.get("repo_root") or HERE
@@ -219,9 +221,11 @@ class Launch(object):
                 recipe, options.config, overrides,
                 lambda recipe, yaml, forced: backends.settle(recipe, self.profile, options.nodes, yaml, forced, notes,
                                                              dry),
-                profiles.shared("wandb", dry), profiles.shared("artifacts", dry))
+                self.wandb(dry), profiles.shared("artifacts", dry))
             self.recipe = self.config.recipe
             self.job = self.make_job(options.args, notes)
+            sent = backends.secret_values(self.job, dry)
+            screen.conceal(*sent.values())
             transport.pod_program()  # is made here, beside the packing, and kept
         finally:
             ahead.thread.join()  # a local launch forks: no thread may hold a lock then
@@ -229,20 +233,31 @@ class Launch(object):
         self.tree, ready = ahead.take(self.recipe, settings, self.config)
         self.plan = transport.plan_for(
             self.profile.executor, self.tree, self.job.description, compression=settings.get("compression", ""),
-            chunk_bytes=settings.get("chunk_bytes", 0), env=backends.secret_values(self.job, dry), ready=ready,
+            chunk_bytes=settings.get("chunk_bytes", 0), env=sent, ready=ready,
             limits=transport.limits_for(self.profile.executor, self.job.description,
                                         settings.get("dgxcloud_max_args_chars", 0)))
         # What `diff` needs to collect the tree again; other overrides may hold what no file should.
-        self.again = {"repo_root": str(self.root), "config": options.config, "overrides": [
+        named = recipes.is_path(options.config or "")
+        self.again = {"repo_root": str(self.root), "env_file": str(profiles.env_file() or os.devnull),
+                      "config": str(self.config.path.resolve()) if named else options.config, "overrides": [
             word for word in overrides if word.startswith(("run.env.exclude", "run.env.scope"))]}
+        self.said = []  # type: list[str]  # besides the job's own notes
+        if dry:
+            self.look(not options.detach)
         self.took = time.time() - begun
+
+    @staticmethod
+    def wandb(dry):
+        found = profiles.shared("wandb", dry)
+        screen.conceal(str(found.get("api_key") or ""))
+        return found
 
     def make_job(self, args, notes):
         recipe, profile = self.recipe, self.profile
         settings = self.config.run["env"]
         root = backends.run_root(settings, recipe.family)
-        if root is None:
-            notes.append("no workspace is set: what the job writes stays in the pod and goes with it")
+        kept = backends.not_kept(settings, profile.executor)
+        notes += [kept] if kept else []
         command, tool, said = recipes.command(recipe, settings, args, backends.is_cloud(profile.executor))
         secrets, about = backends.check_secrets(settings.get("secrets", {}), profile.executor, settings["env_vars"])
         repositories, cloned = backends.clones(settings, profile.executor)
@@ -263,7 +278,22 @@ class Launch(object):
             tuple(notes + said + about + cloned + list(self.config.notes)))
 
     def notes(self):
-        return list(self.job.notes) + left_out_notes(self.tree)
+        sent = ["the config holds what looks like a credential, and is sent as it is"]
+        return list(self.job.notes) + self.said + sent * transport.looks_secret(self.config.text.encode()) + (
+            left_out_notes(self.tree))
+
+    def check(self, attached):
+        """Raises Refusal for what would be refused without asking the platform."""
+        backends.require(self.job, attached)
+        backends.backend(self.job.executor).check(self.job, self.plan)
+
+    def look(self, attached):
+        """For a dry run: say what a launch would not do. A template that is not filled in yet has nothing to check."""
+        try:
+            if not self.profile.unset:
+                self.check(attached)
+        except Refusal as refusal:
+            self.said.append("a launch would be refused: %s; %s" % (one_line(refusal.what), one_line(refusal.fix)))
 
 
 def split_words(words):
@@ -308,7 +338,7 @@ def launch(options):
         plan.plan.require_fit()
         if not options.dry_run:
             chosen(options, plan.job.nodes)
-            backends.require(plan.job, not options.detach)
+            plan.check(not options.detach)
     return 0 if options.dry_run else run_stages(plans, stages, options)
 
 
@@ -487,7 +517,8 @@ NEWEST = 20  # runs that the table shows
 
 def status(options):
     """One run, or all: a run whose state cannot be read is an error, but does not hide the others."""
-    runs, rows, worst = [find_run(options)] if options.words else backends.all_runs(), [], 0
+    runs, problems = ([find_run(options)], []) if options.words else backends.all_runs()
+    rows, worst = [], 2 if problems else 0
     shown = runs if options.json else runs[:NEWEST]
     silent = {}  # type: dict[str, Refusal]  # by profile: why its platform cannot be reached; waited for once
     for run in shown:
@@ -509,6 +540,8 @@ def status(options):
         print(screen.runs(rows) if rows else "no run was launched from here")
         if len(runs) > len(shown):
             print("%d older runs: python launch.py status --json" % (len(runs) - len(shown)))
+    for problem in problems:
+        screen.complain(problem.what, problem.fix)
     return worst
 
 
@@ -535,7 +568,8 @@ def diff(options):
     options.config, options.nodes, options.args = again["config"], None, []
     options.repo_root = options.repo_root or Path(again["repo_root"])
     family, _, stage = run.recipe.partition("/")
-    plan = Launch(options, True, family, stage, run.profile, again["overrides"])
+    with profiles.pinned(again.get("env_file")):
+        plan = Launch(options, True, family, stage, run.profile, again["overrides"])
     here = backends.fingerprints(plan.tree)
     kinds = {"changed": [path for path in carried if path in here and carried[path] != here[path]],
              "only in the run": [path for path in carried if path not in here],

@@ -722,7 +722,7 @@ CLONE_SCRIPT = """\
      git fetch -q --tags {url} '+refs/heads/*:refs/remotes/origin/*' && git checkout -q {ref}; }}; }} &&
  cd / && rm -rf {target} && mv {target}.new {target} &&
  echo airlift: {target} is $(git -C {target} rev-parse HEAD)
-) || {{ echo 'airlift: no clone of '{url}' at '{ref} >&2; exit {code}; }}"""
+) || {{ echo 'airlift: no clone of '{shown}' at '{ref} >&2; exit {code}; }}"""
 
 
 def script_for(job: dict, workdir: str, ready: int) -> str:
@@ -734,7 +734,8 @@ def script_for(job: dict, workdir: str, ready: int) -> str:
     """
     lines = ["trap 'exit 143' TERM; trap 'exit 130' INT", "cd -- %s || exit %d" % (shlex.quote(workdir), TOOL)]
     for clone in job.get("clones", []):
-        lines.append(CLONE_SCRIPT.format(code=CLONE, **{name: shlex.quote(value) for name, value in clone.items()}))
+        words = dict(clone, shown=re.sub(r"(https?://)[^/@]+@", r"\1***@", clone["url"]))
+        lines.append(CLONE_SCRIPT.format(code=CLONE, **{name: shlex.quote(value) for name, value in words.items()}))
     for number, command in enumerate(job["setup"], 1):
         lines.append("eval %s || { echo 'airlift: startup command %d failed with exit code '$? >&2; exit %d; }"
                      % (shlex.quote(command), number, SETUP))
@@ -1511,7 +1512,8 @@ def put(tar: bytes, job: dict, places: Places, env: dict[str, str], rank: int) -
         return _place(tar, job, places, env, rank)
     except OSError as error:
         full = " (the disk is full)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise Failure(PLACE, "%s: %s%s" % (error.filename or places.base, error.strerror, full)) from None
+        place = error.filename or (job["shared"] if job.get("unpack") == "shared" else places.base)
+        raise Failure(PLACE, "%s: %s%s" % (place, error.strerror, full)) from None
     except UnicodeEncodeError:
         raise Failure(PLACE, "%s is not UTF-8, so no config can name it" % places.base) from None
 

@@ -51,6 +51,7 @@ class Recipe:
 # ---------------------------------------------------------------- find
 
 HEADER = re.compile(rb"^# /// script[ \t]*\r?\n((?:#[^\n]*\n)*?)# ///[ \t]*\r?$", re.MULTILINE)
+OPEN_HEADER = re.compile(rb"^# /// script[ \t]*\r?\n(?:#[^\n]*\n)*?# \[tool\.runspec", re.MULTILINE)
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "": {"schema": (str,), "docs": (str,), "name": (str,), "image": (str,), "setup": (str,), "run": (dict,),
          "config": (dict,), "resources": (dict,), "env": (dict,)},
@@ -134,6 +135,10 @@ def read_header(root: Path, path: Path, word: bytes = b"") -> Recipe | None:
         return None
     match = HEADER.search(data)
     if match is None:
+        begun = OPEN_HEADER.search(data)
+        if begun:
+            raise Refusal("%s:%d: the runspec header does not end" % (script, data[: begun.start()].count(b"\n") + 1),
+                          "end it with a line `# ///`; each line of it begins with #")
         return None
     first = data[: match.start(1)].count(b"\n")  # lines before the block's own
     text = "\n".join(line[2:] if line.startswith("# ") else line.lstrip("#")
@@ -224,13 +229,18 @@ class Config:
     recipe: Recipe
 
 
+def is_path(name: str) -> bool:
+    """Whether `-c name` is a file's path."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
 def config_file(recipe: Recipe, name: str | None) -> Path:
     """The YAML for `-c name`: a path if it holds `/` or ends in .yaml or .yml, else a file of the config folder."""
     if not name:  # the header's own may be a file's name too, beside the others
         name = recipe.config_default
         if (recipe.config_dir / name).is_file():
             return recipe.config_dir / name
-    if "/" in name or name.endswith((".yaml", ".yml")):
+    if is_path(name):
         if not Path(name).is_file():
             raise Refusal("there is no config file %s" % name, "name a file, or a config of %s" % recipe.config_dir)
         return Path(name)
@@ -359,7 +369,7 @@ def _merge(omegaconf: Any, below: Any, above: Any, path: Path) -> Any:
 
 def _override(omegaconf: Any, config: Any, overrides: list[str]) -> Any:
     for override in overrides:
-        if not re.match(r"[^=+~.][^=.]*(\.[^=.]+)*=", override):
+        if not re.match(r"[^=+~.\s]+(\.[^=+~.\s]+)*=", override):
             raise Refusal("the override %r names no setting" % override,
                           "overrides are KEY=VALUE with dots between names")
         try:

@@ -175,6 +175,9 @@ def _ignore_file(root: Path) -> tuple[str, ...]:
         raise Refusal("%s cannot be read: %s" % (path, error.strerror), "make it readable, or remove it") from None
     except UnicodeDecodeError:
         raise Refusal("%s cannot be read: it is not UTF-8" % path, "save it as UTF-8") from None
+    again = [line for line in lines if line.startswith("!")]
+    if again:
+        raise Refusal("%s: %s takes nothing back: patterns only leave out" % (path, again[0]), "write narrower ones")
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 
@@ -253,7 +256,7 @@ class _Walk:
             self.entries.append(Entry(path, _inner_target(self.top, path, real).encode(), link=True))
         elif stat.S_ISREG(info.st_mode):
             data = _read_whole(real)
-            if _looks_secret(data):
+            if looks_secret(data):
                 self.left_out.append((path, "credential"))
             else:
                 self.entries.append(Entry(path, data, executable=bool(info.st_mode & 0o100)))
@@ -292,7 +295,7 @@ def _named_secret(name: str) -> bool:
     return name not in HARMLESS_FILES and any(fnmatch.fnmatchcase(name, pattern) for pattern in CREDENTIAL_FILES)
 
 
-def _looks_secret(data: bytes) -> bool:
+def looks_secret(data: bytes) -> bool:
     return any(hint in data for hint in CREDENTIAL_HINTS) and bool(CREDENTIAL_SHAPE.search(data))
 
 

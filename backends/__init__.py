@@ -1,7 +1,8 @@
 """What every executor shares: Job, the table of executors, and the file that remembers a run.
 
-A backend is a module with six functions:
+A backend is a module with seven functions:
 
+    check(job, plan)                    raises Refusal for what the platform would refuse, without asking it
     submit(run, job, plan, attached)    start the job; what the others need is in run.record, saved before it is sent
     follow(run) -> Status               pass logs on until the job ends; run.ranks says whose
     logs(run)                           print the logs that there are, and return
@@ -13,6 +14,7 @@ and a set CAN of what it supports ("detach", "ray"). Backends import nothing of 
 here and one line in BACKENDS and transport.LIMITS.
 """
 
+import difflib
 import hashlib
 import importlib
 import json
@@ -29,8 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from profiles import CLOUDS, KEYS, Profile, anchor, resolve, wrong
-from recipes import Recipe, places
+from profiles import CLOUDS, KEYS, Profile, anchor, merge, resolve, wrong
+from recipes import Recipe, nearest, places
 from transport import Refusal, Tree
 
 BACKENDS = {"local": "backends.local", "docker": "backends.docker", "slurm": "backends.slurm",
@@ -118,7 +120,7 @@ def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, 
     usable = {key: value for key, value in mine.items()
               if not KEYS[key].executors or profile.executor in KEYS[key].executors}
     for key, value in usable.items():
-        problem = "" if value is None or KEYS[key].kind == "count" or key == "nodes" else wrong(KEYS[key].kind, value)
+        problem = "" if value is None or KEYS[key].kind == "count" or key == "nodes" else wrong(key, value)
         if problem:
             raise Refusal("run.env.%s is %s" % (key, "***" if isinstance(value, dict) else repr(value)),
                           "it must be " + problem)
@@ -130,14 +132,15 @@ def settle(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, 
               {key: value for key, value in forced.items() if key in usable}, {"nodes": nodes} if nodes else {}]
     settings: dict[str, Any] = {}
     for layer in layers:
-        for key, value in layer.items():
-            if value is not None:
-                settings[KEYS[key].alias or key] = value
+        settings = merge(settings, {KEYS[key].alias or key: value for key, value in layer.items() if value is not None})
     settings["env_vars"] = {"%s" % name: _text(value) for layer in ({"env_vars": recipe.env}, *layers)
                             for name, value in (layer.get("env_vars") or {}).items()}
     foreign = sorted(key for key in forced if key in mine and key not in usable)
     if foreign:
         notes.append("run.env holds %s, which is not for executor %s" % (", ".join(foreign), profile.executor))
+    misspelt = [key for key in forced if key in unknown and difflib.get_close_matches(key, KEYS, 1, 0.75)]
+    if misspelt:
+        raise Refusal("there is no key run.env.%s" % misspelt[0], "did you mean %s?" % nearest(misspelt[0], KEYS))
     theirs, ours = yaml.get("mounts") or [], profile.keys.get("mounts") or []
     if wrong("mounts", theirs):
         raise Refusal("run.env.mounts is %r" % (theirs,), "it must be " + wrong("mounts", theirs))
@@ -160,10 +163,13 @@ def _mounts(yaml: list[Any], ours: list[Any], executor: str, notes: list[str]) -
         notes += ["%s is not mounted: local pods see this machine as it is" % mount for mount in yaml]
         return []
     if executor in CLOUDS:
+        def can(mount: Any) -> bool:
+            return _auto(mount) or (executor == "lepton" and isinstance(mount, dict))
+
         notes += ["%s is not mounted: %s has no hosts to mount from" % (mount, executor)
-                  for mount in yaml if not _auto(mount)]
-        yaml = [mount for mount in yaml if _auto(mount)]
-        bad = [mount for mount in ours if not _auto(mount) and (executor == "dgxcloud" or not isinstance(mount, dict))]
+                  for mount in yaml if not can(mount)]
+        yaml = [mount for mount in yaml if can(mount)]
+        bad = [mount for mount in ours if not can(mount)]
         if bad:
             fix = "write a table with path, mount_path and from" if executor == "lepton" else "volumes are pvcs there"
             raise Refusal("the mount %s cannot be had on %s" % (bad[0], executor), fix)
@@ -264,6 +270,18 @@ def workspace(settings: dict[str, Any]) -> str | None:
 def lies_on(place: str, mounts: Iterable[str]) -> bool:
     """Whether a path is one of the mounts' or below it."""
     return any(place == mount.rstrip("/") or place.startswith(mount.rstrip("/") + "/") for mount in mounts)
+
+
+def not_kept(settings: dict[str, Any], executor: str) -> str:
+    """What to say where what a job writes goes with its pod; "" where it is kept."""
+    base = workspace(settings)
+    if base is None:
+        return "no workspace is set: what the job writes stays in the pod and goes with it"
+    mounts = [str(mount.get("mount_path")) if isinstance(mount, dict) else str(mount).split(":")[1]
+              for mount in settings.get("mounts") or [] if isinstance(mount, dict) or ":" in mount]
+    if executor in ("docker", "lepton") and not settings.get("existing_ray_cluster") and not lies_on(base, mounts):
+        return "the workspace %s is on none of the mounts: what the job writes stays in the pod and goes with it" % base
+    return ""
 
 
 def run_root(settings: dict[str, Any], family: str) -> str | None:
@@ -438,10 +456,15 @@ def load_run(run: str) -> Run:
         raise Refusal("the file of run %s cannot be read: %s" % (run, path), "remove it") from None
 
 
-def all_runs() -> list[Run]:
-    """Newest first."""
-    found = [load_run(path.stem) for path in (home() / "runs").glob("*.json")]
-    return sorted(found, key=lambda run: -run.started)
+def all_runs() -> tuple[list[Run], list[Refusal]]:
+    """Newest first; and what is wrong with files that cannot be read."""
+    found, problems = [], []
+    for path in (home() / "runs").glob("*.json"):
+        try:
+            found.append(load_run(path.stem))
+        except Refusal as problem:
+            problems.append(problem)
+    return sorted(found, key=lambda run: -run.started), problems
 
 
 def home() -> Path:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 import urllib.parse
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import backends
@@ -42,7 +42,6 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     from backends import clouds
 
     settings = job.settings
-    check(job)
     client = Client(settings)
     project, cluster = client.project(settings["project_name"])
     name = clouds.job_name(job.name, job.run, NAME_LIMIT)
@@ -130,8 +129,6 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     yield tried("project", lambda: "%s, id %s" % (settings["project_name"], client.project(
         settings["project_name"])[0]))
     yield checks.image(settings, job)
-    if job:
-        yield tried("workload", partial(check, job), "has all that the API asks for")
     pvcs = settings.get("pvcs") or []
     claims = [str(pvc.get("claimName")) for pvc in pvcs]
     yield from checks.listed("claim", claims, lambda: [
@@ -263,7 +260,8 @@ class Client:
 
 def reconnect(run: Run) -> Client:
     """A client with the credentials of the run's profile, as it is now. Raises Refusal."""
-    profile = profiles.load(run.profile, run.recipe.partition("/")[2])
+    with profiles.pinned(run.record.get("again", {}).get("env_file")):
+        profile = profiles.load(run.profile, run.recipe.partition("/")[2])
     profile.require_set()
     client = Client(profile.keys | profile.stage)
     if "id" not in run.record:  # the answer to its creation never arrived
@@ -282,9 +280,11 @@ def _path(run: Run) -> str:
 # ---------------------------------------------------------------- the workload
 
 
-def check(job: Job) -> None:
-    """What the API would refuse, or take and get wrong, found before anything is sent. Raises Refusal."""
+def check(job: Job, plan: Plan) -> None:
+    """What the API would refuse, or take and get wrong. Raises Refusal."""
     backends.require_image(job)
+    if not re.match("https?://[^/]", job.settings["base_url"]):
+        raise Refusal("base_url is %r" % job.settings["base_url"], "write it whole, like https://…/api/v1")
     if job.gpus_per_node == "gpu":
         raise Refusal('gpus_per_node is "gpu"', "run:AI needs a number; set gpus_per_node in the profile")
     for volume in job.settings.get("pvcs") or []:
@@ -304,6 +304,8 @@ def check(job: Job) -> None:
     if job.nodes > 1 and framework != "PyTorch":
         raise Refusal("distributed_framework is %r" % framework,
                       "only PyTorch tells each pod its rank; take the key out")
+    if job.settings.get("custom_spec"):
+        request(job, plan, job.run, "", "")
 
 
 def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict[str, Any]:

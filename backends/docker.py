@@ -31,10 +31,6 @@ GRACE_S = 20  # seconds between TERM and KILL
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Start the container."""
-    if job.nodes > 1:
-        raise Refusal("Docker starts one container on this machine, and the job has %d nodes" % job.nodes,
-                      "set nodes = 1 in the profile, or use --nodes 1")
-    backends.require_image(job)
     mounts = volumes(job.settings)
     client = connect()
     find_image(client, str(job.image))
@@ -130,6 +126,15 @@ def _image_here(client: Any, image: str) -> Finding:
 
 
 # ---------------------------------------------------------------- the container
+
+
+def check(job: Job, plan: Plan) -> None:
+    """What Docker cannot do, or would refuse. Raises Refusal."""
+    if job.nodes > 1:
+        raise Refusal("Docker starts one container on this machine, and the job has %d nodes" % job.nodes,
+                      "set nodes = 1 in the profile, or use --nodes 1")
+    backends.require_image(job)
+    volumes(job.settings, False)
 
 
 def volumes(settings: dict[str, Any], make: bool = True) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import backends
@@ -34,7 +33,6 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     from backends import clouds
 
     settings = job.settings
-    check(job)
     client = connect(settings.get("ca_bundle"))
     if wants_cluster(job):
         return lepton_ray().submit(run, job, plan, client)
@@ -145,8 +143,6 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     storage = [str(mount.get("from", "")).partition(":")[2] for mount in mounts]
     yield from checks.listed("storage", storage, lambda: [volume.name for volume in group.spec.volumes or []],
                              "name a storage of the node group in mounts: from")
-    if job:
-        yield tried("job", partial(check, job), "has all that the API asks for")
     yield checks.workspace(settings, [str(mount.get("mount_path")) for mount in mounts])
     secrets = [source.partition(":")[2] for source in settings.get("secrets", {}).values() if source != "env"]
     yield from checks.listed("secret", secrets, lambda: [
@@ -226,8 +222,8 @@ def node_group(client: Any, name: str) -> str:
 # ---------------------------------------------------------------- the job
 
 
-def check(job: Job) -> None:
-    """What the API would refuse, found before anything is sent. Raises Refusal."""
+def check(job: Job, plan: Plan) -> None:
+    """What the API would refuse. Raises Refusal."""
     backends.require_image(job)
     for mount in job.settings.get("mounts") or []:
         if isinstance(mount, dict):
@@ -238,6 +234,10 @@ def check(job: Job) -> None:
     for name in job.secrets:
         if name.startswith("LEPTON_"):
             raise Refusal("Lepton keeps the variable %s for itself" % name, "use another name under [secrets]")
+    if wants_cluster(job):
+        lepton_ray().check(job)
+    if job.settings.get("custom_spec"):
+        request(job, plan, job.run, job.settings["node_group"])
 
 
 def request(job: Job, plan: Plan, name: str, group: str) -> Any:

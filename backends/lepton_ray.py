@@ -39,7 +39,6 @@ DASHBOARD_S = 120.0  # for a cluster that is Ready to answer as Ray's job API, t
 def submit(run: Run, job: Job, plan: Plan, client: Any) -> None:
     """A cluster that is Ready, and the driver's job on it. Whatever goes wrong or is interrupted, nothing stays."""
     settings = job.settings
-    check(job)
     existing = settings.get("existing_ray_cluster")
     name = existing or clouds.job_name(job.name, job.run, NAME_LIMIT)
     body = None if existing else request(job, plan, name, lepton.node_group(client, settings["node_group"]))

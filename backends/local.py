@@ -36,6 +36,10 @@ GRACE = 10.0  # seconds between TERM and KILL
 # ---------------------------------------------------------------- the five functions
 
 
+def check(job: Job, plan: Plan) -> None:
+    """Pods here are processes: nobody refuses them."""
+
+
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Start the supervisor. Its folder under Airlift's home holds `log` and, at the end, `exit`."""
     folder = backends.home() / "local" / job.run

@@ -40,11 +40,11 @@ def told(status: Status, run: Run) -> str:
 
 def complain(what: str, fix: str) -> None:
     """An error's two lines, on standard error."""
-    print("%s %s\n%s" % (paint("airlift:", "red", sys.stderr), what, fix), file=sys.stderr)
+    print("%s %s\n%s" % (paint("airlift:", "red", sys.stderr), hide(what), hide(fix)), file=sys.stderr)
 
 
 def note(text: str) -> None:
-    print("%s %s" % (paint("note:", "yellow"), text))
+    print("%s %s" % (paint("note:", "yellow"), hide(text)))
 
 
 def rank(number: str | int) -> str:
@@ -119,7 +119,7 @@ def show(plan: Any) -> None:
     print("%s: %s, %s" % (paint(head, "bold"), shape(job), job.description["launch"]))
     rows = [
         ("script", job.description["script"]), ("config", str(plan.config.path)), ("image", job.image),
-        ("command", hide(job.description["command"])), ("outputs", job.description["run_root"]),
+        ("command", job.description["command"]), ("outputs", job.description["run_root"]),
         ("ships", "%d files, %s as %s, %s, sha256 %s" % (
             payload.files, transport.human(len(payload.tar)), payload.compression,
             "1 chunk" if payload.chunks == 1 else "%d chunks" % payload.chunks, payload.digest[:16])),
@@ -129,7 +129,7 @@ def show(plan: Any) -> None:
     rows += [("note", note) for note in plan.notes()]
     for label, value in rows:
         if value:
-            print("  %s%s" % (paint("%-9s" % label, "yellow" if label == "note" else "dim"), value))
+            print("  %s%s" % (paint("%-9s" % label, "yellow" if label == "note" else "dim"), hide(value)))
     print("nothing was submitted")
 
 
@@ -142,7 +142,7 @@ def as_json(plan: Any) -> dict[str, Any]:
     return {
         "recipe": {"name": job.name, "script": job.description["script"], "launch": job.description["launch"],
                    "nodes": job.nodes, "gpus_per_node": job.gpus_per_node, "nproc_per_node": job.nproc,
-                   "image": job.image},
+                   "image": job.image and hide(job.image)},
         "profile": {"name": plan.profile.name, "executor": plan.profile.executor, "files": list(plan.profile.files)},
         "config": {"path": str(plan.config.path), "sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text),
                    "text": hide(plan.config.text)},
@@ -152,7 +152,7 @@ def as_json(plan: Any) -> dict[str, Any]:
                     "chunk_limit": payload.chunk_limit or None, "env_bytes": env_bytes, "env_limit": env_limit,
                     "object_bytes": object_bytes or None, "object_limit": object_limit or None, "fits": payload.fits},
         "env": shown_env(plan), "argv": payload.argv, "command": hide(job.description["command"]),
-        "notes": plan.notes(),
+        "notes": [hide(note) for note in plan.notes()],
     }
 
 
@@ -175,12 +175,23 @@ def shown_env(plan: Any) -> dict[str, str]:
     return env
 
 
+OURS: set[str] = set()  # what a profile says is secret
+IN_URL = re.compile(r"(https?://)[^/@\s]+@")
+SHAPE = re.compile(transport.CREDENTIAL_SHAPE.pattern.decode())
+
+
+def conceal(*values: str | None) -> None:
+    """Have hide() know these secrets."""
+    OURS.update(value for value in values if value and not value.startswith("<unset "))
+
+
 def hide(text: str) -> str:
-    """`text` without the value of any variable that is set here and named like a secret: a profile may have read it
-    with ${env:NAME} into a variable of another name, or into a command."""
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= 8:
+    """`text` without what was concealed, what looks like a credential, and the value of any variable that is set here
+    and named like a secret: a profile may have read it with ${env:NAME} into another variable, or into a command."""
+    named = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
+    for value in sorted(OURS | named, key=len, reverse=True):
+        if len(value) >= 8:
             text = text.replace(value, "***")
-        elif SECRET_NAME.search(name) and len(value) >= 4 and text == value:
+        elif len(value) >= 4 and text == value:
             text = "***"
-    return text
+    return SHAPE.sub("***", IN_URL.sub(r"\1***@", text))

@@ -52,7 +52,6 @@ ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d+)")  # pod.py'
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Have everything on the cluster that the job needs, then sbatch. Raises Refusal with the cluster's own words."""
-    check(job)
     settings, host = job.settings, host_of(job.settings)
     base = settings["remote_job_dir"].rstrip("/")
     look_around(host, base, [settings["persistent_cache"]] if settings.get("persistent_cache") else [])
@@ -117,10 +116,10 @@ sbatch --test-only -A %(account)s -p %(partition)s -N %(nodes)d --time=%(time)s 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     """The login node, its Slurm, account and partitions (by sbatch --test-only), pyxis, and the folder of all jobs."""
-    if job:
-        yield (first := tried("job", partial(check, job), "can be put into a batch script"))
-        if first.state != "ok":
-            return
+    first = tried("profile", partial(require_plain, settings))
+    if first.state != "ok":  # what a shell would make of it
+        yield first
+        return
     host, base = host_of(settings), settings["remote_job_dir"].rstrip("/")
     yield (found := tried("login node", lambda: host.ask("hostname", "run a command").strip()))
     if found.state != "ok":
@@ -154,9 +153,8 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
 # ---------------------------------------------------------------- before it is sent
 
 
-def check(job: Job) -> None:
-    """What would fail later, or worse, somewhere else. Raises Refusal."""
-    settings = job.settings
+def require_plain(settings: dict[str, Any]) -> None:
+    """Raises Refusal for what a shell would read in another way, and for a login node that is not whole."""
     base = settings["remote_job_dir"]
     if not PLAIN.fullmatch(base) or ".." in base.split("/"):
         raise Refusal("remote_job_dir is %r, and nemo-run hands it to shells as it is" % base,
@@ -170,6 +168,12 @@ def check(job: Job) -> None:
     if identity and re.search(r"[^\w.@%+=:/~-]", identity):
         raise Refusal("identity is %r, and nemo-run hands it to a shell as it is" % identity,
                       "move the key to a plain path")
+
+
+def check(job: Job, plan: Plan) -> None:
+    """What would fail later, or worse, somewhere else. Raises Refusal."""
+    settings = job.settings
+    require_plain(settings)
     for mount in settings.get("mounts") or []:
         if not isinstance(mount, str):
             raise Refusal("a mount is %r, and Slurm's are text" % mount, 'write "SRC:DST" or "SRC:DST:FLAGS"')

@@ -9,6 +9,7 @@ stages with that prefix, longest last. `${env:NAME}` reads the environment of th
 executors that it is for; an unknown key, a wrong type, or a key of another executor is an error.
 """
 
+import contextlib
 import os
 import re
 import tomllib
@@ -147,6 +148,9 @@ REQUIRED = {
 CHOICES = {"compression": ("xz", "gz"), "unpack": ("local", "shared"), "scope": ("family", "imports"),
            "tunnel": ("local", "ssh"), "auto_mount": ("image",)}
 SECRET_KEYS = ("client_secret", "app_secret")  # never shown
+# Text of a shell or of a platform, where ${ is its own affair; elsewhere one that is left was meant to be replaced.
+FREE_TEXT = ("startup_commands", "pre_launch_commands", "setup_lines", "run_command", "env_vars", "custom_spec")
+UNREAD = re.compile(r"\$\{(?!auto_mount:)[^}\s]*\}?")
 
 
 @dataclass(frozen=True)
@@ -169,8 +173,23 @@ class Profile:
                 "export it, or write the value into %s" % self.files[0])
 
 
+PINNED: list[Path] = []
+
+
+@contextlib.contextmanager
+def pinned(file: str | None) -> Iterator[None]:
+    """Within it that file is the env.toml, wherever we are: the one that a run was launched with."""
+    PINNED.extend([Path(file)] if file else [])
+    try:
+        yield
+    finally:
+        del PINNED[:]
+
+
 def env_file() -> Path | None:
     """The env.toml that counts here. Raises Refusal if NEMOTRON_ENV_FILE names one that is not there."""
+    if PINNED:
+        return PINNED[0]
     named = os.environ.get("NEMOTRON_ENV_FILE")
     if named:
         path = Path(os.path.expanduser(named))
@@ -221,7 +240,8 @@ def load(name: str, stage: str = "") -> Profile:
     unset: list[str] = []
     keys: dict[str, Any] = {}
     for table, _ in reversed(layers):
-        keys = _merge(keys, table)
+        keys = merge(keys, table)
+    stages = keys.pop("stages", {})
     keys = resolve(keys, unset)
     executor = keys.get("executor")
     if executor is None:
@@ -231,7 +251,6 @@ def load(name: str, stage: str = "") -> Profile:
     if not isinstance(executor, str) or executor not in LIMITS:
         raise Refusal("profile %s: executor %r is not known" % (name, executor),
                       "did you mean %s?" % nearest(str(executor), LIMITS))
-    stages = keys.pop("stages", {})
     if not isinstance(stages, dict):
         raise Refusal("profile %s: stages is %r" % (name, stages), "write tables like [stages.rl]")
     notes: list[str] = []
@@ -249,12 +268,13 @@ def load(name: str, stage: str = "") -> Profile:
             if key in stages[prefix]:
                 raise Refusal("profile %s: stages.%s sets %s" % (name, prefix, key), "set it at the top of the profile")
         parts = [(_table(_table(table.get("stages")).get(prefix)), path) for table, path in layers]
-        matches = stage == prefix or stage.startswith(prefix + "/")
+        matches = (stage + "/").startswith(prefix.strip("/") + "/")
         where = "profile %s, stages.%s" % (name, prefix)
-        checked = _checked(stages[prefix], executor, where, parts, notes if matches else [])
+        found = resolve(stages[prefix], unset if matches else [])  # another stage's variables need not be set
+        checked = _checked(found, executor, where, parts, notes if matches else [])
         if matches:
-            overrides = _merge(overrides, checked)
-    missing = [key for key in REQUIRED[executor] if key not in keys and key not in overrides]
+            overrides = merge(overrides, checked)
+    missing = [key for key in REQUIRED[executor] if not (overrides.get(key) or keys.get(key))]
     if missing:
         raise Refusal("profile %s lacks %s" % (name, ", ".join(missing)), "executor %s needs it; see profiles/%s.toml"
                       % (executor, executor))
@@ -320,12 +340,12 @@ def _canonical(table: dict[str, Any], where: str) -> dict[str, Any]:
     return result
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Tables deeply, everything else (lists too) replaced."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(below.get(key), dict)
-        merged[key] = _merge(below[key], value) if both else value
+        merged[key] = merge(below[key], value) if both else value
     return merged
 
 
@@ -389,20 +409,24 @@ def _checked(table: dict[str, Any], executor: str, where: str, layers: list[tupl
         if foreign:
             raise Refusal("%s: %s is not for executor %s" % (where, key, executor),
                           "it is for %s; take it out" % ", ".join(known.executors))
-        problem = wrong(known.kind, value)
+        problem = wrong(key, value)
         if problem:
             shown = "***" if key in SECRET_KEYS or isinstance(value, dict) else repr(value)
             raise Refusal("%s: %s is %s" % (where, key, shown), "it must be " + problem)
-        if key in CHOICES and value not in CHOICES[key]:
-            raise Refusal("%s: %s is %r" % (where, key, value), "it must be " + " or ".join(CHOICES[key]))
+        unread = UNREAD.search(repr(value)) if key not in FREE_TEXT else None
+        if unread:
+            raise Refusal("%s: %s holds %s, which nothing replaces" % (where, key, unread.group(0)),
+                          "a profile reads ${env:NAME} and ${oc.env:NAME,default}; write the rest out")
         result[key] = value
         if key in PATHS:
             anchor(result, executor, FOLDER.parent if path.parent == FOLDER else path.parent, key)
     return result
 
 
-def wrong(kind: str, value: Any) -> str:
-    """What the value should have been, or "" where it is right."""
+def wrong(key: str, value: Any) -> str:
+    """What the value of that key should have been, or "" where it is right."""
+    if key in CHOICES and value not in CHOICES[key]:
+        return " or ".join(CHOICES[key])
     whole = isinstance(value, int) and not isinstance(value, bool)
     table = value if isinstance(value, dict) else {}
     odd = ", ".join(str(name) for name in table if not variable(name, table[name]))
@@ -420,7 +444,7 @@ def wrong(kind: str, value: Any) -> str:
         "mounts": ("a list of strings or tables",
                    isinstance(value, list) and all(isinstance(item, (str, dict)) for item in value)),
     }
-    expected, right = good[kind]
+    expected, right = good[KEYS[key].kind]
     return "" if right else expected
 
 

@@ -62,7 +62,7 @@ def test_with_a_recipe(here):
     here.recipe("pass", nodes=2)
     code, found = checked(here, "nano3", "sft", here.kind, "--repo-root", here.root)
     assert code == 0 and found["recipe"]["said"].startswith("nano3/sft, direct, ") and "API object" in found
-    assert found["job" if here.kind == "lepton" else "workload"]["state"] == "ok"
+    assert found["job"]["state"] == "ok"
     here.pad(1_400_000)
     code, found = checked(here, "nano3", "sft", here.kind, "--repo-root", here.root)
     assert code == 3 and found["API object"]["state"] == "failure"
@@ -202,7 +202,7 @@ def test_a_job_that_slurm_cannot_have_is_found_before_anything_is_asked():
     settings = {"account": "a", "partition": "p", "remote_job_dir": "jobs"}
     job = backends.Job("t23456", "a/b", "slurm", 1, 0, 1, None, settings, support.job(), {})
     (only,) = slurm.probe(settings, job)
-    assert (only.what, only.state, only.code) == ("job", "failure", 2)
+    assert (only.what, only.state, only.code) == ("profile", "failure", 2)
 
 
 @pytest.mark.parametrize("word", ["ok", "failure"])

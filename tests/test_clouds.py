@@ -346,7 +346,7 @@ def test_bad_credentials(here):
     named = {"lepton": "LEPTON_WORKSPACE_TOKEN", "dgxcloud": "client_secret"}[here.kind]
     assert "answered 401" in result.err and named in result.err.splitlines()[1] and wrong not in result.out + result.err
     assert ("invalid or expired token" if here.kind == "lepton" else "wrong secret") in result.err
-    assert here.posts == [] and backends.all_runs() == []
+    assert here.posts == [] and backends.all_runs() == ([], [])
 
 
 def test_a_secret_that_the_server_repeats_is_not_shown(here):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from cloud import EMULATED, KEEPS_ON, cloud, wait_for
+from support import plant
 
 import backends
 from backends import dgxcloud
@@ -51,7 +52,7 @@ def test_a_quota(here):
     here.profile(project_name="team-without-quota")
     result = here.launch()
     assert result.code == 4 and "has a quota of 0 GPUs; the workload asks for 1" in result.err
-    assert here.jobs == [] and backends.all_runs() == []
+    assert here.jobs == [] and backends.all_runs() == ([], [])
 
 
 def test_a_project_that_is_not_there_and_one_on_the_third_page(here):
@@ -147,7 +148,7 @@ def test_the_answer_of_a_creation_that_comes_too_late(here):
     result = here.launch()
     assert result.code == 5 and "the request had been sent" in result.err and len(here.jobs) == 1
     here.server._faults.clear()
-    run = backends.all_runs()[0].run
+    run = backends.all_runs()[0][0].run
     assert here.main("status", run).code == 0
     assert here.main("cancel", run).out.endswith("was stopped\n") and here.job.state == "Stopped"
 
@@ -156,8 +157,25 @@ def test_one_that_never_came_to_be(here):
     here.monkeypatch.setattr(backends.clouds, "BACKOFF_S", 0.01)
     here.server.fault("drop", method="POST", path="/trainings$")
     assert here.launch().code == 5
-    result = here.main("status", backends.all_runs()[0].run)
+    result = here.main("status", backends.all_runs()[0][0].run)
     assert result.code == 4 and "its creation failed" in result.err
+
+
+def test_a_run_is_found_from_anywhere(here, tmp_path):
+    """Its profile was a section of an env.toml beside where it was launched; another of that name is not meant."""
+    keys = (here.folder / "dgxcloud.toml").read_text()
+    assert "\n[" not in keys
+    plant(tmp_path, {"there/env.toml": "[mine]\n" + keys,
+                             "elsewhere/env.toml": '[mine]\nexecutor = "slurm"\n'})
+    here.recipe(KEEPS_ON)
+    here.monkeypatch.chdir(tmp_path / "there")
+    assert here.main("nano3", "sft", "mine", "--detach", "--repo-root", here.root).code == 0
+    run = backends.all_runs()[0][0].run
+    here.monkeypatch.chdir(tmp_path / "elsewhere")
+    for words in (["status", run], ["diff", run], ["cancel", run]):
+        result = here.main(*words)
+        assert (result.code, result.err) == (0, ""), words
+    assert here.job.state == "Stopped"
 
 
 def test_a_deleted_workload(here):

@@ -69,10 +69,11 @@ def test_gpus_reach_the_daemon() -> None:
     assert (sent["command"], sent["environment"], sent["volumes"]) == (["true"], {"A": "b"}, ["/a:/b"])
 
 
-@pytest.mark.parametrize("settings, said", [({"nodes": 2}, "2 nodes"), ({"container_image": ""}, "no image")])
+@pytest.mark.parametrize("settings, said", [({"nodes": 2}, "2 nodes"), ({"container_image": ""}, "no image"),
+                                            ({"mounts": ["/x"]}, "cannot be read")])
 def test_what_cannot_work_is_refused_before_the_daemon_is_asked(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(Refusal, match=said):
-        docker.submit(None, job(**settings), None, True)  # type: ignore[arg-type]
+        docker.check(job(**settings), support.plan(executor="docker"))
 
 
 # ---------------------------------------------------------------- real containers

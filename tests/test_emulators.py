@@ -688,14 +688,18 @@ def test_nemo_runs_dgxcloud_executor_talks_to_it(runai: RunaiEmulator) -> None:
 @pytest.mark.parametrize("plane", ["lepton", "runai"])
 def test_started_by_hand(plane: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.emulators", plane, "--root", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    lines = list(iter(process.stdout.readline, "Ctrl-C ends it, and every pod with it.\n"))
-    exported = dict(re.findall(r"export (\w+)='([^']*)'", "".join(lines)))
-    url = exported["LEPTON_WORKSPACE_URL" if plane == "lepton" else "RUNAI_BASE_URL"]
-    assert url.startswith("http://127.0.0.1:") and requests.get(url + "/jobs", timeout=5).status_code in (401, 404)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 0
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            lines = list(iter(process.stdout.readline, "Ctrl-C ends it, and every pod with it.\n"))
+            exported = dict(re.findall(r"export (\w+)='([^']*)'", "".join(lines)))
+            url = exported["LEPTON_WORKSPACE_URL" if plane == "lepton" else "RUNAI_BASE_URL"]
+            assert url.startswith("http://127.0.0.1:")
+            assert requests.get(url + "/jobs", timeout=5).status_code in (401, 404)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
 
 
 def test_shapes() -> None:

@@ -380,4 +380,4 @@ def test_a_refused_job_leaves_no_record(here):
     here.server.fault("status", status=400, method="POST", path="/(jobs|trainings)$")
     here.monkeypatch.setattr(backends, "new_run_id", lambda: "refuse")
     assert here.launch().code == 4
-    assert run.Experiment.catalog("nano3-sft-refuse") == [] and backends.all_runs() == []
+    assert run.Experiment.catalog("nano3-sft-refuse") == [] and backends.all_runs() == ([], [])

@@ -67,7 +67,7 @@ NAMES = st.one_of(
                      "*", "\\"]),
 ).filter(usual)
 CONTENTS = st.one_of(st.just(b""), st.binary(max_size=200), st.binary(min_size=1, max_size=4).map(lambda b: b * 5000)
-                     ).filter(lambda data: not transport._looks_secret(data))
+                     ).filter(lambda data: not transport.looks_secret(data))
 MODES = st.one_of(st.sampled_from([0o644, 0o755, 0o600, 0o700]),
                   st.integers(0o400, 0o7777).map(lambda mode: mode | 0o400))
 

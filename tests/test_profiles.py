@@ -172,6 +172,36 @@ def test_environment_variables_are_read(folder, monkeypatch):
     assert profile.unset == ("GONE", "GONE_TOO")
 
 
+def test_a_variable_of_another_stage_need_not_be_set(folder):
+    write(folder / "p.toml", """
+        executor = "local"
+        [stages."rl/".env_vars]
+        X = "${env:ONLY_RL}"
+    """)
+    assert profiles.load("p", "sft").unset == () and profiles.load("p", "rl/stage1").unset == ("ONLY_RL",)
+    assert profiles.load("p", "rl").stage == {"env_vars": {"X": "<unset ONLY_RL>"}}
+
+
+def test_what_nothing_would_replace_is_refused(folder):
+    write(folder / "p.toml", """
+        executor = "local"
+        startup_commands = ["echo ${HOME}"]
+        env_vars = { A = "${HOME}/x" }
+        workspace = "/shared/${user_dir}/x"
+    """)
+    assert refusal(profiles.load, "p").what == "profile p: workspace holds ${user_dir}, which nothing replaces"
+
+
+def test_the_env_toml_of_a_launch_counts_wherever_we_are(folder, tmp_path, monkeypatch):
+    write(tmp_path / "a/env.toml", '[mine]\nexecutor = "local"\nnodes = 3')
+    write(tmp_path / "b/env.toml", '[mine]\nexecutor = "local"\nnodes = 4')
+    monkeypatch.chdir(tmp_path / "b")
+    with profiles.pinned(str(tmp_path / "a/env.toml")):
+        assert profiles.load("mine").keys["nodes"] == 3
+    with profiles.pinned(None):
+        assert profiles.load("mine").keys["nodes"] == 4
+
+
 def test_paths_of_this_machine_begin_at_the_launchers_folder(folder, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     write(folder / "a.toml", 'executor = "local"\nworkspace = "out/../output"\nrepo_root = "~/src"\n')
@@ -278,7 +308,7 @@ def test_a_file_that_is_no_text_or_no_file(folder):
 
 def test_every_key_has_a_kind_that_can_be_checked():
     for name, key in profiles.KEYS.items():
-        assert profiles.wrong(key.kind, object()), name
+        assert profiles.wrong(name, object()), name
         assert not key.alias or profiles.KEYS[key.alias].alias == ""
         assert set(key.executors) <= set(LIMITS)
     for required in profiles.REQUIRED.values():
@@ -392,6 +422,35 @@ def test_env_vars_merge_and_mounts_add_up():
     assert found["mounts"] == ["/y:/y", "/p:/p"]
     assert settle("slurm", yaml={"mounts": ["/y:/y"]}, stage={"mounts": ["/s:/s"]})[0]["mounts"] == ["/s:/s"]
     assert settle("slurm", yaml={"mounts": ["/y:/y"]}, forced={"mounts": []})[0]["mounts"] == []
+
+
+def test_tables_merge_as_under_extends():
+    profile = {"secrets": {"HF_TOKEN": "lepton:hf"}, "custom_spec": {"a": {"b": 1}, "l": [1]}}
+    stage = {"secrets": {"WANDB_API_KEY": "lepton:wb"}, "custom_spec": {"a": {"c": 2}, "l": [2]}}
+    found, _ = settle(profile=profile, stage=stage)
+    assert found["secrets"] == {"HF_TOKEN": "lepton:hf", "WANDB_API_KEY": "lepton:wb"}
+    assert found["custom_spec"] == {"a": {"b": 1, "c": 2}, "l": [2]}
+
+
+def test_a_table_is_a_mount_of_leptons_wherever_it_stands():
+    storage = {"path": "/d", "mount_path": "/data", "from": "node-nfs:s"}
+    found, notes = settle("lepton", yaml={"mounts": [storage, "/y:/y"]}, profile={"mounts": [storage]})
+    assert found["mounts"] == [storage, storage] and notes == ["/y:/y is not mounted: lepton has no hosts to mount from"]
+    assert settle("dgxcloud", yaml={"mounts": [storage]})[0]["mounts"] == []
+
+
+@pytest.mark.parametrize(("executor", "settings", "said"), [
+    ("lepton", {}, "no workspace is set"), ("lepton", {"nemo_run_dir": "/nemo_run"}, "/nemo_run is on none of"),
+    ("lepton", {"nemo_run_dir": "/nemo_run", "mounts": [{"mount_path": "/nemo"}]}, "/nemo_run is on none of"),
+    ("lepton", {"nemo_run_dir": "/nemo_run/a", "mounts": [{"mount_path": "/nemo_run/"}]}, ""),
+    ("lepton", {"nemo_run_dir": "/nemo_run", "existing_ray_cluster": "c"}, ""),
+    ("docker", {"workspace": "/w", "mounts": ["${auto_mount:git+https://h/w@m,/w}"]}, "/w is on none of"),
+    ("docker", {"mounts": ["~/airlift:/w"]}, ""), ("slurm", {"remote_job_dir": "/lustre"}, ""),
+    ("local", {"workspace": "/w"}, ""), ("dgxcloud", {"workspace": "/w"}, ""),
+])
+def test_where_nothing_is_kept_it_is_said(executor, settings, said):
+    note = backends.not_kept(settings, executor)
+    assert said in note and bool(note) == bool(said)
 
 
 @pytest.mark.parametrize(("values", "nodes", "gpus", "nproc"), [

@@ -68,7 +68,6 @@ def test_a_header_may_end_the_file(tmp_path, end):
     "", "print('no header')\n", "# /// script\n# dependencies = []\n# ///\n", "x = '[tool.runspec]'\n",
     "# /// script\n# [tool.other]\n# ///\n# [tool.runspec]\n",
     "# /// script\n# tool = 3\n# ///\nx = '[tool.runspec]'\n",
-    "# /// script\n# [tool.runspec]\n# name = 'a/b'\n",  # never closed
 ])
 def test_scripts_without_a_header_are_no_recipes(tmp_path, text):
     path = write(tmp_path / "src/nemotron/recipes/nano3/x.py", text)

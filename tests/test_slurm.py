@@ -49,7 +49,7 @@ def job(**settings: Any) -> Job:
 ])
 def test_what_cannot_work_is_refused_before_anything_is_asked(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(Refusal, match=said) as refusal:
-        slurm.check(job(**settings))
+        slurm.check(job(**settings), support.plan(executor="slurm"))
     assert refusal.value.code == 2 and refusal.value.fix
 
 
