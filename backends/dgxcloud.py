@@ -32,7 +32,7 @@ PHASES = {
 }
 
 
-# ---------------------------------------------------------------- the five functions
+# ---------------------------------------------------------------- what launch.py calls
 
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:

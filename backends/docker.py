@@ -26,7 +26,7 @@ ANSWER_S = 60  # seconds for the daemon's answer
 GRACE_S = 20  # seconds between TERM and KILL
 
 
-# ---------------------------------------------------------------- the five functions
+# ---------------------------------------------------------------- what launch.py calls
 
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:

@@ -25,7 +25,7 @@ STATES = {
 }
 
 
-# ---------------------------------------------------------------- the five functions
+# ---------------------------------------------------------------- what launch.py calls
 
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:

@@ -33,7 +33,7 @@ STATES = {"PENDING": "waiting", "RUNNING": "running", "SUCCEEDED": "done", "FAIL
 DASHBOARD_S = 120.0  # for a cluster that is Ready to answer as Ray's job API, too
 
 
-# ---------------------------------------------------------------- the five functions
+# ---------------------------------------------------------------- what launch.py calls
 
 
 def submit(run: Run, job: Job, plan: Plan, client: Any) -> None:

@@ -33,7 +33,7 @@ CAN = {"detach", "ray"}
 GRACE = 10.0  # seconds between TERM and KILL
 
 
-# ---------------------------------------------------------------- the five functions
+# ---------------------------------------------------------------- what launch.py calls
 
 
 def check(job: Job, plan: Plan) -> None:

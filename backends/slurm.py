@@ -47,7 +47,7 @@ PLAIN = re.compile(r"/[\w.@+=/-]+", re.ASCII)  # to shells without quotes, to sb
 ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d+)")  # pod.py's last line
 
 
-# ---------------------------------------------------------------- the five functions
+# ---------------------------------------------------------------- what launch.py calls
 
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:

@@ -166,7 +166,7 @@ def test_a_run_is_found_from_anywhere(here, tmp_path):
     keys = (here.folder / "dgxcloud.toml").read_text()
     assert "\n[" not in keys
     plant(tmp_path, {"there/env.toml": "[mine]\n" + keys,
-                             "elsewhere/env.toml": '[mine]\nexecutor = "slurm"\n'})
+                     "elsewhere/env.toml": '[mine]\nexecutor = "slurm"\n'})
     here.recipe(KEEPS_ON)
     here.monkeypatch.chdir(tmp_path / "there")
     assert here.main("nano3", "sft", "mine", "--detach", "--repo-root", here.root).code == 0
