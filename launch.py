@@ -25,6 +25,7 @@ import argparse  # noqa: E402
 import difflib  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
+import shlex  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 import traceback  # noqa: E402
@@ -205,7 +206,7 @@ class Ahead(object):
 class Launch(object):
     """One launch, resolved: profile, recipe, config, job, tree and plan. Nothing has been asked of a platform."""
 
-    def __init__(self, options, dry, family, stage, name, overrides):
+    def __init__(self, options, dry, family, stage, name, overrides, several=False):
         begun = time.time()
         self.profile = profiles.load(name, stage)
         screen.conceal(*(self.profile.keys.get(key) for key in profiles.SECRET_KEYS))
@@ -214,6 +215,7 @@ class Launch(object):
         root = options.repo_root or self.profile.keys.get("repo_root") or HERE
         self.root = Path(root).resolve()
         recipe = recipes.find(self.root, family + "/" + stage)
+        self.given = overrides = mine(overrides, recipe, options.config) if several else overrides
         ahead = Ahead(self.root, recipe, self.profile)
         try:
             notes = list(self.profile.notes)
@@ -309,6 +311,12 @@ def split_words(words):
     return names[0], stages, names[2] if len(names) > 2 else "local", overrides
 
 
+def mine(overrides, recipe, config):
+    """Of the overrides of several stages, those whose first word this one's config has; run is for all."""
+    known = recipes.known_keys(recipe, config) | {"run"}
+    return [word for word in overrides if re.split(r"[.=\[]", word)[0] in known]
+
+
 def left_out_notes(tree):
     """One line for each kind of thing that stays here; credentials are named."""
     kinds = {}  # type: dict[str, list[str]]
@@ -327,7 +335,11 @@ def launch(options):
     """One stage, or several with commas between: each its own job, all planned before the first is submitted."""
     dry = options.dry_run or options.json
     family, stages, name, overrides = split_words(options.words)
-    plans = [Launch(options, dry, family, stage, name, overrides) for stage in stages]
+    plans = [Launch(options, dry, family, stage, name, overrides, len(stages) > 1) for stage in stages]
+    unknown = [word for word in overrides if not any(word in plan.given for plan in plans)]
+    if unknown:
+        raise Refusal("the config of no stage has %s" % unknown[0].split("=")[0],
+                      "with several stages an override goes to those whose config has its first word")
     if options.json:
         shown = [screen.as_json(plan) for plan in plans]
         print(json.dumps(shown[0] if len(shown) == 1 else {"stages": shown}, indent=1))
@@ -355,15 +367,28 @@ def run_stages(plans, stages, options):
         raise Refusal("a pipeline of stages needs a launcher that stays to start the next one",
                       "leave --detach out, or launch the stages one by one")
     for number, plan in enumerate(plans):
-        run = submit(plan, options)
-        code = 0 if options.detach else follow(run, (plan.took, run.record["submitting"]))
-        if not run.ended or run.ended[0] != "done":
-            left = ",".join(stages[number:] if code else stages[number + 1:])
-            if len(plans) > 1 and left:
-                words = (plan.recipe.family, left, plan.profile.name)
-                print("go on from here with: python launch.py %s %s %s ..." % words, file=sys.stderr)
-            return code
+        code = None
+        try:
+            run = submit(plan, options)
+            code = 0 if options.detach else follow(run, (plan.took, run.record["submitting"]))
+            if not run.ended or run.ended[0] != "done":
+                return code
+        finally:
+            left = stages[number:] if code != 0 else stages[number + 1:]
+            if len(plans) > 1 and left and (code != 0 or run.ended[0] != "done"):
+                print("go on from here with: %s" % screen.hide(again(options, left)))
     return 0
+
+
+def again(options, stages):
+    """The command line with these stages."""
+    family, _, *profile = [word for word in options.words if "=" not in word]
+    words = [family, ",".join(stages), *profile, *(word for word in options.words if "=" in word)]
+    for option in ("config", "nodes", "repo_root", "rank"):
+        if getattr(options, option) is not None:
+            words += ["--" + option.replace("_", "-"), str(getattr(options, option))]
+    words += ["--all-ranks"] * options.all_ranks + ["--debug"] * options.debug + ["--"] * bool(options.args)
+    return "python launch.py " + " ".join(map(shlex.quote, words + options.args))
 
 
 def submit(plan, options):

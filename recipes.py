@@ -252,6 +252,11 @@ def config_file(recipe: Recipe, name: str | None) -> Path:
                   "did you mean %s?" % nearest(name, known) if known else "write one there")
 
 
+def known_keys(recipe: Recipe, name: str | None) -> set[str]:
+    """The first words of a config's settings, before any override. Raises Refusal as compile_config does."""
+    return set(map(str, _load(_omegaconf(), config_file(recipe, name), ())))
+
+
 def compile_config(recipe: Recipe, name: str | None, overrides: list[str], settings: Any,
                    wandb: dict[str, Any] | None = None, artifacts: dict[str, Any] | None = None) -> Config:
     """Read, merge and override the YAML. `settings(recipe, env, forced)` merges the profile over its run.env and gives

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 SRC = Path(__file__).resolve().parents[1] / "src"
 sys.path.insert(0, str(SRC))
 
-from starter import pool, prep, rl_prep, shards, tables  # noqa: E402
+from starter import pool, prep, progress, rl_prep, shards, tables  # noqa: E402
 from starter.config import RecipeError, parse_args  # noqa: E402
 from starter.files import only_run, sha256  # noqa: E402
 from starter.shards import Dataset, Range, Shard  # noqa: E402
@@ -150,10 +150,57 @@ def test_splits_of_the_source_for_validation_and_test_are_passed_through(tmp_pat
     assert read(tmp_path / "out/test/test-split.jsonl") == numbered(20)
 
 
+def test_a_split_is_known_in_any_case(tmp_path: Path) -> None:
+    made = prepare(tmp_path / "out", f"blend={blend(tmp_path, train=numbered(9), TEST=numbered(3))}", OWN, "holdout=1")
+    assert made["test"] == "test/test-split.jsonl" and made["splits"]["train"]["val"]
+
+
+def test_input_in_the_place_of_the_output_is_refused(tmp_path: Path) -> None:
+    path = blend(tmp_path / "train", train=numbered(9))
+    with pytest.raises(RecipeError, match=r"train\.jsonl lies in the output"):
+        prepare(tmp_path, f"blend={path}", OWN)
+    assert len(read(tmp_path / "train/train.jsonl")) == 9
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"key": 1}', "\xff"])
+@pytest.mark.parametrize("file", ["train/.receipt.json", "manifest.json"])
+def test_a_damaged_file_of_our_own_is_written_anew(tmp_path: Path, file: str, text: str) -> None:
+    words = (f"blend={blend(tmp_path, train=numbered(20))}", OWN)
+    prepare(tmp_path / "out", *words)
+    whole = shape(tmp_path / "out")
+    for more in ((), ("force=true",)):
+        (tmp_path / "out" / file).write_bytes(text.encode("latin-1"))
+        prepare(tmp_path / "out", *words, *more)
+        assert shape(tmp_path / "out") == whole
+
+
+def test_an_error_leaves_nothing_at_work(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError):
+        prepare(tmp_path / "out", f"blend={blend(tmp_path, train=[*numbered(20), b'{'])}", OWN)
+    assert not (tmp_path / "out/.work").exists()
+
+
 def test_too_few_rows_all_go_to_train_and_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = prepare(tmp_path / "out", f"blend={blend(tmp_path, train=numbered(100))}", "holdout=100", OWN)
     assert "train: only 100 rows, and 100 were to be held out: all of them go to train" in capsys.readouterr().out
     assert [facts["rows"] for facts in manifest["files"].values()] == [100, 0]
+
+
+def test_progress_tells_rows_rate_and_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([100.0, 100.0, 101.0, 101.1, 103.0, 103.0, 104.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = progress.Progress("train: read", 8_000_000)
+    shown.add(2_000_000, 1500)
+    shown.add(1_000_000, 500)  # too soon
+    shown.add(1_000_000, 1000)
+    assert [line.strip(" \x1b[K") for line in capsys.readouterr().out.split("\r")[1:]] == [
+        "train: read: 0 rows, 0.0 of 8.0 MB, 0 MB/s",
+        "train: read: 1,500 rows, 2.0 of 8.0 MB, 2 MB/s  0:03 left",
+        "train: read: 3,000 rows, 4.0 of 8.0 MB, 1 MB/s  0:03 left",
+    ]
 
 
 def test_progress_moves_on_a_terminal(tmp_path: Path) -> None:
@@ -172,7 +219,7 @@ def test_progress_moves_on_a_terminal(tmp_path: Path) -> None:
         except OSError:
             break
     assert process.wait() == 0
-    assert re.search(rb"\rtrain: (read|write): [\d,]+ rows, [\d.]+ of [\d.]+ MB, [\d,]+ MB/s  0:\d\d left", shown)
+    assert re.search(rb"\rtrain: read: 0 rows, 0.0 of 120.4 MB", shown)  # the first word comes at once
 
 
 # Placeholders
@@ -268,6 +315,14 @@ SKY = {"row": 0, "question_template": "{question}"}
         ({"_hf_placeholder": SKY | {"row": -1}, "dataset": "skywork"}, "row -1 is not among"),
         ({"_hf_placeholder": SKY | {"row": "1"}, "dataset": "skywork"}, "row '1' is not among"),
         ({"_hf_placeholder": SKY | {"question_template": "Q"}, "dataset": "skywork"}, "a text with {question}"),
+        (
+            {"_hf_placeholder": SKY | {"question_template": {"prefix": "p", "suffix": None}}, "dataset": "dapo"},
+            "must be a table of prefix and suffix",
+        ),
+        *(
+            ({"_hf_placeholder": SKY, "dataset": "skywork", "responses_create_params": params}, "is no table")
+            for params in (5, "abc", "}", "", [], [1], True, False)
+        ),
     ],
 )
 @pytest.mark.parametrize("quick", [True, False])
@@ -294,7 +349,13 @@ def test_a_bad_row_is_named_by_file_and_line(
         ('{"datasets": [{"name": "a", "path": "."}]}', "no \\*.jsonl is in"),
         ('{"datasets": [{"name": "a", "path": "x*.jsonl"}]}', "no \\*.jsonl is in"),
         ('{"datasets": [{"name": "a", "path": "empty"}]}', "the shard .*empty of a is empty"),
+        ('{"datasets": [{"name": "a", "path": "blank"}]}', "the shard .*blank is empty: its lines are blank"),
         ('{"datasets": [{"name": "a", "path": "hf://x/y"}]}', "reads local files only"),
+        ('{"datasets": [{"name": "a", "path": "one", "split": "manifest.json"}]}', "must be plain words"),
+        (
+            '{"datasets": [{"name": "a", "path": "one", "weight": 0.7}, {"name": "a", "path": "one", "weight": 0.3}]}',
+            "a has two weights",
+        ),
         ('{"datasets": [{"name": "../a", "path": "b"}]}', "must be plain words"),
         ('{"datasets": [{"name": "a", "pth": "b"}]}', r"unknown key blend\.json: datasets\.0\.pth"),
         ('{"datasets": [{"name": "a", "path": "one", "weight": 2}]}', "a has a weight in the blend"),
@@ -313,6 +374,7 @@ def test_a_bad_blend_is_named(tmp_path: Path, text: str, message: str) -> None:
     (folder / "blend.json").write_text(text)
     (folder / "empty").write_text("")
     (folder / "one").write_text("{}\n")
+    (folder / "blank").write_text("\n \t\n\r\n")
     with pytest.raises(RecipeError, match=message) as caught:
         prepare(tmp_path / "out", f"blend={folder}/blend.json", OWN)
     assert len(str(caught.value).splitlines()) == 2
@@ -562,6 +624,26 @@ def test_a_split_that_left_the_blend_leaves_the_output(tmp_path: Path) -> None:
     prepare(tmp_path / "out", f"blend={blend(tmp_path, a=numbered(5), b=numbered(5))}", OWN)
     prepare(tmp_path / "out", f"blend={blend(tmp_path, a=numbered(5))}", OWN)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [".lock", "a", "manifest.json"]
+
+
+def test_a_table_that_changes_meanwhile_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = write(tmp_path / "a name/t.jsonl", [{"prompt": [{"content": "q"}], "reward_model": {"ground_truth": "7"}}])
+    rows = [GOOD | {"_hf_placeholder": SKY, "dataset": "x/y"}] * 5
+    (tmp_path / "c.yaml").write_text(
+        f"output: {tmp_path}/out\nblend: {blend(tmp_path, train=rows)}\nholdout: 0\n"
+        f"sources: {{'x/y': {{path: '{table}', template: skywork}}}}\n"
+    )
+    prepare(tmp_path / "out", config=tmp_path / "c.yaml")
+    begin = rl_prep.RLPrep.begin
+
+    def then_replace(self: Any, scratch: Path) -> None:
+        begin(self, scratch)
+        table.write_bytes(table.read_bytes().replace(b"7", b"8"))
+        os.utime(table, (1, 1))
+
+    monkeypatch.setattr(rl_prep.RLPrep, "begin", then_replace)
+    with pytest.raises(RecipeError, match=r"t\.jsonl changed while rows were filled from it"):
+        prepare(tmp_path / "out", "force=true", config=tmp_path / "c.yaml")
 
 
 def test_input_that_changes_meanwhile_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

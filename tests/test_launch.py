@@ -392,6 +392,24 @@ def test_a_dry_run_says_what_a_launch_would_be_refused_for(say, here):
     assert say(*FAMILY, "mine", "run.env.custom_spec.args=x")[0] == 2
 
 
+def test_a_later_stage_that_is_refused_says_how_to_go_on(say, here, monkeypatch):
+    recipe(here, "nano3/prep", nodes=1)
+    started = []
+
+    def submit(plan, options):
+        if started:
+            raise transport.Refusal("the platform could not be reached", "look at the network", 5)
+        started.append(plan.recipe.name)
+        return backends.Run("t23456", plan.recipe.name, "local", "local", 1, "0", ended=["done", ""],
+                            record={"submitting": 0.0})
+
+    monkeypatch.setattr(launch, "submit", submit)
+    monkeypatch.setattr(launch, "follow", lambda run, took: 0)
+    code, out, err = say("nano3", "prep,sft", "run.env.nodes=1")
+    assert (code, started, len(err.splitlines())) == (5, ["nano3/prep"], 2)
+    assert out == "go on from here with: python launch.py nano3 sft run.env.nodes=1\n"
+
+
 def test_notes_are_said(say, here, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "x")
     write(here / "src/nemotron/kit/.env", "A=1\n")

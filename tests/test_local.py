@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -469,3 +470,43 @@ def test_a_state_folder_that_cannot_be_written(place):
     done = place.run(env={"AIRLIFT_HOME": "/proc/nowhere"})
     assert done.returncode == 2 and done.stderr.splitlines()[0].startswith("airlift: /proc/nowhere")
     assert len(done.stderr.splitlines()) == 2 and place.left() == []
+
+
+# ---------------------------------------------------------------- several stages
+
+
+def stage(place, name, yaml):
+    """A stage that appends its config to a file, and fails while `fails` is there."""
+    recipe(place.folder, name, launch="direct", nodes=1, yaml=yaml, body="""\
+        import os, sys
+        text = open(os.environ["AIRLIFT_CONFIG"]).read()
+        place = os.environ["NEMO_RUN_DIR"] + "/"
+        open(place + "said", "a").write(sys.argv[0].split("/")[-2] + " " + " ".join(text.split()) + "|")
+        sys.exit(7 if os.path.exists(place + "fails") and "prep" in sys.argv[0] else 0)
+        """)
+
+
+def test_stages_stop_at_the_first_failure_and_go_on_from_there(place):
+    stage(place, "nano3/prep", "force: false\n")
+    stage(place, "nano3/train", "steps: 9\n")
+    place.output.mkdir(parents=True)
+    (place.output / "fails").touch()
+    words = ("steps=2", "nano3", "prep,train", "local", "force=true", "--nodes", "1", "--", "--name=a b")
+    failed = place.run(*words)
+    assert failed.returncode == 1 and "the job failed with exit code 7" in failed.stderr
+    assert len(failed.stderr.splitlines()) == 2
+    hint = failed.stdout.splitlines()[-1]
+    assert hint == "go on from here with: python launch.py nano3 prep,train local steps=2 force=true --nodes 1 -- '--name=a b'"
+    (place.output / "fails").unlink()
+    done = place.run(*shlex.split(hint.split("launch.py ")[1]))
+    assert (done.returncode, done.stderr) == (0, "") and "go on" not in done.stdout
+    assert (place.output / "said").read_text() == "prep force: true|prep force: true|train steps: 2|"
+    place.nothing_left()
+
+
+def test_an_override_that_no_stage_knows_is_refused_before_anything_starts(place):
+    stage(place, "nano3/prep", "force: false\n")
+    stage(place, "nano3/train", "steps: 9\n")
+    refused = place.run("nano3", "prep,train", "local", "stepz=2")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("airlift: the config of no stage has stepz\n")

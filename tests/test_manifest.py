@@ -66,6 +66,17 @@ def test_what_is_no_path_stays_what_it_is(prepared: Path, monkeypatch: pytest.Mo
     assert fill_references("x-${manifest:${oc.env:PLACE}, rows}-${manifest:${oc.env:PLACE},mode}") == "x-7-rl"
 
 
+def test_a_name_with_dots_and_a_folder_from_here(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = json.loads((prepared / "manifest.json").read_text())
+    text["splits"]["a.v1"] = {"train": "packed"}
+    text["mode"] = "train"  # a folder's name, too
+    (prepared / "manifest.json").write_text(json.dumps(text))
+    assert resolve(prepared, "splits.a.v1.train") == str(prepared / "packed")
+    assert resolve(prepared, "splits.a.val") == str(prepared / "packed") and resolve(prepared, "mode") == "train"
+    monkeypatch.chdir(prepared.parent)
+    assert resolve(Path(prepared.name), "train") == str(prepared / "train/a.jsonl")
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [

@@ -13,6 +13,7 @@ A folder without a manifest is an error also with a default: there a data prep h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typing import Any
 
 from starter.config import RecipeError
 
+NO_PATHS = ("mode", "run_hash", "source_splits")
 REFERENCE = re.compile(r"\$\{manifest:\s*([^,{}]+?)\s*,\s*([^,{}]+?)\s*(?:,\s*([^{}]*?)\s*)?\}")
 
 
@@ -33,13 +35,13 @@ def fill(text: str, where: str) -> Any:
 
 
 def lookup(match: re.Match[str], where: str) -> Any:
-    folder, key, default = Path(match[1]), match[2], match[3]
+    folder, key, default = Path(match[1]).absolute(), match[2], match[3]
     if default is not None and not folder.exists():
         say(f"{where}: there is no {folder}, so this run takes {default}")
         return default
     manifest = read(folder, where)
     value = entry(manifest, key, folder, where)
-    if is_path(manifest, value, folder):
+    if key not in NO_PATHS and is_path(manifest, value, folder):
         value = str(present(manifest, value, folder, where))
     say(f"{where}: {value} (manifest of {folder}, run {manifest.get('run_hash', 'unknown')})")
     return value
@@ -69,18 +71,28 @@ def read(folder: Path, where: str) -> dict[str, Any]:
 
 def entry(manifest: dict[str, Any], key: str, folder: Path, where: str) -> Any:
     """The value under a dotted key. Raises RecipeError that lists the keys that are there."""
-    value: Any = manifest
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            there = ", ".join(sorted(keys(manifest)))
-            raise RecipeError(f"{where}: {folder}/manifest.json has no {key}.\nIt has: {there}.")
-        value = value[part]
+    try:
+        value = below(manifest, key)
+    except KeyError:
+        there = ", ".join(sorted(keys(manifest)))
+        raise RecipeError(f"{where}: {folder}/manifest.json has no {key}.\nIt has: {there}.") from None
     if isinstance(value, dict):
         raise RecipeError(f"{where}: {key} of {folder}/manifest.json is a table.\nName one in it: {', '.join(value)}.")
     if value is None:
         raise RecipeError(f"{where}: {key} of {folder}/manifest.json is empty: the data prep had nothing for it.\n"
                           f"Prepare such data, or set {where}=null if the recipe may go without.")  # fmt: skip
     return value
+
+
+def below(table: Any, key: str) -> Any:
+    """The value under a dotted key, whose parts may hold dots themselves. Raises KeyError."""
+    parts = key.split(".")
+    for end in range(len(parts), 0, -1):
+        name, rest = ".".join(parts[:end]), ".".join(parts[end:])
+        if isinstance(table, dict) and name in table:
+            with contextlib.suppress(KeyError):
+                return below(table[name], rest) if rest else table[name]
+    raise KeyError(key)
 
 
 def keys(table: dict[str, Any], prefix: str = "") -> list[str]:

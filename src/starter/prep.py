@@ -62,7 +62,7 @@ class Split:
 
     @property
     def part(self) -> str:
-        return shards.PASSED_THROUGH.get(self.source, "train")
+        return shards.PASSED_THROUGH.get(self.source.lower(), "train")
 
     @property
     def name(self) -> str:
@@ -139,21 +139,23 @@ def run(cfg: PrepConfig, recipe: Path, prep: Prep) -> Path:
     if len({split.name for split in splits}) < len(splits):
         raise RecipeError(f"two splits of {recipe / cfg.blend} mean the same.\nGive them one name there.")
     refuse_useless(prep, splits)
+    refuse_own(output, splits)
+    path, scratch = output / "manifest.json", output / ".work"
     with only_run(output):
         for split in splits:
             refuse_foreign(output / split.name)
-        scratch = output / ".work"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        prep.begin(scratch)
-        receipts = [prepare(cfg, prep, split, output, scratch) for split in splits]
-        manifest = describe(prep, splits, receipts)
-        drop_others(output, {split.name for split in splits})
-        prep.finish(output, manifest, splits)
-        path = output / "manifest.json"
-        if not path.is_file() or json.loads(path.read_bytes()) != manifest:
-            write_json(path, manifest)
-        shutil.rmtree(scratch)
+        try:
+            prep.begin(scratch)
+            receipts = [prepare(cfg, prep, split, output, scratch) for split in splits]
+            manifest = describe(prep, splits, receipts)
+            drop_others(output, {split.name for split in splits})
+            prep.finish(output, manifest, splits)
+            if stored(path) != manifest:
+                write_json(path, manifest)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     say(f"prepared: {path}")
     return path
 
@@ -176,6 +178,7 @@ def prepare(cfg: PrepConfig, prep: Prep, split: Split, output: Path, scratch: Pa
             return old
         say(f"{split.name}: not what is there now: built anew")
     scans = read(prep.look)
+    shards.refuse_empty(ranges, scans)
     rows, key = sum(found.rows for found in scans), split_key(cfg, prep, split, holdout, scans)
     held = shards.choose(scans, holdout)
     if holdout and not held:
@@ -217,8 +220,13 @@ def watched(
 
 
 def stamps(split: Split) -> list[tuple[int, int, int]]:
-    found = [shard.path.stat() for shard in split.shards]
-    return [(info.st_ino, info.st_size, info.st_mtime_ns) for info in found]
+    return [stamp(shard.path) for shard in split.shards]
+
+
+def stamp(file: Path) -> tuple[int, int, int]:
+    """What changes when someone writes to a file, or puts another in its place."""
+    info = file.stat()
+    return info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def split_key(cfg: PrepConfig, prep: Prep, split: Split, holdout: int, scans: list[Scan]) -> str:
@@ -257,10 +265,27 @@ def held_places(ranges: list[Range], held: list[Held]) -> list[frozenset[int]]:
 # ---------------------------------------------------------------- what lies in the output folder
 
 
+def stored(path: Path) -> Any:
+    """The JSON in a file; None where there is none, or it is damaged: then it is written anew."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+
+
 def read_receipt(folder: Path) -> dict[str, Any] | None:
     """The receipt of a split that was published here, and is so whole."""
-    path = folder / RECEIPT
-    return json.loads(path.read_bytes()) if path.is_file() else None
+    receipt = stored(folder / RECEIPT)
+    return receipt if isinstance(receipt, dict) and {"key", "parts", "files"} <= set(receipt) else None
+
+
+def refuse_own(output: Path, splits: list[Split]) -> None:
+    """What is read must not lie where it is replaced."""
+    for split in splits:
+        for shard in split.shards:
+            for folder in (output / other.name for other in splits):
+                if shard.path.resolve().is_relative_to(folder.resolve()):
+                    raise RecipeError(f"{shard.path} lies in the output, {folder}.\nMove it, or set output=FOLDER.")
 
 
 def refuse_foreign(folder: Path) -> None:

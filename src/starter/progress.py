@@ -12,6 +12,7 @@ class Progress:
         self.began = time.monotonic()
         self.shown = float("-inf")  # the first word comes at once
         self.live = sys.stdout.isatty()
+        self.add(0, 0)
 
     def add(self, size: int, rows: int) -> None:
         self.bytes, self.rows = self.bytes + size, self.rows + rows
@@ -19,7 +20,8 @@ class Progress:
         if self.live and now - self.shown >= 0.2:
             self.shown = now
             left = (now - self.began) * max(0, self.total - self.bytes) / max(1, self.bytes)
-            print(f"\r{self.told(now)}  {int(left) // 60}:{int(left) % 60:02d} left\x1b[K", end="", flush=True)
+            when = f"{int(left) // 60}:{int(left) % 60:02d} left" if self.bytes else ""
+            print(f"\r{self.told(now)}  {when}\x1b[K", end="", flush=True)
 
     def told(self, now: float) -> str:
         rate = self.bytes / max(1e-9, now - self.began) / 1e6

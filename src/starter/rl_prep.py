@@ -25,7 +25,7 @@ from starter.files import BLOCK
 from starter.prep import Built, PrepConfig, Split
 from starter.progress import Progress
 from starter.shards import Held, Range, Scan
-from starter.tables import Table, TableConfig, index_table
+from starter.tables import Table, TableConfig, index_table, table_files
 
 PLACEHOLDER = "_hf_placeholder"
 CHUNK = 1 << 23  # bytes that are copied before they are hashed
@@ -88,6 +88,8 @@ def fill(line: bytes, row: dict[str, Any], tables: dict[str, Table]) -> bytes:
         raise ValueError(f"its dataset is {name!r}, and sources has {', '.join(sorted(tables)) or 'none'}")
     source, answer = tables[name].question_and_answer(place["row"])
     question, prompt = TEMPLATES[tables[name].template](source, place["question_template"])
+    if row.get("responses_create_params") is not None and not isinstance(row["responses_create_params"], dict):
+        raise ValueError("its responses_create_params is no table")
     fields = members(line.decode("utf-8"))
     del fields[PLACEHOLDER]
     fields["question"] = spelled(question)
@@ -100,7 +102,8 @@ def fill(line: bytes, row: dict[str, Any], tables: dict[str, Table]) -> bytes:
 
 def fill_dapo(source: str, template: Any) -> tuple[str, str]:
     """The source's own first and last paragraph give way to those of the template."""
-    if not isinstance(template, dict) or not isinstance(template.get("prefix", ""), str):
+    ends = [template.get(end, "") for end in ("prefix", "suffix")] if isinstance(template, dict) else [None]
+    if not all(isinstance(end, str) for end in ends):
         raise ValueError("its question_template must be a table of prefix and suffix")
     paragraphs = source.split("\n\n")
     bare = "\n\n".join(paragraphs[1:-1]) if len(paragraphs) > 2 else source
@@ -197,7 +200,7 @@ class Checker:
 
     def changed(self, part: Range, place: int, line: bytes) -> bytes:
         """The row as it is to be written, or nothing for a blank line. Raises what names file and line."""
-        if line.isspace():
+        if shards.blank(line):
             return b""
         row = shards.parse_row(part, place, line)
         if not line.endswith(b"\n"):
@@ -276,6 +279,7 @@ class RLPrep:
     def __init__(self, cfg: RLPrepConfig, recipe: Path) -> None:
         self.cfg, self.recipe, self.tables, self.scratch = cfg, recipe, dict[str, Table](), recipe
         self.digests: dict[str, str] = {}
+        self.read_from: dict[Path, tuple[int, int, int]] = {}
 
     def begin(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -283,6 +287,7 @@ class RLPrep:
             spec = build(TableConfig, values, f"sources.{name}")
             if spec.template not in TEMPLATES:
                 raise RecipeError(f"sources.{name}.template is {spec.template}.\nUse {' or '.join(TEMPLATES)}.")
+            self.read_from |= {file: prep.stamp(file) for file in table_files(spec, self.recipe) if file.exists()}
             self.tables[name], self.digests[name] = index_table(name, spec, self.recipe, scratch)
 
     def look(self, part: Range, seed: int, holdout: int) -> Checked:
@@ -307,6 +312,9 @@ class RLPrep:
                 rows += checked.rows
                 progress.add(ranges[i].end - ranges[i].start, checked.rows)
         progress.end()
+        for file, was in self.read_from.items():
+            if prep.stamp(file) != was:
+                raise RecipeError(f"{file} changed while rows were filled from it.\nWait until it is written.")
         files = {name: {"rows": rows - len(held), **copier.facts}}
         if split.part != "train":
             return Built({split.part: name}, files)

@@ -25,7 +25,7 @@ from starter.config import RecipeError, build
 from starter.files import BLOCK
 
 NEWLINE = 10
-PASSED_THROUGH = {"validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
+PASSED_THROUGH = {"validation": "val", "valid": "val", "val": "val", "dev": "val", "eval": "val", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,20 @@ def read_blend(path: Path) -> dict[str, list[Shard]]:
     if not isinstance(blend, dict) or list(blend) != ["datasets"] or not isinstance(blend["datasets"], list):
         raise RecipeError(f'{path} is not a blend.\nWrite {{"datasets": [{{"name": "a", "path": "a.jsonl"}}]}}.')
     splits: dict[str, list[Shard]] = {}
+    weights: dict[tuple[str, str], float] = {}
     for number, item in enumerate(blend["datasets"]):
         dataset = build(Dataset, item, f"{path.name}: datasets.{number}")
-        if not re.fullmatch(r"\w[\w.-]*", dataset.name) or not re.fullmatch(r"\w[\w.-]*", dataset.split):
+        if not all(re.fullmatch(r"\w[\w.-]*", word) for word in (dataset.name, dataset.split)) or (
+            dataset.split == "manifest.json"
+        ):
             raise RecipeError(
                 f"{path}: name {dataset.name!r} and split {dataset.split!r} must be plain words.\n"
                 "They name files: use letters, digits, -, _ and dots."
             )
         if not dataset.weight > 0:
             raise RecipeError(f"{path}: the weight of {dataset.name} is {dataset.weight}.\nGive a positive number.")
+        if weights.setdefault((dataset.split, dataset.name), dataset.weight) != dataset.weight:
+            raise RecipeError(f"{path}: {dataset.name} has two weights.\nGive its entries one weight, or two names.")
         splits.setdefault(dataset.split, []).extend(Shard(dataset, file) for file in find_shards(dataset, path))
     if not splits:
         raise RecipeError(f"the blend {path} lists no dataset.\nAdd one to its datasets.")
@@ -142,12 +147,17 @@ def open_at(part: Range) -> tuple[BinaryIO, int]:
     return file, part.start - 1 + len(file.readline())
 
 
+def blank(line: bytes) -> bool:
+    """JSON knows four blanks; Python's isspace knows more."""
+    return line.isspace() and not line.strip(b" \t\r\n")
+
+
 def lines(part: Range) -> Iterator[tuple[int, bytes]]:
     """The lines of a range that are not blank, with their places. One line at a time is in memory."""
     file, at = open_at(part)
     with file:
         while at < part.end and (line := file.readline()):
-            if not line.isspace():
+            if not blank(line):
                 yield at, line if line.endswith(b"\n") else line + b"\n"
             at += len(line)
 
@@ -171,6 +181,16 @@ def parse_row(part: Range, at: int, line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise bad_row(part, at, "not a JSON object", "Write one object with the row's fields on each line.")
     return row
+
+
+def refuse_empty(ranges: Iterable[Range], scans: Iterable[Scan]) -> None:
+    """A shard of blank lines is as empty as one of no bytes."""
+    rows: dict[Path, int] = {}
+    for part, found in zip(ranges, scans, strict=True):
+        rows[part.shard.path] = rows.get(part.shard.path, 0) + found.rows
+    for path, count in rows.items():
+        if not count:
+            raise RecipeError(f"the shard {path} is empty: its lines are blank.\nFill it, or take it out of the blend.")
 
 
 DECODER = json.JSONDecoder()
@@ -219,7 +239,7 @@ def scan(part: Range, seed: int, holdout: int, visit: Callable[[int, bytes], Non
             place, at = at, at + len(line)
             if visit:
                 visit(place, line)
-            if line.isspace():
+            if blank(line):
                 continue
             key = sha256(prefix + line if line[-1] == NEWLINE else prefix + line + b"\n").digest()
             keys.update(key)

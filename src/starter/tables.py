@@ -67,9 +67,9 @@ def at(record: Any, key: str, where: str) -> Any:
 
 def index_table(name: str, spec: TableConfig, recipe: Path, scratch: Path) -> tuple[Table, str]:
     """The table of one source, ready for look-ups, and the digest of its rows. Its index lies in ``scratch``."""
-    place = recipe / spec.path
-    files = sorted(p for p in place.iterdir() if p.suffix in (".jsonl", ".parquet")) if place.is_dir() else [place]
-    rows, digest = scratch / f"table-{name}.jsonl", hashlib.sha256()
+    place, files = recipe / spec.path, table_files(spec, recipe)
+    file_name = "table-" + hashlib.sha256(name.encode()).hexdigest()[:16]  # a name may hold any letter
+    rows, digest = scratch / f"{file_name}.jsonl", hashlib.sha256()
     offsets = array.array("Q", [0])
     try:
         copy = None if [file.suffix for file in files] == [".jsonl"] else rows.open("wb")
@@ -85,11 +85,16 @@ def index_table(name: str, spec: TableConfig, recipe: Path, scratch: Path) -> tu
         raise unreadable(name, error.filename or place, error.strerror or str(error)) from error
     if len(offsets) == 1:
         raise unreadable(name, place, "it has no rows")
-    index = scratch / f"table-{name}-{digest.hexdigest()[:16]}.index"  # a worker may outlive this table
+    index = scratch / f"{file_name}-{digest.hexdigest()[:16]}.index"  # a worker may outlive this table
     with index.open("wb") as out:
         offsets.tofile(out)
     table = Table(name, str(rows if copy else files[0]), str(index), spec.template, spec.question, spec.answer)
     return table, digest.hexdigest()
+
+
+def table_files(spec: TableConfig, recipe: Path) -> list[Path]:
+    place = recipe / spec.path
+    return sorted(p for p in place.iterdir() if p.suffix in (".jsonl", ".parquet")) if place.is_dir() else [place]
 
 
 def unreadable(name: str, place: object, why: str) -> RecipeError:
