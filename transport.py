@@ -33,6 +33,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import stat
 import tarfile
 import tokenize
@@ -49,6 +50,7 @@ MAX_FILE = 67_108_864  # bytes of one file of the tree: no source is larger, and
 MAX_PATH = 1_024  # bytes of one path in the tree, so that it fits below any folder of a pod: Linux ends at 4,096
 MIN_CHUNK = 1_024  # characters: with fewer, the chunks of pod.py need more than the three digits the bootstrap reads
 POINTER = 8  # bytes the kernel counts for each string, besides the string
+SCRIPT_RESERVE = 2_048  # bytes of the pod's script besides its commands, its working directory among them
 OBJECT_RESERVE = 32_768  # bytes of an API object left for all that is not environment: image, mounts, custom_spec
 
 
@@ -558,7 +560,9 @@ def _recipe_exec(env: dict[str, str], job: dict[str, Any]) -> tuple[dict[str, st
     for what, text in [*result.items(), *commands, ("the config", job.get("config", ""))]:
         if "\0" in text or text != text.encode("utf-8", "ignore").decode():
             raise Refusal("%s holds a NUL or what is not UTF-8" % what, "take that character out")
-    return result, ["bash", "-c", "\n".join(texts)]
+    setup = "".join(shlex.quote(text) + " " * 128 for text in texts[:-1])  # each in a line that tells of its failure
+    clones = 8 * "".join(json.dumps(clone) + " " * 128 for clone in job.get("clones", []))  # which name them often
+    return result, ["bash", "-c", setup + clones + texts[-1] + " " * SCRIPT_RESERVE]
 
 
 def _bytes(text: str) -> int:

@@ -25,6 +25,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import SCRIPT, job, need, plan, plant, pythons, tree
 
+import pod
 import transport
 from transport import LIMITS, Entry, Limits, Refusal, Tree, collect, pack, plan_for
 
@@ -426,6 +427,7 @@ FIXED_SHA256 = "e62beb72eb53f342f68d5d51295ffa1726e76b90f264cfaaee5e65054226ff8a
 PRINT_DIGEST = """
 import hashlib, os, random, sys
 sys.path.insert(0, %r)
+import pod
 import transport
 from pathlib import Path
 real = os.scandir
@@ -663,7 +665,7 @@ def test_the_recipes_own_strings_are_checked_before_anything_is_sent(over: int) 
     """They travel compressed in the chunks; in the pod they become an environment and an argv again."""
     size = transport.MAX_STRING + over
     assert plan_for("local", tree(), job(env={"A": "x" * (size - 3)})).fits == (over <= 0)
-    assert plan_for("local", tree(), job(command="x" * (size - 1))).fits == (over <= 0)
+    assert plan_for("local", tree(), job(command="x" * (size - 1 - transport.SCRIPT_RESERVE))).fits == (over <= 0)
     many = {"V%02d" % number: "x" * 100_000 for number in range(25)}
     with pytest.raises(Refusal, match="recipe's environment") as caught:
         plan_for("local", tree(), job(env=many)).require_fit()
@@ -824,3 +826,20 @@ def test_a_tree_for_slurm_travels_outside_the_environment() -> None:
 def test_human() -> None:
     assert [transport.human(size) for size in (0, 1023, 1024, 1_234_567, 5 << 30)] == [
         "0 B", "1023 B", "1.0 KiB", "1.2 MiB", "5.0 GiB"]
+
+
+COMMANDS = st.lists(st.text("ab '\"\\$\n(;é", max_size=60), max_size=6)
+CLONES = st.lists(st.fixed_dictionaries({name: st.text("ab/'é:", min_size=1, max_size=40)
+                                         for name in ("url", "ref", "target")}), max_size=3)
+
+
+@given(COMMANDS, CLONES, st.text("a 'é", max_size=60), st.text("a/ é", max_size=700))
+def test_the_pods_script_is_no_longer_than_was_counted(setup, clones, command, workdir):
+    described = job(setup=setup, clones=clones, command=command, tool="python" if command else "")
+    counted = transport._recipe_exec({}, described)[1][2]
+    assert len(pod.script_for(described, workdir, 9).encode()) <= len(counted.encode())
+
+
+def test_a_startup_command_of_quotes_does_not_fit() -> None:
+    whole = plan({SCRIPT: b""}, setup=["echo " + "'" * 30_000])
+    assert not whole.fits and plan({SCRIPT: b""}, setup=["echo " + "x" * 60_000]).fits
