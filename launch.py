@@ -492,12 +492,14 @@ def files(options):
     if len(stages) > 1:
         raise Refusal("files shows one stage at a time", "name one of " + ", ".join(stages))
     plan = Launch(options, True, family, stages[0], name, overrides)
+    sizes = sorted([(entry.path, len(entry.data)) for entry in plan.tree.entries]
+                   + [(path, size) for size, path in plan.tree.oversize])
     if options.json:
-        print(json.dumps({"files": [{"path": entry.path, "bytes": len(entry.data)} for entry in plan.tree.entries],
+        print(json.dumps({"files": [{"path": path, "bytes": size} for path, size in sizes],
                           "left_out": [{"path": path, "reason": why} for path, why in plan.tree.left_out]}, indent=1))
         return 0
-    for entry in plan.tree.entries:
-        print("%9d  %s" % (len(entry.data), entry.path))
+    for path, size in sizes:
+        print("%9d  %s" % (size, path))
     for path, reason in plan.tree.left_out:
         print("%9s  %s (%s)" % ("-", path, reason))
     return 0

@@ -119,10 +119,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tree:
-    """What ships. `left_out` pairs a path with why it stays here ("credential", "data or model file", a pattern)."""
+    """What ships. `left_out` pairs a path with why it stays here ("credential", "data or model file", a pattern);
+    `oversize` are (bytes, path) of files that would have to ship and cannot: they are not read, and no plan fits."""
 
     entries: tuple[Entry, ...]
     left_out: tuple[tuple[str, str], ...] = ()
+    oversize: tuple[tuple[int, str], ...] = ()
 
 
 COLLECTIONS = ("recipes", "steps")
@@ -164,7 +166,7 @@ def collect(root: Path, script: str, exclude: tuple[str, ...] = (), also: tuple[
                        if str(path) in left), "there is no such file, or it lies in a folder that never ships")
         raise Refusal("%s is the recipe, but it would not ship: %s" % (script, reason),
                       "take the secret out of it, or the pattern out of exclude")
-    return Tree(entries, tuple(sorted(walk.left_out)))
+    return Tree(entries, tuple(sorted(walk.left_out)), tuple(sorted(walk.oversize, reverse=True)))
 
 
 def _ignore_file(root: Path) -> tuple[str, ...]:
@@ -194,6 +196,7 @@ class _Walk:
         self.others = {path.name for path in folders if path.is_dir() and path.name[0] != "_"} - {self.family}
         self.entries: list[Entry] = []
         self.left_out: list[tuple[str, str]] = []
+        self.oversize: list[tuple[int, str]] = []
         self.folders = [("src", top)]  # still to be walked
 
     def all(self) -> None:
@@ -256,6 +259,8 @@ class _Walk:
         info = os.lstat(real)
         if stat.S_ISLNK(info.st_mode):
             self.entries.append(Entry(path, _inner_target(self.top, path, real).encode(), link=True))
+        elif stat.S_ISREG(info.st_mode) and info.st_size > MAX_FILE:
+            self.oversize.append((info.st_size, path))
         elif stat.S_ISREG(info.st_mode):
             data = _read_whole(real)
             if looks_secret(data):
@@ -276,13 +281,10 @@ def _utf8(name: str, folder: str) -> str:
 
 
 def _read_whole(path: str) -> bytes:
-    """The file's bytes. Raises Refusal if it changed while it was read, cannot be read, or is too large for source."""
+    """The file's bytes. Raises Refusal if it changed while it was read, or cannot be read."""
     try:
         with open(path, "rb") as file:
             before = os.fstat(file.fileno())
-            if before.st_size > MAX_FILE:
-                raise Refusal("%s is too large to travel: %s" % (path, human(before.st_size)),
-                              "leave it out with exclude or .airliftignore", 3)
             data = file.read()
             after = os.fstat(file.fileno())
     except OSError as error:
@@ -521,9 +523,10 @@ def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str
         whole |= chunks | stream("POD", zlib.compress(pod_program(), 9), size)
         whole |= stream("JOB", zlib.compress(json.dumps(job, sort_keys=True).encode(), 9), size)
     argv = list(ARGV) if limits.chunk else ["python3", "pod.py"]
-    biggest = sorted(((len(entry.data), entry.path) for entry in tree.entries), reverse=True)[:10]
+    budgets = [("one file", largest, MAX_FILE) for largest, _ in tree.oversize[:1]] + _budgets(whole, argv, limits, recipe)
+    biggest = sorted([*tree.oversize, *((len(entry.data), entry.path) for entry in tree.entries)], reverse=True)[:10]
     return Plan(executor, whole, argv, done.digest, done.method, len(tree.entries), done.data,
-                max(0, len(chunks) - 2), size, tuple(_budgets(whole, argv, limits, recipe)), tuple(biggest))
+                max(0, len(chunks) - 2), size, tuple(budgets), tuple(biggest))
 
 
 MANIFEST = "airlift.json"

@@ -41,7 +41,7 @@ def narrow(tree: Tree, script: str, configs: Iterable[str], texts: Iterable[str]
     walk.start(configs, texts)
     kept = tuple(entry for entry in tree.entries if entry.path in walk.reached)
     left = [(entry.path, "not imported") for entry in tree.entries if entry.path not in walk.reached]
-    return Tree(kept, tuple(sorted([*tree.left_out, *left]))), walk.absent
+    return Tree(kept, tuple(sorted([*tree.left_out, *left])), tree.oversize), walk.absent
 
 
 def collect(root: Path, script: str, exclude: tuple[str, ...], configs: Iterable[Path], text: str) -> Tree:
@@ -52,7 +52,7 @@ def collect(root: Path, script: str, exclude: tuple[str, ...], configs: Iterable
     elsewhere = [path for path, reason in tree.left_out if reason == "another family"]
     if any((name + "/").startswith(folder + "/") for name in absent for folder in elsewhere):
         found, _ = narrow(transport.collect(root, script, exclude, whole=True), script, inside, [text])
-        return Tree(found.entries, narrowed.left_out)
+        return Tree(found.entries, narrowed.left_out, found.oversize)
     return narrowed
 
 

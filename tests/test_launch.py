@@ -321,6 +321,14 @@ def test_what_does_not_fit_is_told_in_full_and_exits_3(say, here):
     assert "100 %" not in out and "nothing was submitted" in out
 
 
+def test_one_file_that_is_too_large_is_in_the_json_too(say, here):
+    with open(here / "src/nemotron/kit/huge.txt", "wb") as file:
+        file.truncate(1 << 30)
+    code, out, err = say(*FAMILY, "lepton", "--json")
+    assert (code, err, json.loads(out)["payload"]["fits"]) == (3, "", False)
+    assert "1073741824  src/nemotron/kit/huge.txt" in say("files", *FAMILY, "lepton")[1]
+
+
 def test_secrets_and_what_looks_like_one_show_as_stars(say, here, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_value")
     monkeypatch.setenv("PLAIN", "visible")

@@ -378,8 +378,8 @@ CASES = [
      "a name in src/pkg is not UTF-8: 'caf\\udce9.py'",
      "rename it, or exclude its folder"),
     ({"src/pkg/big.py": "SPARSE"}, "nano3 sft --dry-run", 3,
-     "ROOT/src/pkg/big.py is too large to travel: 64.0 MiB",
-     "leave it out with exclude or .airliftignore"),
+     "the payload does not fit: one file needs 67,108,865 of 67,108,864 bytes; nothing was submitted",
+     "leave files out with exclude or .airliftignore; the biggest are src/pkg/big.py (64.0 MiB), ..."),
     ({"src/pkg/" + "d" * 200 + "/" + "e" * 200 + "/" + "f" * 200 + "/" + "g" * 200 + "/" + "h" * 250 + ".py": "x"},
      "nano3 sft --dry-run", 2,
      "src/pkg/dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd... is a path of "

@@ -379,8 +379,13 @@ def test_a_recipe_in_a_folder_that_never_ships(tmp_path: Path) -> None:
 def test_a_file_too_large_for_source(repo: Path) -> None:
     with open(repo / "src/pkg/weights", "wb") as file:
         file.truncate(50 << 30)  # sparse; nobody reads it into memory
-    problem = refused(repo)
-    assert problem.code == 3 and "src/pkg/weights" in problem.what and "exclude" in problem.fix
+    found = collect(repo, SCRIPT)
+    assert found.oversize == ((50 << 30, "src/pkg/weights"),)
+    whole = plan_for("lepton", found, job())
+    assert not whole.fits and whole.biggest[0] == (50 << 30, "src/pkg/weights")
+    with pytest.raises(Refusal, match="one file needs 53,687,091,200 of 67,108,864 bytes") as problem:
+        whole.require_fit()
+    assert problem.value.code == 3 and "src/pkg/weights" in problem.value.fix and "exclude" in problem.value.fix
 
 
 def test_folders_without_end(repo: Path) -> None:
