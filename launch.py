@@ -382,8 +382,8 @@ def run_stages(plans, stages, options):
 
 def again(options, stages):
     """The command line with these stages."""
-    family, _, *profile = [word for word in options.words if "=" not in word]
-    words = [family, ",".join(stages), *profile, *(word for word in options.words if "=" in word)]
+    names = [word for word in options.words if "=" not in word]
+    words = [names[0], ",".join(stages)] + names[2:] + [word for word in options.words if "=" in word]
     for option in ("config", "nodes", "repo_root", "rank"):
         if getattr(options, option) is not None:
             words += ["--" + option.replace("_", "-"), str(getattr(options, option))]

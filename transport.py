@@ -523,7 +523,8 @@ def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str
         whole |= chunks | stream("POD", zlib.compress(pod_program(), 9), size)
         whole |= stream("JOB", zlib.compress(json.dumps(job, sort_keys=True).encode(), 9), size)
     argv = list(ARGV) if limits.chunk else ["python3", "pod.py"]
-    budgets = [("one file", largest, MAX_FILE) for largest, _ in tree.oversize[:1]] + _budgets(whole, argv, limits, recipe)
+    budgets = _budgets(whole, argv, limits, recipe)
+    budgets[:0] = [("one file", largest, MAX_FILE) for largest, _ in tree.oversize[:1]]
     biggest = sorted([*tree.oversize, *((len(entry.data), entry.path) for entry in tree.entries)], reverse=True)[:10]
     return Plan(executor, whole, argv, done.digest, done.method, len(tree.entries), done.data,
                 max(0, len(chunks) - 2), size, tuple(budgets), tuple(biggest))

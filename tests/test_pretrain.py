@@ -186,7 +186,12 @@ def test_ranges_and_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [(b'{"txt": "a"}\n', "text is no text"), (b'{"text": 1}\n', "text is no text"), (b"{\n", "not JSON")],
+    [
+        (b'{"txt": "a"}\n', "text is no text"),
+        (b'{"text": 1}\n', "text is no text"),
+        (b'{"text": "\\ud800"}\n', "text holds half of a surrogate pair"),
+        (b"{\n", "not JSON"),
+    ],
 )
 def test_a_bad_document_is_named(tmp_path: Path, row: bytes, message: str) -> None:
     (tmp_path / "d.jsonl").write_bytes(b'{"text": "ok"}\n\n' + row)
@@ -194,6 +199,67 @@ def test_a_bad_document_is_named(tmp_path: Path, row: bytes, message: str) -> No
     with pytest.raises(RecipeError, match=rf"d\.jsonl:3: {message}"):
         prepare_docs(tmp_path, f"blend={tmp_path}/b.json")
     assert not (tmp_path / "data/pretrain/manifest.json").exists()
+
+
+def save_tokenizer(folder: Path, **changes: Any) -> Path:
+    """The byte tokenizer as a folder, with changes to its tokenizer.json: parts of the model, or keys beside it."""
+    TOKENIZER.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    facts = json.loads(path.read_bytes())
+    facts["model"] |= {name: value for name, value in changes.items() if name in facts["model"]}
+    facts |= {name: value for name, value in changes.items() if name not in facts["model"]}
+    path.write_text(json.dumps(facts))
+    return folder
+
+
+def vocabulary(**more: int) -> dict[str, int]:
+    plain = {token: i for token, i in TOKENIZER.get_vocab().items() if not token.startswith("<|")}
+    return plain | more
+
+
+def test_ids_beyond_the_size_of_the_vocabulary_fit(tmp_path: Path) -> None:
+    many = save_tokenizer(tmp_path / "t", vocab=vocabulary(the=76_500, th=76_499), merges=[["t", "h"], ["th", "e"]])
+    assert len(chat.load_tokenizer(str(many))) < 1 << 16
+    folder = prepare_docs(tmp_path, f"tokenizer={many}")
+    prefix = json.loads((folder / "blend.json").read_bytes())["train"][1]
+    assert any(76_500 in document for document in independent_read(folder / prefix))
+
+
+@pytest.mark.parametrize("prepare", [prepare_docs, prepare_chat])
+def test_a_changed_tokenizer_is_noticed(tmp_path: Path, prepare: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    more, folder = {"vocab": vocabulary(ab=300, cd=301)}, tmp_path / "t"
+    changes: list[dict[str, Any]] = [
+        {"merges": [["a", "b"], ["c", "d"]]},
+        {"merges": [["c", "d"], ["a", "b"]]},
+        {"merges": [["c", "d"], ["a", "b"]], "normalizer": {"type": "Lowercase"}},
+    ]
+
+    def unchanged() -> bool:
+        for module in (pretrain_prep, sft_prep):
+            module.tokenizer.cache_clear()
+        prepare(tmp_path, f"tokenizer={folder}")
+        return "unchanged" in capsys.readouterr().out
+
+    for change in changes:
+        save_tokenizer(folder, **more, **change)
+        assert not unchanged()
+        assert unchanged()
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_end|>", " <|im_end|>"))
+    assert unchanged() == (prepare is prepare_docs), "a template makes no difference to documents"
+
+
+@pytest.mark.parametrize("prepare", [prepare_docs, prepare_chat])
+def test_a_missing_tokenizer_names_the_key_of_the_data_prep(tmp_path: Path, prepare: Any) -> None:
+    with pytest.raises(RecipeError, match=r"does not exist\.\nGive tokenizer=bytes or a local folder"):
+        prepare(tmp_path, f"tokenizer={tmp_path}/none")
+
+
+def test_a_tokenizer_that_was_saved_is_the_same(tmp_path: Path) -> None:
+    saved = chat.load_tokenizer(str(save_tokenizer(tmp_path / "t")))
+    saved(["a", "b c"], padding=True, truncation=True, max_length=2)
+    for for_chat in (False, True):
+        assert chat.fingerprint(saved, for_chat) == chat.fingerprint(TOKENIZER, for_chat)
 
 
 def test_a_blend_gives_each_data_set_its_share(tmp_path: Path) -> None:
@@ -253,6 +319,10 @@ def test_held_out_dialogues_are_packed_by_themselves(tmp_path: Path, monkeypatch
         ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant"),
         ({"text": "x"}, "not a chat record"),
+        ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "the content of a message holds half of a"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}, "it has tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "tools": [{"name": "f"}]}, "it has tools"),
+        ({"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}, "it has reasoning_content"),
     ],
 )
 def test_a_bad_dialogue_is_named(tmp_path: Path, row: Any, message: str) -> None:
@@ -263,13 +333,40 @@ def test_a_bad_dialogue_is_named(tmp_path: Path, row: Any, message: str) -> None
         prepare_chat(tmp_path, f"blend={tmp_path}/b.json")
 
 
+def test_a_dialogue_that_the_template_does_not_take_is_named(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "t")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('not today') }}")
+    with pytest.raises(RecipeError, match=r"chat\.jsonl:1: the tokenizer's chat template fails .*not today"):
+        prepare_chat(tmp_path, f"tokenizer={folder}")
+
+
+def test_the_same_sequences_are_the_same_bytes(tmp_path: Path) -> None:
+    packed = chat.pack([chat.Encoded([1, 2], [False, True])], 4, 0)
+    written = set()
+    for _ in range(60):  # chance would have to go one way 60 times
+        chat.write_packed(tmp_path / "x", packed, TOKENIZER)
+        written.add((tmp_path / "x").read_bytes())
+    assert len(written) == 1
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused(tmp_path: Path) -> None:
+    folder = prepare_chat(tmp_path) / "train/train"
+    (path,) = folder.iterdir()
+    (folder / "more.safetensors").write_bytes(path.read_bytes())
+    with pytest.raises(RecipeError, match=r"more\.safetensors is not in .*manifest\.json\.\nMove it away"):
+        train(tmp_path, "train.steps=1", "data.verify=true", stage="sft")
+
+
 def test_data_packed_for_another_length_or_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = prepare_chat(tmp_path, "seq_length=128")
     with pytest.raises(RecipeError, match=r"packed with seq_length 128, now it is 256"):
         train(tmp_path, "train.steps=1", stage="sft")
     path = next((folder / "train/train").iterdir())
-    chat.save_file(load_file(path), path, metadata={"seq_length": "256", "tokenizer": "other"})
+    chat.save_file(load_file(path), path, metadata={"prep": '{"seq_length": 256, "tokenizer": "other"}'})
     with pytest.raises(RecipeError, match=r"packed with tokenizer other, now it is"):
+        chat.read_packed(path.parent, 256, TOKENIZER)
+    chat.save_file(load_file(path), path, metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=r"packed with seq_length None, now it is 256"):
         chat.read_packed(path.parent, 256, TOKENIZER)
     path.write_bytes(b"torn")
     with pytest.raises(RecipeError, match=r"cannot read .*safetensors"):

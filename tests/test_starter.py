@@ -25,6 +25,7 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 sys.path.insert(0, str(SRC))
 
 import torch  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from starter import chat, checkpoint, sft  # noqa: E402
@@ -158,6 +159,107 @@ def test_the_template_that_is_exported_gives_the_tokens_that_were_learned() -> N
         assert TOKENIZER.apply_chat_template(dialogue, return_dict=False) == chat.encode(dialogue, TOKENIZER).ids
 
 
+# Templates in the manner of several models, all but for the names of their marks.
+HEADERS = (
+    "{% for m in messages %}{{ '<|h|>' + m.role + '</h>\n\n' + m.content + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|h|>assistant</h>\n\n' }}{% endif %}"
+)
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + '<|eot|>' }}"
+    "{% else %}{{ raise_exception('no ' + m.role + ' here') }}{% endif %}{% endfor %}"
+)
+CLOSED = (  # which writes an end of its own behind all, so that a second answer would find it gone
+    "{% for m in messages %}{{ '<|h|>' + m.role + '\n' + m.content + '<|eot|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|h|>assistant\n' }}{% else %}{{ '<s>' }}{% endif %}"
+)
+SILENT = "{% for m in messages if m.role != 'system' %}{{ m.role + ': ' + m.content + '<|eot|>' }}{% endfor %}"
+THINKING = (  # in the manner of Nano 3
+    "{% for m in messages %}{% if m.role != 'assistant' %}{{ '<|h|>' + m.role + '\n' + m.content + '<|eot|>\n' }}"
+    "{% elif m.reasoning_content %}"
+    "{{ '<|h|>assistant\n<think>\n' + m.reasoning_content + '</think>' + m.content + '<|eot|>\n' }}"
+    "{% elif '<think>' in m.content %}{{ '<|h|>assistant\n' + m.content + '<|eot|>\n' }}"
+    "{% else %}{{ '<|h|>assistant\n<think></think>' + m.content + '<|eot|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|h|>assistant\n<think>' }}"
+    "{{ '</think>' if enable_thinking is defined and not enable_thinking else '\n' }}{% endif %}"
+)
+
+
+def tokenizer_with(template: str) -> Any:
+    """Bytes and marks that are not those of ChatML."""
+    core = Tokenizer.from_str(json.dumps(json.loads(TOKENIZER.backend_tokenizer.to_str()) | {"added_tokens": []}))
+    marks = ["<|h|>", "</h>", "<s>", "<think>", "</think>"]
+    tokenizer = type(TOKENIZER)(tokenizer_object=core, eos_token="<|eot|>", additional_special_tokens=marks)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def said(*contents: str, first: str = "user") -> chat.Dialogue:
+    roles = [first, "assistant", *["user", "assistant"] * len(contents)]
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+
+
+def learned(dialogue: chat.Dialogue, tokenizer: Any) -> str:
+    encoded = chat.encode(dialogue, tokenizer)
+    return tokenizer.decode([i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m])
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(max_size=12), min_size=2, max_size=7))
+def test_a_tokenizers_own_template_is_used(contents: list[str]) -> None:
+    tokenizer, dialogue = tokenizer_with(HEADERS), said(*contents)
+    encoded = chat.encode(dialogue, tokenizer)
+    text = "".join(f"<|h|>{m['role']}</h>\n\n{m['content']}<|eot|>" for m in dialogue)
+    assert tokenizer.decode(encoded.ids) == text and len(encoded.ids) == len(encoded.mask)
+    assert encoded.ids == tokenizer.apply_chat_template(dialogue, return_dict=False)
+    assert learned(dialogue, tokenizer) == "".join(m["content"] + "<|eot|>" for m in dialogue[1::2])
+    prompt = chat.prompt_ids(dialogue[:1], tokenizer)
+    assert encoded.ids[: len(prompt)] == prompt and not any(encoded.mask[: len(prompt)])
+
+
+def test_what_is_learned_is_what_comes_after_the_prompt() -> None:
+    assert learned(said("a", "b", "c", "d"), tokenizer_with(INST)) == " b<|eot|> d<|eot|>"
+    assert learned(said("a", "b"), tokenizer_with(CLOSED)) == "b<|eot|>"
+    thinking, dialogue = tokenizer_with(THINKING), said("a", "b", "c", "<think>\nso</think>d")
+    assert learned(dialogue, thinking) == "b<|eot|>so</think>d<|eot|>", "a thought only where it thinks"
+    assert learned([dialogue[0], dialogue[1] | {"reasoning_content": "hm"}], thinking) == "hm</think>b<|eot|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "dialogue", "message"),
+    [
+        (CLOSED, said("a", "b", "c", "d"), r"writes what precedes message 4 in another way .*\n.*one answer each"),
+        (INST, said("a", "b", first="system"), r"chat template fails on it \(TemplateError: no system here\)"),
+        ("{{ nothing.at.all }}", said("a", "b"), "chat template fails on it"),
+        (SILENT, said("be brief", "b", first="system"), "leaves out the content of message 1"),
+        (HEADERS, [said("a")[0], said("a", "b")[1] | {"reasoning_content": "hm"}], "leaves out the reasoning_content"),
+        (HEADERS, said("a", "b", "x<|eot|>", "y"), r"message 3 spells <\|eot\|>, a special token"),
+        (THINKING, said("<think>", "b"), r"message 1 spells <think>"),
+        (HEADERS, said("a", "b")[1:], "the assistant has the first word"),
+    ],
+)
+def test_what_a_template_cannot_render_is_named(
+    tmp_path: Path, template: str, dialogue: chat.Dialogue, message: str
+) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text("\n" + json.dumps({"messages": dialogue}))
+    with pytest.raises(RecipeError, match=rf"d\.jsonl:2: .*{message}") as caught:
+        chat.load_packed(path, 64, tokenizer_with(template))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_folder_for_chat_has_a_template_or_the_marks(tmp_path: Path) -> None:
+    tokenizer_with(HEADERS).save_pretrained(tmp_path / "own")
+    tokenizer = chat.load_tokenizer(str(tmp_path / "own"))
+    assert chat.which_template(tokenizer) == "chat template: the tokenizer's own"
+    assert learned(said("a", "b"), tokenizer) == "b<|eot|>"
+    TOKENIZER.save_pretrained(tmp_path / "built-in")
+    assert chat.which_template(chat.load_tokenizer(str(tmp_path / "built-in"))) == "chat template: ChatML, as built in"
+    (tmp_path / "own/chat_template.jinja").unlink()
+    with pytest.raises(RecipeError, match=r"no chat template, and for ChatML no .*\nGive model\.tokenizer=FOLDER"):
+        chat.load_tokenizer(str(tmp_path / "own"))
+
+
 @st.composite
 def encoded_dialogues(draw: st.DrawFn) -> list[chat.Encoded]:
     masks = draw(st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=12))
@@ -202,6 +304,10 @@ def test_an_epoch_holds_every_sample_once_over_all_ranks(size: int, ranks: int, 
         ('{"messages": [{"role": "tool", "content": ""}]}', "unknown role 'tool'"),
         ('{"messages": [{"role": "assistant", "content": 5}]}', "not a string"),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "no message of the assistant"),
+        ('{"messages": [{"role": "assistant", "content": "a\\ud800"}]}', "half of a surrogate pair"),
+        ('{"messages": [{"role": "assistant", "content": null, "tool_calls": [{}]}]}', "it has tool_calls"),
+        ('{"messages": [{"role": "assistant", "content": "", "function_call": {"f": 1}}]}', "it has function_call"),
+        ('{"messages": [{"role": "assistant", "content": "x"}], "tools": [{}]}', "it has tools"),
     ],
 )
 def test_a_bad_line_of_data_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -255,7 +361,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
         (["model.config.hiden_size=8"], r"unknown key model\.config\.hiden_size.\n.*model\.config\.hidden_size"),
         (["model.config.hidden_size=big"], "model.config is not valid"),
         (["model.config.vocab_size=100"], "vocab_size is 100"),
-        (["model.tokenizer=/no/such/folder"], "tokenizer folder /no/such/folder does not exist"),
+        (["model.tokenizer=/no/such/folder"], r"folder /no/such/folder does not exist\.\nGive model\.tokenizer=bytes"),
         (["model.tokenizer=null"], "names no tokenizer"),
         (["data.train=none.jsonl"], "cannot read the data file .*none.jsonl"),
         (["train.lr=1e30", "train.steps=9", "train.clip_grad_norm=1e30"], "gradient is not finite at step"),

@@ -40,9 +40,10 @@ def model_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
             raise RecipeError(f"no model in {cfg.path}: {first_line(error)}\nSet model.path=FOLDER.") from error
     else:
         config = new_config(cfg.config, tokenizer)
-    if len(tokenizer) > config.vocab_size:
+    ids = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): a vocabulary may have holes
+    if ids > config.vocab_size:
         raise RecipeError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's vocab_size is {config.vocab_size}.\n"
+            f"the tokenizer has ids for {ids} tokens, the model's vocab_size is {config.vocab_size}.\n"
             "Give model.tokenizer, the one that belongs to the model, or raise model.config.vocab_size."
         )
     return config

@@ -26,19 +26,22 @@ def main(recipe: Path) -> NoReturn:
 @functools.lru_cache(maxsize=2)
 def tokenizer(name: str) -> Any:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are many enough
-    return chat.load_tokenizer(name, chat=False)
+    return chat.load_tokenizer(name, chat=False, key="tokenizer")
 
 
 def tokenize(task: Task, tokenizer_name: str) -> Done:
     """One range as a pair of files, and another for what is held out of it. A document ends with the end mark."""
     tokens = tokenizer(tokenizer_name)
-    end, code, field = chat.end_id(tokens), megatron.token_type(len(tokens)), task.part.shard.dataset.text_field
+    end, field = chat.end_id(tokens), task.part.shard.dataset.text_field
+    code = megatron.token_type(max(tokens.get_vocab().values()) + 1)  # not len(tokens): a vocabulary may have holes
     writers: dict[str, megatron.Writer] = {}
     rows = 0
     for at, line in shards.lines(task.part):
         text = shards.parse_row(task.part, at, line).get(field)
         if not isinstance(text, str):
             raise shards.bad_row(task.part, at, f"{field} is no text", "Mend the row, or text_field in the blend.")
+        if not chat.is_unicode(text):
+            raise shards.bad_row(task.part, at, f"{field} {chat.HALF_A_PAIR[0]}", chat.HALF_A_PAIR[1])
         where = "val" if at in task.held else task.kept
         if where not in writers:
             writers[where] = megatron.Writer(task.folder / where / task.name, code)

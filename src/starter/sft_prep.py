@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from starter import chat, prep, shards
 from starter.config import RecipeError
 from starter.files import sha256
+from starter.manifest import say
 from starter.prep import Built, Done, PrepConfig, Split, Task
 from starter.shards import Held, Range
 
@@ -34,7 +35,7 @@ def main(recipe: Path) -> NoReturn:
 @functools.lru_cache(maxsize=2)
 def tokenizer(name: str) -> Any:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are many enough
-    return chat.load_tokenizer(name)
+    return chat.load_tokenizer(name, key="tokenizer")
 
 
 def pack(task: Task, tokenizer_name: str, seq_length: int) -> Done:
@@ -71,10 +72,11 @@ class SFTPrep:
         self.cfg = cfg
 
     def begin(self, scratch: Path) -> None:
-        tokenizer(self.cfg.tokenizer)  # before the workers are forked off, which so need not load it
+        tokens = tokenizer(self.cfg.tokenizer)  # before the workers are forked off, which so need not load it
+        say(chat.which_template(tokens))
 
     def ingredients(self) -> Any:
-        return [chat.fingerprint(tokenizer(self.cfg.tokenizer)), self.cfg.seq_length]
+        return [chat.fingerprint(tokenizer(self.cfg.tokenizer), chat=True), self.cfg.seq_length]
 
     def build(self, split: Split, ranges: list[Range], scans: list[Any], held: list[Held], folder: Path) -> Built:
         work = functools.partial(pack, tokenizer_name=self.cfg.tokenizer, seq_length=self.cfg.seq_length)

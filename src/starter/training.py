@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from starter import checkpoint, manifest, model
-from starter.chat import load_tokenizer
+from starter.chat import load_tokenizer, which_template
 from starter.config import ModelConfig, PretrainConfig, RecipeError, SFTConfig, parse_args
 from starter.distributed import StopSignal, World, join, local_rank
 from starter.run import Run
@@ -131,6 +131,8 @@ def open_model(cfg: ModelConfig, world: World, chat: bool) -> OpenModel:
     if not name:
         raise RecipeError("the config names no tokenizer.\nSet model.tokenizer=bytes or to a local folder.")
     tokenizer = load_tokenizer(name, chat)
+    if chat:
+        manifest.say(which_template(tokenizer))
     config = model.model_config(cfg, tokenizer)
     model.check_memory(config, world.device)
     return OpenModel(cfg, config, tokenizer, model.stored_dtype(config))  # the type, before loading overwrites it
