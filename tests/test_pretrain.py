@@ -30,6 +30,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from starter import chat, megatron, prep, pretrain, pretrain_prep, sft, sft_prep  # noqa: E402
 from starter.config import RecipeError, SFTConfig, parse_args  # noqa: E402
+from starter.dialogue import read_chat  # noqa: E402
+from starter.template import Encoded  # noqa: E402
 
 RECIPES = SRC / "starter/recipes"
 SAMPLES = SRC / "starter/samples"
@@ -307,7 +309,7 @@ def test_held_out_dialogues_are_packed_by_themselves(tmp_path: Path, monkeypatch
         rows = [ids[:n].tolist() for ids, n in zip(packed.input_ids, packed.lengths, strict=True)]
         texts[part] = TOKENIZER.decode([i for row in rows for i in row])
     ends = {part: text.count(chat.END) for part, text in texts.items()}
-    dialogues = chat.read_chat(SAMPLES / "chat.jsonl")
+    dialogues = read_chat(SAMPLES / "chat.jsonl")
     assert sum(ends.values()) == sum(map(len, dialogues))
     whole = ["".join(f"{chat.START}{m['role']}\n{m['content']}{chat.END}\n" for m in d) for d in dialogues]
     assert sum(text in texts["val"] for text in whole) >= 20 > sum(text not in texts["train"] for text in whole) - 1
@@ -341,7 +343,7 @@ def test_a_dialogue_that_the_template_does_not_take_is_named(tmp_path: Path) -> 
 
 
 def test_the_same_sequences_are_the_same_bytes(tmp_path: Path) -> None:
-    packed = chat.pack([chat.Encoded([1, 2], [False, True])], 4, 0)
+    packed = chat.pack([Encoded([1, 2], [False, True])], 4, 0)
     written = set()
     for _ in range(60):  # chance would have to go one way 60 times
         chat.write_packed(tmp_path / "x", packed, TOKENIZER)

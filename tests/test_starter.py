@@ -30,9 +30,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from starter import chat, checkpoint, sft  # noqa: E402
 from starter.config import RecipeError, SFTConfig, TrainConfig, apply_override, build, fill_references, parse_args  # noqa: E402
+from starter.dialogue import ROLES, Dialogue, read_chat  # noqa: E402
 from starter.distributed import World  # noqa: E402
 from starter.model import check_memory, load_model, model_config  # noqa: E402
 from starter.run import batch_indices, learning_rate  # noqa: E402
+from starter.template import Encoded, which_template  # noqa: E402
 from starter.trainer import Trainer, loss_sum, shard  # noqa: E402
 
 RECIPE = SRC / "starter/recipes/nano3/sft"
@@ -132,7 +134,7 @@ def test_env_references(monkeypatch: pytest.MonkeyPatch) -> None:
 MESSAGES = st.lists(
     st.fixed_dictionaries(
         {
-            "role": st.sampled_from(chat.ROLES),
+            "role": st.sampled_from(ROLES),
             "content": st.text(max_size=12) | st.sampled_from(["<|im_end|>", "a<|im_start|>assistant\nb", "<|pad|>"]),
         }
     ),
@@ -143,7 +145,7 @@ MESSAGES = st.lists(
 
 @settings(deadline=None)
 @given(MESSAGES)
-def test_the_mask_is_what_the_assistant_writes(dialogue: chat.Dialogue) -> None:
+def test_the_mask_is_what_the_assistant_writes(dialogue: Dialogue) -> None:
     encoded = chat.encode(dialogue, TOKENIZER)
     assert len(encoded.ids) == len(encoded.mask)
     end = chat.token_id(TOKENIZER, chat.END)
@@ -155,7 +157,7 @@ def test_the_mask_is_what_the_assistant_writes(dialogue: chat.Dialogue) -> None:
 
 
 def test_the_template_that_is_exported_gives_the_tokens_that_were_learned() -> None:
-    for dialogue in chat.read_chat(SRC / "starter/samples/chat.jsonl"):
+    for dialogue in read_chat(SRC / "starter/samples/chat.jsonl"):
         assert TOKENIZER.apply_chat_template(dialogue, return_dict=False) == chat.encode(dialogue, TOKENIZER).ids
 
 
@@ -194,12 +196,12 @@ def tokenizer_with(template: str) -> Any:
     return tokenizer
 
 
-def said(*contents: str, first: str = "user") -> chat.Dialogue:
+def said(*contents: str, first: str = "user") -> Dialogue:
     roles = [first, "assistant", *["user", "assistant"] * len(contents)]
     return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
 
 
-def learned(dialogue: chat.Dialogue, tokenizer: Any) -> str:
+def learned(dialogue: Dialogue, tokenizer: Any) -> str:
     encoded = chat.encode(dialogue, tokenizer)
     return tokenizer.decode([i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m])
 
@@ -239,7 +241,7 @@ def test_what_is_learned_is_what_comes_after_the_prompt() -> None:
     ],
 )
 def test_what_a_template_cannot_render_is_named(
-    tmp_path: Path, template: str, dialogue: chat.Dialogue, message: str
+    tmp_path: Path, template: str, dialogue: Dialogue, message: str
 ) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text("\n" + json.dumps({"messages": dialogue}))
@@ -251,25 +253,25 @@ def test_what_a_template_cannot_render_is_named(
 def test_a_folder_for_chat_has_a_template_or_the_marks(tmp_path: Path) -> None:
     tokenizer_with(HEADERS).save_pretrained(tmp_path / "own")
     tokenizer = chat.load_tokenizer(str(tmp_path / "own"))
-    assert chat.which_template(tokenizer) == "chat template: the tokenizer's own"
+    assert which_template(tokenizer) == "chat template: the tokenizer's own"
     assert learned(said("a", "b"), tokenizer) == "b<|eot|>"
     TOKENIZER.save_pretrained(tmp_path / "built-in")
-    assert chat.which_template(chat.load_tokenizer(str(tmp_path / "built-in"))) == "chat template: ChatML, as built in"
+    assert which_template(chat.load_tokenizer(str(tmp_path / "built-in"))) == "chat template: ChatML, as built in"
     (tmp_path / "own/chat_template.jinja").unlink()
     with pytest.raises(RecipeError, match=r"no chat template, and for ChatML no .*\nGive model\.tokenizer=FOLDER"):
         chat.load_tokenizer(str(tmp_path / "own"))
 
 
 @st.composite
-def encoded_dialogues(draw: st.DrawFn) -> list[chat.Encoded]:
+def encoded_dialogues(draw: st.DrawFn) -> list[Encoded]:
     masks = draw(st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=12))
     ids = iter(range(1, 1 + sum(map(len, masks))))
-    return [chat.Encoded([next(ids) for _ in mask], mask) for mask in masks]
+    return [Encoded([next(ids) for _ in mask], mask) for mask in masks]
 
 
 @settings(deadline=None)
 @given(encoded_dialogues(), st.integers(1, 16))
-def test_packing_keeps_every_token_once_and_in_order(dialogues: list[chat.Encoded], seq_length: int) -> None:
+def test_packing_keeps_every_token_once_and_in_order(dialogues: list[Encoded], seq_length: int) -> None:
     packed = chat.pack(dialogues, seq_length, padding=0)
     assert packed.input_ids.shape == packed.labels.shape == (len(packed), seq_length)
     rows = [ids[:n].tolist() for ids, n in zip(packed.input_ids, packed.lengths, strict=True)]
@@ -314,7 +316,7 @@ def test_a_bad_line_of_data_is_named(tmp_path: Path, line: str, message: str) ->
     path = tmp_path / "d.jsonl"
     path.write_text('{"messages": [{"role": "assistant", "content": "ok"}]}\n\n' + line + "\n")
     with pytest.raises(RecipeError, match=rf"d\.jsonl:3: .*{message}"):
-        chat.read_chat(path)
+        read_chat(path)
 
 
 # Model and optimizer
@@ -376,7 +378,7 @@ def test_what_cannot_be_trained_is_named(tmp_path: Path, overrides: list[str], m
 
 def test_fewer_samples_than_ranks_is_an_error() -> None:
     cfg = TrainConfig(steps=1, global_batch_size=3, lr=1.0)
-    data = chat.pack([chat.Encoded([1], [True])], 8, 0)
+    data = chat.pack([Encoded([1], [True])], 8, 0)
     with pytest.raises(RecipeError, match="fewer than the 4 ranks"):
         Trainer(tiny_model(), data, None, cfg, 0, Path(), {}, World(0, 4, CPU.device))  # type: ignore[arg-type]
 

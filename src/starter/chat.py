@@ -11,15 +11,13 @@ Mamba layer runs through the sequence in any case.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,32 +27,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from starter import manifest
 from starter.config import RecipeError
+from starter.dialogue import BadRecordError, Dialogue, parse_dialogue, read_lines
 from starter.files import sync_file
-
-T = TypeVar("T")
-
-IGNORE = -100  # the label of a token that is no target
-ROLES = ("system", "user", "assistant")
-RENDERED = ("content", "reasoning_content")  # what a message says …
-NOT_RENDERED = ("tool_calls", "function_call", "tools", "functions")  # … and what no recipe here renders
-THOUGHT = ("<think>", "</think>")  # marks that the assistant may write itself
-START, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+from starter.template import (
+    CHAT_TEMPLATE,
+    Encoded,
+    encode_by_template,
+    first_line,
+    own_template,
+    refuse_marks,
+    render,
+    tokenize_marked,
 )
 
-Dialogue = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One dialogue: its token ids, and for each whether the loss counts it."""
-
-    ids: list[int]
-    mask: list[bool]
+IGNORE = -100  # the label of a token that is no target
+START, END, PAD = "<|im_start|>", "<|im_end|>", "<|pad|>"
 
 
 @dataclass(frozen=True)
@@ -136,101 +123,6 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, name: str, key: str) -> None:
         )
 
 
-def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The tokenizer's chat template. None where it has none, or the one that is built in here."""
-    template: Any = tokenizer.chat_template
-    if isinstance(template, dict):  # several, by name
-        template = template.get("default")
-    return None if template == CHAT_TEMPLATE else template
-
-
-def which_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    return "chat template: " + ("the tokenizer's own" if own_template(tokenizer) else "ChatML, as built in")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def read_chat(path: Path) -> list[Dialogue]:
-    return read_lines(path, parse_dialogue)
-
-
-def read_lines(path: Path, parse: Callable[[bytes], T]) -> list[T]:
-    """Read JSONL: ``{"messages": [{"role": …, "content": …}, …]}``. A bad line is an error: none is skipped."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise RecipeError(
-            f"cannot read the data file {path}: {error.strerror}.\nSee data.train and data.val."
-        ) from error
-    parsed = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                parsed.append(parse(line))
-            except BadRecordError as error:
-                raise RecipeError(f"{path}:{number}: {error.what}.\n{error.fix}") from error
-    if not parsed:
-        raise RecipeError(f"{path} holds no dialogue.\nPut one JSON object with messages on each line.")
-    return parsed
-
-
-class BadRecordError(ValueError):
-    """What is wrong with a record, wherever it stands, and what to do about it."""
-
-    def __init__(self, what: str, fix: str) -> None:
-        super().__init__(what)
-        self.what, self.fix = what, fix
-
-
-def parse_dialogue(line: bytes) -> Dialogue:
-    try:
-        record = json.loads(line)
-        messages = record["messages"]
-        dialogue = [{"role": message["role"], "content": message["content"]} for message in messages]
-        tables = [record, *messages]
-        for message, parsed in zip(messages, dialogue, strict=True):
-            if message.get("reasoning_content"):
-                parsed["reasoning_content"] = message["reasoning_content"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadRecordError(
-            f"not a chat record ({type(error).__name__}: {error})",
-            'Write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}.',
-        ) from error
-    for field in NOT_RENDERED:
-        if any(table.get(field) for table in tables):
-            raise BadRecordError(f"it has {field}, which would be left out", "Empty that, or drop the line.")
-    for message in dialogue:
-        check_message(message)
-    if all(message["role"] != "assistant" for message in dialogue):
-        raise BadRecordError("no message of the assistant to learn from", "Add one or drop the line.")
-    return dialogue
-
-
-def check_message(message: dict[str, str]) -> None:
-    if message["role"] not in ROLES:
-        raise BadRecordError(f"unknown role {message['role']!r}", f"Use {', '.join(ROLES)}.")
-    for field in RENDERED:
-        text = message.get(field, "")
-        if not isinstance(text, str):
-            raise BadRecordError(f"the {field} of a message is not a string", "Put its text there.")
-        if not is_unicode(text):
-            raise BadRecordError(f"the {field} of a message {HALF_A_PAIR[0]}", HALF_A_PAIR[1])
-
-
-HALF_A_PAIR = ("holds half of a surrogate pair", "Mend that line: half a character is no text.")
-
-
-def is_unicode(text: str) -> bool:
-    r"""Not so with \ud800 alone, which JSON can spell and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     return tokenizer.get_vocab()[token]
 
@@ -286,106 +178,6 @@ def encode_chatml(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> Enc
         answer = message["role"] == "assistant"
         mask += [False] * len(header) + [answer] * len(body) + [False] * len(newline)
     return Encoded(ids, mask)
-
-
-# ---------------------------------------------------------------- the tokenizer's own template
-
-
-def encode_by_template(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    refuse_marks(dialogue, tokenizer)
-    text, answers = render_answers(dialogue, tokenizer)
-    refuse_losses(dialogue, text)
-    found = tokenize_marked(text, tokenizer, return_offsets_mapping=True)
-    counted = bytearray(len(text) + 1)  # for each place in the text, whether a token that ends there counts
-    for start, end in answers:
-        counted[start + 1 : end + 1] = b"\1" * (end - start)
-    return Encoded(found["input_ids"], [bool(counted[end]) for _, end in found["offset_mapping"]])
-
-
-def render_answers(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """The dialogue's text, and where in it the assistant writes: from its prompt to the mark that ends its turn.
-
-    For that the template must write what it wrote before, and add to it, with each message that follows.
-    """
-    text, answers = "", []
-    for i, message in enumerate(dialogue):
-        if message["role"] == "assistant":
-            before, text = text, render(dialogue[: i + 1], tokenizer)
-            prompt = next((p for p in prompts(dialogue[:i], tokenizer) if text.startswith(p)), None)
-            if prompt is None or not prompt.startswith(before):
-                raise unsteady(i)
-            answers.append((len(prompt), end_of_turn(text, len(prompt), tokenizer)))
-    whole = render(dialogue, tokenizer)
-    if not whole.startswith(text):
-        raise unsteady(len(dialogue) - 1)
-    return whole, answers
-
-
-def prompts(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """What the assistant may be shown before it writes: some templates open a thought for it, or leave one out."""
-    if not dialogue:
-        raise BadRecordError("the assistant has the first word", "Put before it what it answers, or drop the line.")
-    yield render(dialogue, tokenizer, add_generation_prompt=True)
-    yield render(dialogue, tokenizer, add_generation_prompt=True, enable_thinking=False)
-
-
-def unsteady(i: int) -> BadRecordError:
-    return BadRecordError(
-        f"the chat template writes what precedes message {i + 1} in another way once that is there",
-        "Give dialogues with one answer each, or a tokenizer with a template that only adds to what it wrote.",
-    )
-
-
-def render(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str:
-    try:
-        return str(
-            tokenizer.apply_chat_template(dialogue, chat_template=own_template(tokenizer), tokenize=False, **settings)
-        )
-    except Exception as error:  # a template is a program, which raises what it likes
-        raise BadRecordError(
-            f"the tokenizer's chat template fails on it ({type(error).__name__}: {first_line(error)})",
-            "Mend the line, or the template.",
-        ) from error
-
-
-def end_of_turn(text: str, start: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Behind the first mark that is no thought's; without a mark, all that the template wrote is the turn."""
-    ends = (found.end() for found in marks(tokenizer).finditer(text, start) if found[0] not in THOUGHT)
-    return next(ends, len(text))
-
-
-@functools.lru_cache(maxsize=2)
-def marks(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    every = {*added, *tokenizer.all_special_tokens}
-    return re.compile("|".join(re.escape(mark) for mark in sorted(every, key=len, reverse=True)) or "(?!)")
-
-
-def tokenize_marked(text: str, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> Any:
-    """The tokens of a text in which marks are marks."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False, **settings)
-
-
-def refuse_marks(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A mark that a message spells would end its turn: in what a template has written they are all alike."""
-    for number, message in enumerate(dialogue, 1):
-        for mark in marks(tokenizer).findall("\n".join(message.get(field, "") for field in RENDERED)):
-            if mark not in THOUGHT or message["role"] != "assistant":
-                raise BadRecordError(
-                    f"message {number} spells {mark}, a special token of the tokenizer",
-                    "Write it in another way, or drop the line.",
-                )
-
-
-def refuse_losses(dialogue: Dialogue, text: str) -> None:
-    for number, message in enumerate(dialogue, 1):
-        for field in RENDERED:
-            said = message.get(field, "").strip()
-            if said not in text and THOUGHT[1] not in said:  # around thoughts, templates change the blanks
-                raise BadRecordError(
-                    f"the tokenizer's chat template leaves out the {field} of message {number}",
-                    "Empty it, or give a tokenizer with a template that takes it.",
-                )
 
 
 # ---------------------------------------------------------------- packing

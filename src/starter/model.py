@@ -12,9 +12,10 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from starter.chat import end_id, first_line, pad_id
+from starter.chat import end_id, pad_id
 from starter.config import ModelConfig, RecipeError, unknown_key
 from starter.files import sync_folder
+from starter.template import first_line
 
 try:
     from transformers import NemotronHConfig

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from starter import chat, megatron, prep, shards
+from starter.dialogue import HALF_A_PAIR, is_unicode
 from starter.files import sha256, write_json
 from starter.prep import Built, Done, PrepConfig, Split, Task
 from starter.shards import Held, Range
@@ -40,8 +41,8 @@ def tokenize(task: Task, tokenizer_name: str) -> Done:
         text = shards.parse_row(task.part, at, line).get(field)
         if not isinstance(text, str):
             raise shards.bad_row(task.part, at, f"{field} is no text", "Mend the row, or text_field in the blend.")
-        if not chat.is_unicode(text):
-            raise shards.bad_row(task.part, at, f"{field} {chat.HALF_A_PAIR[0]}", chat.HALF_A_PAIR[1])
+        if not is_unicode(text):
+            raise shards.bad_row(task.part, at, f"{field} {HALF_A_PAIR[0]}", HALF_A_PAIR[1])
         where = "val" if at in task.held else task.kept
         if where not in writers:
             writers[where] = megatron.Writer(task.folder / where / task.name, code)

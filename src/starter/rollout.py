@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from starter import chat, grpo
 from starter.config import RecipeError
+from starter.dialogue import ROLES
 from starter.grpo import Answers
 from starter.reward import is_right, reward
 
@@ -62,8 +63,8 @@ def parse_prompt(line: bytes, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     if not isinstance(messages, list) or not messages:
         raise ValueError("responses_create_params.input lists no messages")
     for message in messages:
-        if message["role"] not in chat.ROLES or not isinstance(message["content"], str):
-            raise ValueError(f"a message must have content and one of the roles {', '.join(chat.ROLES)}")
+        if message["role"] not in ROLES or not isinstance(message["content"], str):
+            raise ValueError(f"a message must have content and one of the roles {', '.join(ROLES)}")
     return Prompt(chat.prompt_ids(messages, tokenizer), str(expected))
 
 

@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 
 from starter import chat, prep, shards
 from starter.config import RecipeError
+from starter.dialogue import BadRecordError, parse_dialogue
 from starter.files import sha256
 from starter.manifest import say
 from starter.prep import Built, Done, PrepConfig, Split, Task
 from starter.shards import Held, Range
+from starter.template import Encoded, which_template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +55,13 @@ def pack(task: Task, tokenizer_name: str, seq_length: int) -> Done:
     return Done(rows, files)
 
 
-def dialogues(task: Task, held: bool, tokens: Any) -> Iterator[chat.Encoded]:
+def dialogues(task: Task, held: bool, tokens: Any) -> Iterator[Encoded]:
     for at, line in shards.lines(task.part):
         if (at in task.held) is held:
             shards.parse_row(task.part, at, line)
             try:
-                yield chat.encode(chat.parse_dialogue(line), tokens)
-            except chat.BadRecordError as error:
+                yield chat.encode(parse_dialogue(line), tokens)
+            except BadRecordError as error:
                 raise shards.bad_row(task.part, at, error.what, error.fix) from error
 
 
@@ -73,7 +75,7 @@ class SFTPrep:
 
     def begin(self, scratch: Path) -> None:
         tokens = tokenizer(self.cfg.tokenizer)  # before the workers are forked off, which so need not load it
-        say(chat.which_template(tokens))
+        say(which_template(tokens))
 
     def ingredients(self) -> Any:
         return [chat.fingerprint(tokenizer(self.cfg.tokenizer), chat=True), self.cfg.seq_length]

@@ -15,10 +15,11 @@ import transformers
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from starter import checkpoint, manifest, model
-from starter.chat import load_tokenizer, which_template
+from starter.chat import load_tokenizer
 from starter.config import ModelConfig, PretrainConfig, RecipeError, SFTConfig, parse_args
 from starter.distributed import StopSignal, World, join, local_rank
 from starter.run import Run
+from starter.template import which_template
 from starter.trainer import Sequences, Trainer
 
 Config = TypeVar("Config", SFTConfig, PretrainConfig)
