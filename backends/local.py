@@ -44,7 +44,9 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Start the supervisor. Its folder under Airlift's home holds `log` and, at the end, `exit`."""
     folder = backends.home() / "local" / job.run
     folder.mkdir(mode=0o700, parents=True)
-    envs = [pod_env(job, plan, rank, port) for port in [_free_port()] for rank in range(job.nodes)]
+    port = _free_port()
+    envs = [pod_env(job, plan, rank, port) | {"PROGRESS_FILE": str(folder / ("progress-%d" % rank))}
+            for rank in range(job.nodes)]
     launcher = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -61,18 +63,34 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
 
 
 def follow(run: Run) -> Status:
-    """Pass the log on until the supervisor has written the exit code."""
-    rest = b""
+    """Pass the log on until the supervisor has written the exit code. On a terminal a last line moves with what the
+    recipe writes to PROGRESS_FILE; it is in no log."""
+    rest, moving = b"", ""
     with open(_await(Path(run.record["folder"]) / "log"), "rb") as log:
-        while True:
-            over = not _alive(run)
-            data = log.read()
-            rest = _show(run, rest + data)
-            if not data and over:
-                break
-            if not data:
-                time.sleep(0.05)
+        try:
+            while True:
+                over = not _alive(run)
+                data = log.read()
+                if data:
+                    moving = screen.moving("", moving)
+                rest = _show(run, rest + data)
+                if not data and over:
+                    break
+                if not data:
+                    moving = screen.moving(_progress(run), moving)
+                    time.sleep(0.05)
+        finally:
+            screen.moving("", moving)
     return status(run)
+
+
+def _progress(run: Run) -> str:
+    """The newest line that a pod has written of its progress; "" if there is none."""
+    files = Path(run.record["folder"]).glob("progress-*[0-9]")
+    try:
+        return max(files, key=lambda file: file.stat().st_mtime_ns).read_text(encoding="utf-8", errors="replace")
+    except (ValueError, FileNotFoundError):
+        return ""
 
 
 def logs(run: Run) -> None:
@@ -173,6 +191,8 @@ def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
                 pod.kill()
         end_the_rest(1.0)
         shutil.rmtree(scratch, ignore_errors=True)
+        for told in folder.glob("progress-*"):
+            told.unlink()
         (folder / "exit.new").write_text("%d\n" % code)
         (folder / "exit.new").rename(folder / "exit")
     return 0

@@ -6,6 +6,7 @@ Colour only on a terminal, and never where NO_COLOR is set (no-color.org) or TER
 import hashlib
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -22,8 +23,22 @@ COLOURS = {"waiting": "yellow", "running": "cyan", "done": "green", "failed": "r
 def paint(text: str, how: str, stream: IO[str] | None = None) -> str:
     """The text in a colour or weight, where `stream` (standard output) shows colours."""
     stream = stream or sys.stdout
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    plain = os.environ.get("NO_COLOR") or not _moves(stream)
     return text if plain or how not in CODES else "\033[%dm%s\033[0m" % (CODES[how], text)
+
+
+def _moves(stream: IO[str]) -> bool:
+    """Whether the stream is a terminal that understands more than text."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def moving(line: str, before: str) -> str:
+    """Put a line in the place of the last one, `before`, on a terminal, cut to its width; "" takes it away. Returns
+    the line."""
+    if line != before and _moves(sys.stdout):
+        width = shutil.get_terminal_size().columns - 1
+        print("\r%s\033[K" % "".join(c for c in line if c.isprintable())[:width], end="", flush=True)
+    return line
 
 
 def state(word: str, width: int = 0) -> str:

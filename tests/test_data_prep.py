@@ -203,6 +203,29 @@ def test_progress_tells_rows_rate_and_time_left(
     ]
 
 
+def test_progress_goes_to_the_launchers_file_and_the_log_stays_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = tmp_path / "progress-0"
+    monkeypatch.setenv("PROGRESS_FILE", str(line))
+    monkeypatch.setattr(progress, "PAUSE", 0)
+    with progress.Progress("train: read", 8_000_000) as shown:
+        assert line.read_text().startswith("train: read: 0 rows, 0.0 of 8.0 MB")
+        shown.add(2_000_000, 1500)
+        assert re.fullmatch(r"train: read: 1,500 rows, 2\.0 of 8\.0 MB, .* left", line.read_text())
+    assert line.read_text() == "" and capsys.readouterr().out.startswith("train: read: 1,500 rows, 2.0 MB in ")
+    monkeypatch.setenv("PROGRESS_FILE", str(tmp_path / "gone/progress-0"))
+    with pytest.raises(KeyError), progress.Progress("train: read", 8_000_000):
+        raise KeyError
+    assert capsys.readouterr().out == ""  # nothing was read to its end
+
+
+def test_a_table_shows_how_far_it_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"_hf_placeholder": SKY, "dataset": "skywork"}]
+    prepare(tmp_path / "out", f"blend={blend(tmp_path, train=rows)}", OWN, "holdout=1")
+    assert re.search(r"^table skywork: read: [1-9]\d* rows, 0\.0 MB in ", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_progress_moves_on_a_terminal(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [b'{"text": "' + b"x" * 4000 + b'"}\n'] * 30000)
     (tmp_path / "b.json").write_text('{"datasets": [{"name": "a", "path": "train.jsonl"}]}')

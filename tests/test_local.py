@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -168,7 +170,7 @@ def test_two_pods_of_one_tree(place):
         # nothing of the launcher's: its own words, the pod's, the recipe's, and what bash adds
         assert set(env) <= {
             "PATH", "HOME", "LANG", "TMPDIR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES",
-            "NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", "PYTHONPATH", "NEMO_RUN_DIR",
+            "PROGRESS_FILE", "NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", "PYTHONPATH", "NEMO_RUN_DIR",
             "AIRLIFT_RUN", "AIRLIFT_CODE", "AIRLIFT_CONFIG", "OMP_NUM_THREADS", "FROM_YAML",
             "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
     record = place.run_file(run)
@@ -374,6 +376,66 @@ def test_detach_status_logs_cancel(place):
     assert place.run("cancel", run).stdout.endswith(": it had already ended (cancelled); nothing was done\n")
     assert place.run_file(run)["record"]["pid"] > 0
     place.nothing_left()
+
+
+def test_progress_moves_on_the_launchers_terminal_and_is_in_no_log(place):
+    place.recipe("""
+        import os, time
+        told = os.environ["PROGRESS_FILE"]
+        def tell(line):
+            open(told + ".new", "w").write(line)
+            os.replace(told + ".new", told)
+        print("first word")
+        tell("half, \\x1b]0;of it " + "x" * 500)
+        go = os.path.join(os.environ["NEMO_RUN_DIR"], "go")
+        while not os.path.exists(go):
+            time.sleep(0.02)
+        print("last word")
+    """, nodes=1)
+    terminal = Terminal(place)
+    terminal.until(b"first word\r\n")
+    moved = terminal.until(re.compile(rb"\r(half, [^\r]*)\x1b\[K")).group(1)
+    assert moved == b"half, ]0;of it " + b"x" * 64  # no control of the recipe's, and cut to 80 columns
+    write(place.output / "go", "")
+    terminal.until(b"\r\x1b[Klast word\r\n")
+    assert terminal.end() == 0
+    logged = place.run("logs", run_id(terminal.shown.decode().replace("\r\n", "\n")))
+    assert "first word\nlast word\n" in logged.stdout and "half" not in logged.stdout
+    again = place.run()
+    assert again.returncode == 0 and "last word" in again.stdout and "half" not in again.stdout
+    place.nothing_left()
+
+
+class Terminal:
+    """The launcher on a terminal of 80 columns, and what it has shown there."""
+
+    def __init__(self, place):
+        self.main, terminal = pty.openpty()
+        self.process = subprocess.Popen([sys.executable, str(place.folder / "launch.py"), *WORDS], cwd=place.tmp,
+                                        env=place.env | {"COLUMNS": "80", "NO_COLOR": "1"}, stdin=subprocess.DEVNULL,
+                                        stdout=terminal, stderr=terminal, start_new_session=True)
+        os.close(terminal)
+        self.shown = b""
+
+    def until(self, words, seconds=60):
+        """Read on to these words (bytes), or the first match of a pattern; returns the match."""
+        pattern = re.compile(re.escape(words)) if isinstance(words, bytes) else words
+        deadline = time.monotonic() + seconds
+        while not pattern.search(self.shown):
+            assert time.monotonic() < deadline, self.shown
+            if select.select([self.main], [], [], 0.1)[0]:
+                self.shown += os.read(self.main, 4096)
+        return pattern.search(self.shown)
+
+    def end(self):
+        """Read to the end; returns the exit code."""
+        try:
+            while data := os.read(self.main, 4096):
+                self.shown += data
+        except OSError:  # the other side is closed
+            pass
+        os.close(self.main)
+        return self.process.wait()
 
 
 def test_logs_print_what_there_is_and_follow_to_the_end(place):

@@ -210,12 +210,11 @@ def watched(
     what: str, work: Callable[[A], B], items: Sequence[A], ranges: Sequence[Range], workers: int | None
 ) -> list[B]:
     """The results of ``work`` on all items, one for each range, in parallel and with progress."""
-    progress = Progress(what, sum(part.end - part.start for part in ranges))
     results = []
-    for part, result in zip(ranges, parallel(work, items, workers), strict=True):
-        progress.add(part.end - part.start, getattr(result, "rows", 0))
-        results.append(result)
-    progress.end()
+    with Progress(what, sum(part.end - part.start for part in ranges)) as progress:
+        for part, result in zip(ranges, parallel(work, items, workers), strict=True):
+            progress.add(part.end - part.start, getattr(result, "rows", 0))
+            results.append(result)
     return results
 
 

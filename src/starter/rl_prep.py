@@ -301,8 +301,8 @@ class RLPrep:
         """``<part>-split.jsonl`` in the order of the shards without what is held out, which lies in val by its keys."""
         place: dict[Held, tuple[str, int, int]] = {}
         name, rows = f"{split.part}-split.jsonl", 0
-        progress = Progress(f"{split.name}: write", sum(part.end - part.start for part in ranges))
-        with Copier(folder / name) as copier:
+        size = sum(part.end - part.start for part in ranges)
+        with Progress(f"{split.name}: write", size) as progress, Copier(folder / name) as copier:
             for i, (checked, places) in enumerate(zip(scans, prep.held_places(ranges, held), strict=True)):
                 at = checked.start
                 for was, begin, end in checked.spans(places):
@@ -311,7 +311,6 @@ class RLPrep:
                 copier.copy(checked.source, at, checked.end)
                 rows += checked.rows
                 progress.add(ranges[i].end - ranges[i].start, checked.rows)
-        progress.end()
         for file, was in self.read_from.items():
             if prep.stamp(file) != was:
                 raise RecipeError(f"{file} changed while rows were filled from it.\nWait until it is written.")

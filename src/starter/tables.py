@@ -14,6 +14,7 @@ from typing import Any
 
 from starter import shards
 from starter.config import RecipeError
+from starter.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,13 @@ def index_table(name: str, spec: TableConfig, recipe: Path, scratch: Path) -> tu
     offsets = array.array("Q", [0])
     try:
         copy = None if [file.suffix for file in files] == [".jsonl"] else rows.open("wb")
-        for file in files:
-            for line in table_rows(file, spec):
+        with Progress(f"table {name}: read", sum(file.stat().st_size for file in files)) as progress:
+            for line, size in (row for file in files for row in table_rows(file, spec)):
                 digest.update(line)
                 offsets.append(offsets[-1] + len(line))
                 if copy:
                     copy.write(line)
+                progress.add(size, 1)
         if copy:
             copy.close()
     except OSError as error:
@@ -104,8 +106,8 @@ def unreadable(name: str, place: object, why: str) -> RecipeError:
     )
 
 
-def table_rows(file: Path, spec: TableConfig) -> Iterator[bytes]:
-    """The rows as lines of JSON."""
+def table_rows(file: Path, spec: TableConfig) -> Iterator[tuple[bytes, float]]:
+    """The rows as lines of JSON, each with its share of the file in bytes."""
     if file.suffix == ".parquet":
         yield from parquet_rows(file, spec)
         return
@@ -115,10 +117,10 @@ def table_rows(file: Path, spec: TableConfig) -> Iterator[bytes]:
                 shards.read_json(line)
             except ValueError as error:
                 raise RecipeError(f"{file}:{number}: not JSON ({error}).\nMend that row of the table.") from error
-            yield line
+            yield line, len(line)
 
 
-def parquet_rows(file: Path, spec: TableConfig) -> Iterator[bytes]:
+def parquet_rows(file: Path, spec: TableConfig) -> Iterator[tuple[bytes, float]]:
     try:
         import pyarrow.parquet  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
@@ -128,9 +130,10 @@ def parquet_rows(file: Path, spec: TableConfig) -> Iterator[bytes]:
         ) from error
     try:
         table = pyarrow.parquet.ParquetFile(file)
+        share = file.stat().st_size / max(1, table.metadata.num_rows)
         columns = sorted({spec.question.split(".")[0], spec.answer.split(".")[0]})
         for batch in table.iter_batches(batch_size=1024, columns=columns):
             for row in batch.to_pylist():
-                yield json.dumps(row).encode() + b"\n"
+                yield json.dumps(row).encode() + b"\n", share
     except (pyarrow.ArrowException, ValueError, TypeError) as error:
         raise RecipeError(f"cannot read {file} as Parquet: {error}\nBring the table as JSONL.") from error
