@@ -6,7 +6,8 @@ setup and recipe in one bash, and stay above it as a small init that forwards TE
 through and returns the recipe's exit code.
 
 Places. The code root, <scratch>/airlift-<run>/code, holds the tree; the run root holds what the recipe writes. In the
-config `/nemo_run/code` stands for the first and any other `/nemo_run/...` for the second, by whole path components.
+config `/nemo_run/code` stands for the first and any other `/nemo_run/...` for the second, by whole path components. So
+it is in the environment, unless the run root itself lies below /nemo_run: there a profile's paths are the real ones.
 
 The tree is compared with its digest, unpacked into a private folder and renamed into place, so that its name is absent
 or complete. A tree that is already there (the container was restarted) is compared with what came; anything
@@ -625,19 +626,21 @@ class Places:
         for folder in [self.run_root] + ([self.logs] if self.keeps else []) + [self.fill(folder) for folder in folders]:
             os.makedirs(folder, exist_ok=True)
 
-    def fill(self, text: str, quote: bool = False) -> str:
-        """`text` with /nemo_run/code and /nemo_run replaced, by whole path components; `quote` escapes for "..."."""
+    def fill(self, text: str, config: bool = False) -> str:
+        """`text` with /nemo_run/code and /nemo_run replaced, by whole path components; in a config within "..."."""
 
         def place(match: re.Match) -> str:
+            if not (config or match.group(1)) and self.run_root.startswith("/nemo_run/"):
+                return match.group(0)  # storage is mounted there
             path = self.code if match.group(1) else self.run_root
-            return quoted(path) if quote else path
+            return quoted(path) if config else path
 
         return re.sub(r"(?<![\w./})\]~-])/nemo_run(/code)?(?![\w.-])", place, text)
 
     def write_config(self, text: str) -> None:
         descriptor, private = tempfile.mkstemp(dir=self.base)  # 0600
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(self.fill(text, quote=True))
+            file.write(self.fill(text, config=True))
         os.rename(private, self.config)
 
 

@@ -481,6 +481,13 @@ def test_places_by_whole_path_components(text: str, filled: str) -> None:
     assert at.fill(text) == filled.replace("ROOT", "/ws/fam").replace("CODE", "/tmp/airlift-t23456/code")
 
 
+@pytest.mark.parametrize("root", ["/nemo_run/fam", "/nemo_run/code/fam"])
+def test_where_storage_is_mounted_at_nemo_run_a_profiles_paths_are_real(root: str) -> None:
+    at = places(root)
+    assert at.fill("/nemo_run/hf:/nemo_run:/nemo_run/code/src") == "/nemo_run/hf:/nemo_run:%s/src" % at.code
+    assert at.fill('"/nemo_run/hf"', config=True) == '"%s/hf"' % root  # NVIDIA's configs mean the run root
+
+
 COMPONENT = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=5)
 
 
@@ -498,7 +505,7 @@ def test_places_property(parts: list[str], first: str, before: str) -> None:
 
 @given(st.text(max_size=60).filter(lambda text: "/nemo_run" not in text))
 def test_what_names_no_place_stays(text: str) -> None:
-    assert places().fill(text) == text == places().fill(text, quote=True)
+    assert places().fill(text) == text == places().fill(text, config=True)
 
 
 AWKWARD = ["/w s/a'b", '/w"q', "/w\\back", "/w: colon #hash", "/größe/データ", "/tab\there", "/new\nline",
@@ -512,7 +519,7 @@ def test_a_config_with_awkward_places_is_still_yaml(root: str) -> None:
 
     value = {"out": "/nemo_run/out", "list": ["/nemo_run", "a:/nemo_run/x y"], "n": 1, "other": "größe: #x",
              "/nemo_run/key": 1}
-    filled = places(root).fill(recipes.dump(value), quote=True)
+    filled = places(root).fill(recipes.dump(value), config=True)
     assert yaml.safe_load(filled) == {"out": root + "/out", "list": [root, "a:" + root + "/x y"], "n": 1,
                                       "other": "größe: #x", root + "/key": 1}
 
@@ -540,7 +547,8 @@ def test_a_workspace_that_is_itself_called_nemo_run(tmp_path: Path, mount: str) 
     """NVIDIA's profiles mount their volume at /nemo_run. Such a path, once real, is not filled in again."""
     need(os.geteuid() == 0, "needs a mount namespace")
     (tmp_path / "volume").mkdir()
-    whole = plan(run_root="/%s/fam" % mount, config='a: "/nemo_run/x"\n', command='cat "$AIRLIFT_CONFIG"; exit 4')
+    whole = plan(run_root="/%s/fam" % mount, config='a: "/nemo_run/x"\n', env={"HF_HOME": "/nemo_run/hf"},
+                 command='cat "$AIRLIFT_CONFIG"; echo "models in $HF_HOME"; exit 4')
     script = """
         mount -t tmpfs tmpfs /mnt && mkdir /mnt/up /mnt/work /mnt/root
         mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/up,workdir=/mnt/work /mnt/root || exit 98
@@ -549,7 +557,7 @@ def test_a_workspace_that_is_itself_called_nemo_run(tmp_path: Path, mount: str) 
     argv = ["unshare", "-m", "sh", "-c", script, "sh", mount, str(tmp_path / "volume"), *whole.argv]
     code, out = ran(whole, tmp_path / "scratch", argv=argv, env={"TMPDIR": "/%s/tmp" % mount})
     assert code == 4, out.text
-    assert 'a: "/%s/fam/x"\n' % mount in out.text
+    assert 'a: "/%s/fam/x"\n' % mount in out.text and "models in /nemo_run/hf\n" in out.text
     assert "in /%s/tmp/airlift-t23456/code\n" % mount in out.text
     logs = tmp_path / "volume/fam/runs/t23456"
     assert sorted(path.name for path in logs.iterdir()) == ["rank-0.exit", "rank-0.log"]
