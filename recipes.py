@@ -7,6 +7,7 @@ is left without `run`. Interpolations other than those are for the pod.
 """
 
 import difflib
+import os
 import posixpath
 import re
 import shlex
@@ -438,12 +439,23 @@ def places(value: Any, root: Path) -> Any:
     def change(item: str) -> str:
         item = item.replace("${oc.env:PWD}", "/nemo_run/code")
         item = re.sub(r"^\$\{oc\.env:NEMO_RUN_DIR[^}]*\}", "/nemo_run", item)
-        if item == str(root) or item.startswith(str(root) + "/"):
-            item = "/nemo_run/code" + item[len(str(root)):]
+        item = "/nemo_run/code" + item[len(named):] if (named := _names(item, str(root))) else item
         return re.sub(r"(?<![\w./}-])/nemo_run(?:/[^\s:,'\"]*)?/\.\.(?:/[^\s:,'\"]*)?",
                       lambda match: posixpath.normpath(match.group(0)), item)
 
     return _map_strings(value, change)
+
+
+def _names(path: str, root: str) -> str:
+    """How a path that lies in the root names the root, maybe through links; "" for a path that does not."""
+    if path.startswith("/") and not path.startswith("/nemo_run"):
+        for component in re.finditer(r"/+[^/]+", path):
+            try:
+                if os.path.realpath(path[:component.end()], strict=True) == root:
+                    return path[:component.end()]
+            except (OSError, ValueError):  # it is not here, or is no path
+                return ""
+    return ""
 
 
 def dump(value: Any) -> str:

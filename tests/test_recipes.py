@@ -419,6 +419,8 @@ PLACES = [
     ("${oc.env:NEMO_RUN_DIR}/out", "/nemo_run/out"), ("${oc.env:NEMO_RUN_DIR,.}/out", "/nemo_run/out"),
     ("${oc.env:NEMO_RUN_DIR,${oc.env:PWD}/output}/x", "/nemo_run/x"),
     ("ROOT", "/nemo_run/code"), ("ROOT/data/x.jsonl", "/nemo_run/code/data/x.jsonl"), ("ROOT/", "/nemo_run/code/"),
+    ("LINK", "/nemo_run/code"), ("LINK/data//x", "/nemo_run/code/data//x"), ("LINK/../x", "/nemo_run/x"),
+    ("LINKS/x", "LINKS/x"), ("LINK-none/x", "LINK-none/x"), ("/" + "x" * 9000, "/" + "x" * 9000), ("/a\0b", "/a\0b"),
     ("ROOT2/x", "ROOT2/x"), ("ROOT-old/x", "ROOT-old/x"), ("x/ROOT/y", "x/ROOT/y"),
     ("/nemo_run/nano3-sft-model", "/nemo_run/nano3-sft-model"), ("/nemo_run/code/../x", "/nemo_run/x"),
     ("/nemo_runner/../x", "/nemo_runner/../x"), ("s3://b/nemo_run/../x", "s3://b/nemo_run/../x"),
@@ -428,8 +430,10 @@ PLACES = [
 
 @pytest.mark.parametrize(("value", "want"), PLACES)
 def test_places(tmp_path, value, want):
-    root = tmp_path / "repo"
-    value, want = value.replace("ROOT", str(root)), want.replace("ROOT", str(root))
+    root, link = tmp_path / "repo", tmp_path / "links/to"  # a link on the way, and one at its end
+    (tmp_path / "links").symlink_to(tmp_path)
+    (tmp_path / "to").symlink_to(root)
+    value, want = (text.replace("ROOT", str(root)).replace("LINK", str(link)) for text in (value, want))
     _, read = compiled(root, yaml.safe_dump({"a": value, "list": [{"b": value}]}))
     assert read == {"a": want, "list": [{"b": want}]}
 
