@@ -7,17 +7,21 @@ that they import and that have no part in it.
 import ast
 import functools
 import io
+import itertools
 import json
 import lzma
 import os
 import posixpath
 import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from support import PATH
 
@@ -414,3 +418,59 @@ def test_the_lock_files_of_embed_and_rerank_are_in_the_budget_or_named(monkeypat
                 locks += sum(entry.path.endswith("uv.lock") for entry in found.tree.entries)
                 assert found.plan.fits
     assert locks
+
+
+# ---------------------------------------------------------------- chat, as its own data prep renders it
+
+WORDS = st.text("aé <\n", max_size=4)
+STEP = st.fixed_dictionaries({"content": WORDS, "thought": WORDS, "answers": st.lists(WORDS, min_size=1, max_size=2)})
+TURN = st.fixed_dictionaries({"question": WORDS, "steps": st.lists(STEP, max_size=2), "thought": WORDS,
+                              "answer": WORDS})
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "sum", "parameters": {
+    "type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}}}]
+
+
+def dialogue_of(turns, tools):
+    """Messages: each turn a question, steps with one tool call for each answer of a tool, and the assistant's answer."""
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn["question"]})
+        for step in turn["steps"] if tools else []:
+            call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1, "y": ["é", {"z": None}]}}}
+            messages.append({"role": "assistant", "content": step["content"], "reasoning_content": step["thought"],
+                             "tool_calls": [call] * len(step["answers"])})
+            messages += [{"role": "tool", "content": answer} for answer in step["answers"]]
+        messages.append({"role": "assistant", "content": turn["answer"], "reasoning_content": turn["thought"]})
+    return messages
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(TURN, min_size=1, max_size=3), st.booleans(), st.sampled_from(["", "be brief"]),
+       st.sampled_from(["nano3", "lightning35"]))
+def test_each_answer_is_learned_behind_what_nvidias_data_prep_puts_before_it(turns, tools, system, template):
+    """Their sequences repeat the turns before; ours hold several answers where the template lets them."""
+    sys.path.insert(0, str(Path(launch.HERE, "src")))
+    from starter import chat
+    from starter.dialogue import parse_dialogue
+
+    prep = ROOT / "src/nemotron/data_prep"
+    theirs = runpy.run_path(str(prep / "core/chat_template.py"))
+    tokenizer = chat.byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [chat.START, "<think>", "</think>"]})
+    tokenizer.chat_template = (prep / "templates" / (template + ".jinja")).read_text()
+    tools = TOOLS if tools else None
+    messages = [{"role": "system", "content": system}] * bool(system) + dialogue_of(turns, tools)
+
+    wanted = []
+    for chunks, _ in theirs["create_masked_messages"](messages, tokenizer, tools):
+        before = ""
+        for chunk in chunks:
+            if chunk["role"] == "assistant":
+                wanted.append((before, chunk["content"].removesuffix("\n")))  # what the model never has to write
+            before += chunk["content"]
+    found = []
+    for one in chat.encode(parse_dialogue(json.dumps({"messages": messages, "tools": tools}).encode()), tokenizer):
+        edges = [i for i in range(1, len(one.ids)) if one.mask[i] != one.mask[i - 1]] + [len(one.ids)]
+        found += [(tokenizer.decode(one.ids[:start]), tokenizer.decode(one.ids[start:end]))
+                  for start, end in itertools.pairwise(edges) if one.mask[start]]
+    assert found == wanted

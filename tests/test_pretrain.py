@@ -309,7 +309,7 @@ def test_held_out_dialogues_are_packed_by_themselves(tmp_path: Path, monkeypatch
         rows = [ids[:n].tolist() for ids, n in zip(packed.input_ids, packed.lengths, strict=True)]
         texts[part] = TOKENIZER.decode([i for row in rows for i in row])
     ends = {part: text.count(chat.END) for part, text in texts.items()}
-    dialogues = read_chat(SAMPLES / "chat.jsonl")
+    dialogues = [dialogue.messages for dialogue in read_chat(SAMPLES / "chat.jsonl")]
     assert sum(ends.values()) == sum(map(len, dialogues))
     whole = ["".join(f"{chat.START}{m['role']}\n{m['content']}{chat.END}\n" for m in d) for d in dialogues]
     assert sum(text in texts["val"] for text in whole) >= 20 > sum(text not in texts["train"] for text in whole) - 1
@@ -318,11 +318,12 @@ def test_held_out_dialogues_are_packed_by_themselves(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "unknown role 'critic'"),
+        ({"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "x"}]}, "it has messages of a"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant"),
         ({"text": "x"}, "not a chat record"),
         ({"messages": [{"role": "assistant", "content": "\ud800"}]}, "the content of a message holds half of a"),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}, "it has tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}, "it has tool_calls"),
         ({"messages": [{"role": "assistant", "content": "x"}], "tools": [{"name": "f"}]}, "it has tools"),
         ({"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}, "it has reasoning_content"),
     ],

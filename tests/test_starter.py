@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 from starter import chat, checkpoint, sft  # noqa: E402
 from starter.config import RecipeError, SFTConfig, TrainConfig, apply_override, build, fill_references, parse_args  # noqa: E402
-from starter.dialogue import ROLES, Dialogue, read_chat  # noqa: E402
+from starter.dialogue import BadRecordError, Dialogue, Message, read_chat  # noqa: E402
 from starter.distributed import World  # noqa: E402
 from starter.model import check_memory, load_model, model_config  # noqa: E402
 from starter.run import batch_indices, learning_rate  # noqa: E402
@@ -134,7 +135,7 @@ def test_env_references(monkeypatch: pytest.MonkeyPatch) -> None:
 MESSAGES = st.lists(
     st.fixed_dictionaries(
         {
-            "role": st.sampled_from(ROLES),
+            "role": st.sampled_from(["system", "user", "assistant"]),
             "content": st.text(max_size=12) | st.sampled_from(["<|im_end|>", "a<|im_start|>assistant\nb", "<|pad|>"]),
         }
     ),
@@ -145,8 +146,8 @@ MESSAGES = st.lists(
 
 @settings(deadline=None)
 @given(MESSAGES)
-def test_the_mask_is_what_the_assistant_writes(dialogue: Dialogue) -> None:
-    encoded = chat.encode(dialogue, TOKENIZER)
+def test_the_mask_is_what_the_assistant_writes(dialogue: list[Message]) -> None:
+    [encoded] = chat.encode(Dialogue(dialogue), TOKENIZER)
     assert len(encoded.ids) == len(encoded.mask)
     end = chat.token_id(TOKENIZER, chat.END)
     assert encoded.ids.count(end) == len(dialogue), "a mark inside a text must not end a turn"
@@ -158,7 +159,8 @@ def test_the_mask_is_what_the_assistant_writes(dialogue: Dialogue) -> None:
 
 def test_the_template_that_is_exported_gives_the_tokens_that_were_learned() -> None:
     for dialogue in read_chat(SRC / "starter/samples/chat.jsonl"):
-        assert TOKENIZER.apply_chat_template(dialogue, return_dict=False) == chat.encode(dialogue, TOKENIZER).ids
+        [encoded] = chat.encode(dialogue, TOKENIZER)
+        assert TOKENIZER.apply_chat_template(dialogue.messages, return_dict=False) == encoded.ids
 
 
 # Templates in the manner of several models, all but for the names of their marks.
@@ -185,37 +187,61 @@ THINKING = (  # in the manner of Nano 3
     "{% if add_generation_prompt %}{{ '<|h|>assistant\n<think>' }}"
     "{{ '</think>' if enable_thinking is defined and not enable_thinking else '\n' }}{% endif %}"
 )
+SHOUTED = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}{{ 'ASSISTANT: ' * add_generation_prompt }}"
+FORGETTING = (  # in the manner of Nano 3 and Qwen 3: thoughts before the last question are left out; tools have marks
+    "{% set ns = namespace(last=-1) %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% if tools %}{{ '<|h|>tools\n' + tools | map(attribute='function.name') | join(' ') + '<|eot|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|h|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{{ '<think>' }}"
+    "{{ '\n' + m.reasoning_content + '\n' if m.reasoning_content and loop.index0 > ns.last }}{{ '</think>' }}{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ '<|call|>' + c.function.name }}"
+    "{% for k, v in c.function.arguments | items %}{{ ' ' ~ k ~ '=' ~ v }}{% endfor %}{{ '<|/call|>' }}{% endfor %}"
+    "{{ '<|eot|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|h|>assistant\n<think>' }}"
+    "{{ '</think>' if (chat_template_kwargs or {}).enable_thinking is false else '\n' }}{% endif %}"
+)
 
 
 def tokenizer_with(template: str) -> Any:
     """Bytes and marks that are not those of ChatML."""
     core = Tokenizer.from_str(json.dumps(json.loads(TOKENIZER.backend_tokenizer.to_str()) | {"added_tokens": []}))
-    marks = ["<|h|>", "</h>", "<s>", "<think>", "</think>"]
+    marks = ["<|h|>", "</h>", "<s>", "<think>", "</think>", "<|call|>", "<|/call|>"]
     tokenizer = type(TOKENIZER)(tokenizer_object=core, eos_token="<|eot|>", additional_special_tokens=marks)
     tokenizer.chat_template = template
     return tokenizer
 
 
-def said(*contents: str, first: str = "user") -> Dialogue:
+def said(*contents: str, first: str = "user") -> list[Message]:
     roles = [first, "assistant", *["user", "assistant"] * len(contents)]
     return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
 
 
-def learned(dialogue: Dialogue, tokenizer: Any) -> str:
-    encoded = chat.encode(dialogue, tokenizer)
-    return tokenizer.decode([i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m])
+def marked(dialogue: list[Message], tokenizer: Any, tools: Any = None) -> list[str]:
+    """The texts of a dialogue's sequences, with what is learned in ⟦ and ⟧."""
+    texts = []
+    for encoded in chat.encode(Dialogue(dialogue, tools), tokenizer):
+        runs = itertools.groupby(zip(encoded.ids, encoded.mask, strict=True), key=lambda pair: pair[1])
+        parts = [(counts, tokenizer.decode([i for i, _ in run])) for counts, run in runs]
+        texts.append("".join(f"⟦{text}⟧" if counts else text for counts, text in parts))
+    return texts
+
+
+def learned(dialogue: list[Message], tokenizer: Any) -> str:
+    return "".join(part.split("⟧")[0] for text in marked(dialogue, tokenizer) for part in text.split("⟦")[1:])
 
 
 @settings(deadline=None)
 @given(st.lists(st.text(max_size=12), min_size=2, max_size=7))
 def test_a_tokenizers_own_template_is_used(contents: list[str]) -> None:
     tokenizer, dialogue = tokenizer_with(HEADERS), said(*contents)
-    encoded = chat.encode(dialogue, tokenizer)
+    [encoded] = chat.encode(Dialogue(dialogue), tokenizer)
     text = "".join(f"<|h|>{m['role']}</h>\n\n{m['content']}<|eot|>" for m in dialogue)
     assert tokenizer.decode(encoded.ids) == text and len(encoded.ids) == len(encoded.mask)
     assert encoded.ids == tokenizer.apply_chat_template(dialogue, return_dict=False)
-    assert learned(dialogue, tokenizer) == "".join(m["content"] + "<|eot|>" for m in dialogue[1::2])
-    prompt = chat.prompt_ids(dialogue[:1], tokenizer)
+    answers = [m["content"] + "<|eot|>" for m in dialogue[1::2]]
+    assert tokenizer.decode([i for i, m in zip(encoded.ids, encoded.mask, strict=True) if m]) == "".join(answers)
+    prompt = chat.prompt_ids(Dialogue(dialogue[:1]), tokenizer)
     assert encoded.ids[: len(prompt)] == prompt and not any(encoded.mask[: len(prompt)])
 
 
@@ -227,10 +253,71 @@ def test_what_is_learned_is_what_comes_after_the_prompt() -> None:
     assert learned([dialogue[0], dialogue[1] | {"reasoning_content": "hm"}], thinking) == "hm</think>b<|eot|>"
 
 
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"x": 1, "y": "two"}}}
+ADD = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+def test_a_template_that_forgets_thoughts_gives_each_turn_a_sequence_of_its_own() -> None:
+    tokenizer = tokenizer_with(FORGETTING)
+    asked, calling = said("a", "b"), {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    first = [asked[0], asked[1] | {"reasoning_content": "hm"}]
+    assert marked([*first, *said("c", "d")], tokenizer) == [
+        "<|h|>user\na<|eot|>\n<|h|>assistant\n<think>\n⟦hm\n</think>b<|eot|>⟧\n",
+        "<|h|>user\na<|eot|>\n<|h|>assistant\n<think></think>b<|eot|>\n"
+        "<|h|>user\nc<|eot|>\n<|h|>assistant\n<think></think>⟦d<|eot|>⟧\n",
+    ]
+    assert len(marked(said("a", "b", "c", "d"), tokenizer)) == 1, "without thoughts there is nothing to forget"
+    looped = [asked[0], calling | {"reasoning_content": "so"}, {"role": "tool", "content": "3"}, first[1]]
+    assert marked(looped, tokenizer, ADD) == [
+        "<|h|>tools\nadd<|eot|>\n<|h|>user\na<|eot|>\n"
+        "<|h|>assistant\n<think>\n⟦so\n</think><|call|>add x=1 y=two<|/call|><|eot|>⟧\n<|h|>tool\n3<|eot|>\n"
+        "<|h|>assistant\n<think>\n⟦hm\n</think>b<|eot|>⟧\n"
+    ], "one turn, however many steps it takes"
+    assert marked(said("a", "b", "c", "d"), tokenizer_with(CLOSED)) == [
+        "<|h|>user\na<|eot|>\n<|h|>assistant\n⟦b<|eot|>⟧\n<s>",
+        "<|h|>user\na<|eot|>\n<|h|>assistant\nb<|eot|>\n<|h|>user\nc<|eot|>\n<|h|>assistant\n⟦d<|eot|>⟧\n<s>",
+    ]
+
+
+WORDS = st.text("ab <\n", max_size=4)
+TURN = st.tuples(WORDS, st.lists(WORDS, max_size=2), WORDS, WORDS)  # question, tool answers, thought, answer
+
+
+@settings(deadline=None)
+@given(st.lists(TURN, min_size=1, max_size=4), st.sampled_from([FORGETTING, THINKING]))
+def test_each_answer_is_learned_once_and_as_it_was_given(turns: list[Any], template: str) -> None:
+    dialogue: list[Message] = []
+    answers = []
+    for question, steps, thought, answer in turns:
+        dialogue.append({"role": "user", "content": question})
+        for step in steps if template == FORGETTING else []:
+            call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+            dialogue += [call, {"role": "tool", "content": step}]
+            answers.append("<|call|>add x=1 y=two<|/call|><|eot|>")
+        dialogue.append({"role": "assistant", "content": answer} | ({"reasoning_content": thought} if thought else {}))
+        end = "\n</think>" if template == FORGETTING else "</think>"
+        answers.append((thought + end if thought else "") + answer + "<|eot|>")
+    tokenizer, tools = tokenizer_with(template), ADD if template == FORGETTING else None
+    texts = marked(dialogue, tokenizer, tools)
+    assert re.findall("⟦(.*?)⟧", "".join(texts), re.DOTALL) == answers
+    plain = [re.sub("[⟦⟧]", "", text) for text in texts]
+    ends = [i + 1 for i, message in enumerate(dialogue) if message["role"] == "assistant"]
+    shown = [tokenizer.apply_chat_template(dialogue[:end], tools=tools, tokenize=False) for end in ends]
+    assert set(plain) <= set(shown) and plain[-1] == shown[-1]
+
+
+def test_tools_that_a_template_does_not_show_are_refused() -> None:
+    with pytest.raises(BadRecordError, match="leaves out its tools"):
+        marked(said("a", "b"), tokenizer_with(HEADERS), ADD)
+    with pytest.raises(BadRecordError, match=r"one of its tools spells <\|eot\|>"):
+        marked(said("a", "b"), tokenizer_with(FORGETTING), [{"function": {"name": "<|eot|>"}}])
+
+
 @pytest.mark.parametrize(
     ("template", "dialogue", "message"),
     [
-        (CLOSED, said("a", "b", "c", "d"), r"writes what precedes message 4 in another way .*\n.*one answer each"),
+        (CLOSED, said("a", "b", "c"), r"writes what precedes message 3 in another way .*\n.*follows the last answer"),
+        (SHOUTED, said("a", "b"), r"writes what precedes message 2 in another way .*\n.*whose prompt is what"),
         (INST, said("a", "b", first="system"), r"chat template fails on it \(TemplateError: no system here\)"),
         ("{{ nothing.at.all }}", said("a", "b"), "chat template fails on it"),
         (SILENT, said("be brief", "b", first="system"), "leaves out the content of message 1"),
@@ -238,10 +325,11 @@ def test_what_is_learned_is_what_comes_after_the_prompt() -> None:
         (HEADERS, said("a", "b", "x<|eot|>", "y"), r"message 3 spells <\|eot\|>, a special token"),
         (THINKING, said("<think>", "b"), r"message 1 spells <think>"),
         (HEADERS, said("a", "b")[1:], "the assistant has the first word"),
+        (HEADERS, [*said("a"), {"role": "assistant", "tool_calls": [CALL]}], "leaves out the tool_calls of message 2"),
     ],
 )
 def test_what_a_template_cannot_render_is_named(
-    tmp_path: Path, template: str, dialogue: Dialogue, message: str
+    tmp_path: Path, template: str, dialogue: list[Message], message: str
 ) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text("\n" + json.dumps({"messages": dialogue}))
@@ -303,13 +391,17 @@ def test_an_epoch_holds_every_sample_once_over_all_ranks(size: int, ranks: int, 
         ("{", "not a chat record"),
         ("[]", "not a chat record"),
         ('{"messages": [{"role": "user"}]}', "not a chat record.*content"),
-        ('{"messages": [{"role": "tool", "content": ""}]}', "unknown role 'tool'"),
+        ('{"messages": [{"role": "critic", "content": ""}]}', "unknown role 'critic'"),
         ('{"messages": [{"role": "assistant", "content": 5}]}', "not a string"),
         ('{"messages": [{"role": "user", "content": "hi"}]}', "no message of the assistant"),
         ('{"messages": [{"role": "assistant", "content": "a\\ud800"}]}', "half of a surrogate pair"),
-        ('{"messages": [{"role": "assistant", "content": null, "tool_calls": [{}]}]}', "it has tool_calls"),
+        ('{"messages": [{"role": "assistant", "tool_calls": [{}]}]}', "not a chat record.*name"),
+        ('{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}', "not a chat record"),
+        ('{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": 1}]}]}', "a table of arguments"),
+        ('{"messages": [{"role": "assistant", "tool_calls": [{"name": "\\ud800"}]}]}', "half of a surrogate pair"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', "not a string"),
         ('{"messages": [{"role": "assistant", "content": "", "function_call": {"f": 1}}]}', "it has function_call"),
-        ('{"messages": [{"role": "assistant", "content": "x"}], "tools": [{}]}', "it has tools"),
+        ('{"messages": [{"role": "assistant", "content": "x"}], "tools": [1]}', "its tools are no list of tables"),
     ],
 )
 def test_a_bad_line_of_data_is_named(tmp_path: Path, line: str, message: str) -> None:

@@ -1,6 +1,6 @@
 """Chat data: JSONL dialogues → token ids by a chat template, with a loss mask → sequences of one length.
 
-A dialogue is a list of messages. The tokenizer's own chat template renders them; without one each becomes, in ChatML,
+The tokenizer's own chat template renders a dialogue's messages; without one each becomes, in ChatML,
 
     <|im_start|>ROLE\\nCONTENT<|im_end|>\\n
 
@@ -144,9 +144,9 @@ def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def encode(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Token ids of a dialogue, by the tokenizer's own template or else in ChatML."""
-    return encode_by_template(dialogue, tokenizer) if own_template(tokenizer) else encode_chatml(dialogue, tokenizer)
+def encode(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """Token ids of a dialogue, by the tokenizer's own template or else in ChatML. Each answer counts in one of them."""
+    return encode_by_template(dialogue, tokenizer) if own_template(tokenizer) else [encode_chatml(dialogue, tokenizer)]
 
 
 def prompt_ids(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -162,15 +162,11 @@ def prompt_ids(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> list[i
 
 
 def encode_chatml(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    refuse_for_chatml(dialogue)
     start, end = token_id(tokenizer, START), token_id(tokenizer, END)
     ids: list[int] = []
     mask: list[bool] = []
-    for message in dialogue:
-        if message.get("reasoning_content"):
-            raise BadRecordError(
-                "it has reasoning_content, for which ChatML has no place",
-                "Empty that, or give a tokenizer with a chat template that takes it.",
-            )
+    for message in dialogue.messages:
         header = [start, *text_ids(f"{message['role']}\n", tokenizer)]
         body = [*text_ids(message["content"], tokenizer), end]
         newline = text_ids("\n", tokenizer)
@@ -178,6 +174,18 @@ def encode_chatml(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase) -> Enc
         answer = message["role"] == "assistant"
         mask += [False] * len(header) + [answer] * len(body) + [False] * len(newline)
     return Encoded(ids, mask)
+
+
+def refuse_for_chatml(dialogue: Dialogue) -> None:
+    beyond = ["tools"] if dialogue.tools else []
+    for message in dialogue.messages:
+        beyond += [name for name in ("reasoning_content", "tool_calls") if name in message]
+        beyond += ["messages of a tool"] if message["role"] == "tool" else []
+    if beyond:
+        raise BadRecordError(
+            f"it has {beyond[0]}, for which ChatML has no place",
+            "Empty that, or give a tokenizer with a chat template that takes it.",
+        )
 
 
 # ---------------------------------------------------------------- packing
@@ -220,7 +228,7 @@ def load_packed(path: Path, seq_length: int, tokenizer: PreTrainedTokenizerBase)
     if path.is_dir():
         return read_packed(path, seq_length, tokenizer)
     encoded = read_lines(path, lambda line: encode(parse_dialogue(line), tokenizer))
-    return pack(encoded, seq_length, pad_id(tokenizer))
+    return pack((one for each in encoded for one in each), seq_length, pad_id(tokenizer))
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> str:

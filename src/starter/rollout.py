@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from starter import chat, grpo
 from starter.config import RecipeError
-from starter.dialogue import ROLES
+from starter.dialogue import ROLES, Dialogue
 from starter.grpo import Answers
 from starter.reward import is_right, reward
 
@@ -57,7 +57,8 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]
 def parse_prompt(line: bytes, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """Raises ValueError, LookupError or TypeError that says what is wrong."""
     row = json.loads(line)
-    messages, expected = row["responses_create_params"]["input"], row["expected_answer"]
+    params, expected = row["responses_create_params"], row["expected_answer"]
+    messages = params["input"]
     if isinstance(expected, bool) or not isinstance(expected, (str, int, float)):
         raise ValueError("expected_answer is no text")
     if not isinstance(messages, list) or not messages:
@@ -65,7 +66,7 @@ def parse_prompt(line: bytes, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     for message in messages:
         if message["role"] not in ROLES or not isinstance(message["content"], str):
             raise ValueError(f"a message must have content and one of the roles {', '.join(ROLES)}")
-    return Prompt(chat.prompt_ids(messages, tokenizer), str(expected))
+    return Prompt(chat.prompt_ids(Dialogue(messages, params.get("tools") or None), tokenizer), str(expected))
 
 
 # ---------------------------------------------------------------- answers

@@ -60,7 +60,7 @@ def dialogues(task: Task, held: bool, tokens: Any) -> Iterator[Encoded]:
         if (at in task.held) is held:
             shards.parse_row(task.part, at, line)
             try:
-                yield chat.encode(parse_dialogue(line), tokens)
+                yield from chat.encode(parse_dialogue(line), tokens)
             except BadRecordError as error:
                 raise shards.bad_row(task.part, at, error.what, error.fix) from error
 
