@@ -306,6 +306,18 @@ def test_each_answer_is_learned_once_and_as_it_was_given(turns: list[Any], templ
     assert set(plain) <= set(shown) and plain[-1] == shown[-1]
 
 
+def test_an_empty_thought_of_the_template_is_not_learned() -> None:
+    opens_none = (  # in the manner of Qwen 3: the prompt has a thought only where it is off
+        "{% for m in messages %}{{ '<|h|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' %}{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n' }}{% endif %}"
+        "{{ m.content + '<|eot|>\n' }}{% endfor %}{{ '<|h|>assistant\n' if add_generation_prompt }}"
+        "{{ '<think>\n\n</think>\n' if add_generation_prompt and enable_thinking is false }}"
+    )
+    dialogue = said("a", "b", "c", "d")
+    dialogue[1]["reasoning_content"] = "hm"
+    assert learned(dialogue, tokenizer_with(opens_none)) == "<think>\nhm\n</think>\nb<|eot|>d<|eot|>"
+
+
 def test_tools_that_a_template_does_not_show_are_refused() -> None:
     with pytest.raises(BadRecordError, match="leaves out its tools"):
         marked(said("a", "b"), tokenizer_with(HEADERS), ADD)

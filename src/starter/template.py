@@ -77,7 +77,8 @@ def render_answers(
     for i, message in enumerate(dialogue.messages):
         if message["role"] == "assistant":
             before, text = text, render(dialogue.until(i + 1), tokenizer)
-            prompt = next((p for p in prompts(dialogue.until(i), tokenizer) if text.startswith(p)), None)
+            fitting = [prompt for prompt in prompts(dialogue.until(i), tokenizer) if text.startswith(prompt)]
+            prompt = max(fitting, key=len, default=None)  # an empty thought that one of them brings is not learned
             if prompt is None:
                 raise unsteady(i, "Give a tokenizer with a template whose prompt is what its answers begin with.")
             if answers and not prompt.startswith(before):
