@@ -367,15 +367,18 @@ def run_stages(plans, stages, options):
         raise Refusal("a pipeline of stages needs a launcher that stays to start the next one",
                       "leave --detach out, or launch the stages one by one")
     for number, plan in enumerate(plans):
-        code = None
+        left = stages[number:]
         try:
             run = submit(plan, options)
             code = 0 if options.detach else follow(run, (plan.took, run.record["submitting"]))
-            if not run.ended or run.ended[0] != "done":
-                return code
+            if not code:
+                left = stages[number + 1:]
+            if run.ended and run.ended[0] == "done":
+                left = []
+                continue
+            return code
         finally:
-            left = stages[number:] if code != 0 else stages[number + 1:]
-            if len(plans) > 1 and left and (code != 0 or run.ended[0] != "done"):
+            if len(plans) > 1 and left:
                 print("go on from here with: %s" % screen.hide(again(options, left)))
     return 0
 

@@ -418,6 +418,14 @@ def test_a_later_stage_that_is_refused_says_how_to_go_on(say, here, monkeypatch)
     assert out == "go on from here with: python launch.py nano3 sft run.env.nodes=1\n"
 
 
+def test_ctrl_c_in_a_pipeline_says_how_to_go_on_behind_the_job_that_goes_on(say, here, monkeypatch):
+    recipe(here, "nano3/prep", nodes=1)
+    run = backends.Run("t23456", "nano3/prep", "slurm", "slurm", 1, "0", record={"submitting": 0.0})
+    monkeypatch.setattr(launch, "submit", lambda plan, options: run)
+    monkeypatch.setattr(launch, "follow", lambda run, took: 0)  # as it answers Ctrl-C: the job has not ended
+    assert say("nano3", "prep,sft") == (0, "go on from here with: python launch.py nano3 sft\n", "")
+
+
 def test_notes_are_said(say, here, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "x")
     write(here / "src/nemotron/kit/.env", "A=1\n")
