@@ -439,7 +439,8 @@ def places(value: Any, root: Path) -> Any:
     def change(item: str) -> str:
         item = item.replace("${oc.env:PWD}", "/nemo_run/code")
         item = re.sub(r"^\$\{oc\.env:NEMO_RUN_DIR[^}]*\}", "/nemo_run", item)
-        item = "/nemo_run/code" + item[len(named):] if (named := _names(item, str(root))) else item
+        named = _names(item, str(root))
+        item = "/nemo_run/code" + item[len(named):] if named else item
         return re.sub(r"(?<![\w./}-])/nemo_run(?:/[^\s:,'\"]*)?/\.\.(?:/[^\s:,'\"]*)?",
                       lambda match: posixpath.normpath(match.group(0)), item)
 

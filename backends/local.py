@@ -45,8 +45,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     folder = backends.home() / "local" / job.run
     folder.mkdir(mode=0o700, parents=True)
     port = _free_port()
-    envs = [pod_env(job, plan, rank, port) | {"PROGRESS_FILE": str(folder / ("progress-%d" % rank))}
-            for rank in range(job.nodes)]
+    envs = [pod_env(job, plan, rank, port, folder) for rank in range(job.nodes)]
     launcher = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -221,12 +220,13 @@ def _prefix(pipe: IO[bytes], log: Any, prefix: bytes) -> None:
         log.write(prefix + line if line.endswith(b"\n") else prefix + line + b"\n")
 
 
-def pod_env(job: Job, plan: Plan, rank: int, port: int) -> dict[str, str]:
+def pod_env(job: Job, plan: Plan, rank: int, port: int, folder: Path) -> dict[str, str]:
     """A pod's whole environment: a small base, the platform's words, the plan. Nothing else of ours reaches it."""
     here = str(Path(sys.executable).parent)
     base = {"PATH": here + os.pathsep + os.environ.get("PATH", os.defpath), "HOME": str(Path.home()),
             "LANG": os.environ.get("LANG", "C.UTF-8"), "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",
-            "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "PROGRESS_FILE": str(folder / ("progress-%d" % rank))}
     gpus = job.gpus_per_node
     if isinstance(gpus, int):  # each pod its own GPUs; "gpu" leaves all of them to every pod
         base["CUDA_VISIBLE_DEVICES"] = ",".join(str(rank * gpus + index) for index in range(gpus))

@@ -170,8 +170,8 @@ def test_two_pods_of_one_tree(place):
         # nothing of the launcher's: its own words, the pod's, the recipe's, and what bash adds
         assert set(env) <= {
             "PATH", "HOME", "LANG", "TMPDIR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES",
-            "PROGRESS_FILE", "NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", "PYTHONPATH", "NEMO_RUN_DIR",
-            "AIRLIFT_RUN", "AIRLIFT_CODE", "AIRLIFT_CONFIG", "OMP_NUM_THREADS", "FROM_YAML",
+            "NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", "PYTHONPATH", "NEMO_RUN_DIR",
+            "AIRLIFT_RUN", "AIRLIFT_CODE", "AIRLIFT_CONFIG", "OMP_NUM_THREADS", "FROM_YAML", "PROGRESS_FILE",
             "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
     record = place.run_file(run)
     assert (record["recipe"], record["profile"], record["nodes"]) == ("nano3/sft", "local", 2)

@@ -11,6 +11,7 @@ Mamba layer runs through the sequence in any case.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from array import array
@@ -124,7 +125,14 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, name: str, key: str) -> None:
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    return tokenizer.get_vocab()[token]
+    """Of a token that is there. Asked for each dialogue, so not of get_vocab, which makes a table of all tokens."""
+    found: Any = tokenizer.convert_tokens_to_ids(token)
+    return int(found)
+
+
+def id_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id; not len(tokenizer), since a vocabulary may have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def end_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -231,6 +239,7 @@ def load_packed(path: Path, seq_length: int, tokenizer: PreTrainedTokenizerBase)
     return pack((one for each in encoded for one in each), seq_length, pad_id(tokenizer))
 
 
+@functools.lru_cache(maxsize=4)  # asked for each file, and of a large vocabulary it takes a while
 def fingerprint(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> str:
     """Two tokenizers with one fingerprint make the same numbers of the same text, and for chat of the same dialogue."""
     core = getattr(tokenizer, "backend_tokenizer", None)

@@ -23,7 +23,7 @@ class Dialogue:
     """Messages as chat templates take them, and the tools that the assistant may call, if any."""
 
     messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = None  # tables, as an API describes tools
 
     def until(self, end: int) -> Dialogue:
         return Dialogue(self.messages[:end], self.tools)
@@ -87,8 +87,9 @@ def parse_dialogue(line: bytes) -> Dialogue:
 def parse_message(message: Message) -> Message:
     """What is null or empty is as good as not there. Raises ValueError, KeyError, TypeError or AttributeError."""
     parsed = {name: value for name, value in message.items() if value or name in ("role", "content")}
-    if calls := parsed.get("tool_calls"):
-        parsed |= {"content": message.get("content") or "", "tool_calls": [parse_call(call) for call in calls]}
+    if "tool_calls" in parsed:
+        called = [parse_call(call) for call in parsed["tool_calls"]]
+        parsed |= {"content": message.get("content") or "", "tool_calls": called}
     return {"role": parsed.pop("role"), "content": parsed.pop("content"), **parsed}
 
 

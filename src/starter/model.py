@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from starter.chat import end_id, pad_id
+from starter.chat import end_id, id_count, pad_id
 from starter.config import ModelConfig, RecipeError, unknown_key
 from starter.files import sync_folder
 from starter.template import first_line
@@ -41,7 +41,7 @@ def model_config(cfg: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTra
             raise RecipeError(f"no model in {cfg.path}: {first_line(error)}\nSet model.path=FOLDER.") from error
     else:
         config = new_config(cfg.config, tokenizer)
-    ids = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): a vocabulary may have holes
+    ids = id_count(tokenizer)
     if ids > config.vocab_size:
         raise RecipeError(
             f"the tokenizer has ids for {ids} tokens, the model's vocab_size is {config.vocab_size}.\n"

@@ -34,7 +34,7 @@ def tokenize(task: Task, tokenizer_name: str) -> Done:
     """One range as a pair of files, and another for what is held out of it. A document ends with the end mark."""
     tokens = tokenizer(tokenizer_name)
     end, field = chat.end_id(tokens), task.part.shard.dataset.text_field
-    code = megatron.token_type(max(tokens.get_vocab().values()) + 1)  # not len(tokens): a vocabulary may have holes
+    code = megatron.token_type(chat.id_count(tokens))
     writers: dict[str, megatron.Writer] = {}
     rows = 0
     for at, line in shards.lines(task.part):

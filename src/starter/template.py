@@ -85,7 +85,7 @@ def render_answers(
                 samples.append((before, answers))
                 answers = []
             answers.append((len(prompt), end_of_turn(text, len(prompt), message, tokenizer)))
-    whole = render(dialogue, tokenizer)
+    whole = text if message["role"] == "assistant" else render(dialogue, tokenizer)
     if not whole.startswith(text):
         raise unsteady(len(dialogue.messages) - 1, "Drop what follows the last answer.")
     return [*samples, (whole, answers)]
@@ -111,7 +111,7 @@ def render(dialogue: Dialogue, tokenizer: PreTrainedTokenizerBase, **settings: A
         return str(
             tokenizer.apply_chat_template(
                 dialogue.messages,
-                tools=list(dialogue.tools or []) or None,
+                tools=dialogue.tools,
                 chat_template=own_template(tokenizer),
                 tokenize=False,
                 **settings,
