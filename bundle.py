@@ -27,7 +27,8 @@ from transport import CREDENTIAL_SHAPE, Refusal, human
 HERE = Path(__file__).resolve().parent
 VERSION = "1.0"
 LISTS = {"launcher": "requirements.txt", "recipes": "requirements-recipes.txt", "torch": "requirements-torch.txt"}
-FILES = ("launch.py", "recipes.py", "transport.py", "pod.py", "bundle.py", "Makefile", "README.md", "how.svg",
+FILES = ("launch.py", "commands.py", "prepare.py", "recipes.py", "configs.py", "jobs.py", "runs.py", "screen.py",
+         "transport.py", "closure.py", "pod.py", "bundle.py", "Makefile", "README.md", "how.svg",
          "LICENSE", *LISTS.values())
 # The lists of launcher and recipes are whole and pinned by hash; what torch asks for besides is its build's own affair.
 STRICT = {"launcher": ("--no-deps", "--require-hashes"), "recipes": ("--no-deps", "--require-hashes"), "torch": ()}

@@ -55,11 +55,12 @@ OBJECT_RESERVE = 32_768  # bytes of an API object left for all that is not envir
 
 
 class Refusal(Exception):
-    """Something Airlift will not do. `what` is wrong, `fix` is what to do about it; `code` is the exit code."""
+    """Something Airlift will not do. `what` is wrong, `fix` is what to do about it; `code` is the exit code, `http` the
+    status code of a server that refused, 0 without one."""
 
-    def __init__(self, what: str, fix: str, code: int = 2) -> None:
+    def __init__(self, what: str, fix: str, code: int = 2, http: int = 0) -> None:
         super().__init__(what + "\n" + fix)
-        self.what, self.fix, self.code = what, fix, code
+        self.what, self.fix, self.code, self.http = what, fix, code, http
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,24 @@ or from the cluster API of self-hosted installations; where neither answers, tha
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import re
 import urllib.parse
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import backends
 import profiles
-from backends import Job, Run, Status, checks
-from backends.checks import Finding, tried
+from backends import GONE, Finding, Status
+from backends.common import checks, import_nemo
+from backends.common.bodies import job_name, require_object, sent_by_value, with_custom
+from backends.common.checks import tried
+from jobs import Job, lies_on, require_image, workspace
+from runs import Run
 from transport import Plan, Refusal
+
+if TYPE_CHECKING:
+    from backends.common.runai_client import Client
 
 CAN = {"detach", "ray"}
 NAME_LIMIT = 34  # characters of a workload's name (nemo-run 0.11.1 cuts here)
@@ -32,53 +39,57 @@ PHASES = {
 }
 
 
+class Record(TypedDict, total=False):
+    """What is remembered of a workload."""
+
+    kind: str  # "trainings" or "distributed": the route that it is reached by
+    project: str
+    name: str
+    log: str  # where the pods keep their own logs, with %d for the rank; "" for nowhere
+    id: str  # run:AI's, once it is known
+
+
 # ---------------------------------------------------------------- what launch.py calls
 
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Create the workload. Everything that can be checked is checked before: nothing is half-submitted."""
-    import json
-
-    from backends import clouds
+    from backends.common.runai_client import Client
 
     settings = job.settings
     client = Client(settings)
     project, cluster = client.project(settings["project_name"])
-    name = clouds.job_name(job.name, job.run, NAME_LIMIT)
+    name = job_name(job.name, job.run_id, NAME_LIMIT)
     body = request(job, plan, name, project, cluster)
     size = len(json.dumps(body)) * (2 if job.nodes > 1 else 1)  # the operator's object holds master and workers
-    clouds.require_object("workload", size, "dgxcloud", ", or make custom_spec smaller")
-    from backends import nemo  # takes seconds; what can be refused has been by now
+    require_object("workload", size, "dgxcloud", ", or make custom_spec smaller")
+    nemo = import_nemo()
 
-    run.record |= {"kind": "distributed" if job.nodes > 1 else "trainings", "project": settings["project_name"],
-                   "name": name, "log": _own_log(job)}
-    run.save()
-    executor = nemo.CarriedDGXCloud(
-        base_url=settings["base_url"], kube_apiserver_url=settings.get("kube_apiserver_url", ""), client_id="",
-        client_secret="", project_name=settings["project_name"], container_image=str(job.image), pvc_nemo_run_dir="",
-        nodes=job.nodes, airlift_run=job.run)
-    hide = clouds.sent_by_value(job, plan)
-    nemo.submit(name, executor, job.run, lambda: (create(client, run, body, hide), "Creating"))
+    run.keep(Record(kind="distributed" if job.nodes > 1 else "trainings", project=settings["project_name"], name=name,
+                    log=_own_log(job)))
+    secrets = sent_by_value(job, plan)
+    nemo.submit(name, nemo.dgxcloud_executor(job), job.run_id,
+                lambda: (create(client, run, body, secrets), "Creating"))
 
 
-def create(client: Client, run: Run, body: dict[str, Any], hide: tuple[str, ...]) -> str:
+def create(client: Client, run: Run, body: dict[str, Any], secrets: tuple[str, ...]) -> str:
     """POST the workload and give its id. An answer that got lost is looked for: our names are never used twice."""
     name = body["name"]
     try:
-        made = client.call("POST", "/workloads/" + run.record["kind"], "create workload " + name, body, name, hide)
+        made = client.call("POST", "/workloads/" + run.record["kind"], "create workload " + name, body, name, secrets)
         if not made.get("workloadId"):
             raise Refusal("run:AI gave no id of workload " + name, "look for it in the console", 5)
-        run.record["id"] = str(made["workloadId"])
+        found = str(made["workloadId"])
     except Refusal as refusal:
         try:
-            found = client.find(name) if refusal.code == 5 or "answered 409" in refusal.what else None
+            there = client.find(name) if refusal.code == 5 or refusal.http == 409 else None
         except Refusal:
-            found = None
-        if found is None:
+            there = None
+        if there is None:
             raise
-        run.record["id"] = found
-    run.save()
-    return str(run.record["id"])
+        found = there
+    run.keep(Record(id=found))
+    return found
 
 
 def follow(run: Run) -> Status:
@@ -95,25 +106,27 @@ def status(run: Run) -> Status:
 
 
 def _follower(run: Run) -> Any:
-    from backends import clouds
+    from backends.common.follow import Follower
 
     client = reconnect(run)
-    return clouds.Follower(run, lambda: _status(client, run), lambda rank, follow: open_log(client, run, rank, follow),
-                           lambda: trouble(client, run))
+    return Follower(run, lambda: _status(client, run), lambda rank, follow: open_log(client, run, rank, follow),
+                    lambda: trouble(client, run))
 
 
 def cancel(run: Run) -> str:
     """POST …/suspend on the kind of workload that it is, and wait for it to stop."""
-    from backends import clouds
+    from backends.common import follow
 
     client = reconnect(run)
     name = run.record["name"]
-    return clouds.cancel("workload " + name, lambda: _status(client, run),
+    return follow.cancel("workload " + name, lambda: _status(client, run),
                          lambda: client.call("POST", _path(run) + "/suspend", "suspend workload " + name))
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     """The credentials, the project, volumes, credentials of [secrets], the ways to the logs."""
+    from backends.common.runai_client import Client
+
     client: Any = None
 
     def signed_in() -> str:
@@ -128,14 +141,14 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
         return
     yield tried("project", lambda: "%s, id %s" % (settings["project_name"], client.project(
         settings["project_name"])[0]))
-    yield checks.image(settings, job)
+    yield checks.image_finding(settings, job)
     pvcs = settings.get("pvcs") or []
     claims = [str(pvc.get("claimName")) for pvc in pvcs]
     yield from checks.listed("claim", claims, lambda: [
         str((entry.get("spec") or {}).get("claimName")) for entry in client.call(
             "GET", "/asset/datasource/pvc", "list the data sources").get("entries", [])],
         "look that the claim exists in the project's namespace: not every claim is a data source", False)
-    yield checks.workspace(settings, [str(pvc.get("path")) for pvc in pvcs])
+    yield checks.workspace_finding(settings, [str(pvc.get("path")) for pvc in pvcs])
     wanted = [source.partition(":")[2].partition("/")[0] for source in settings.get("secrets", {}).values()
               if source != "env"]
     yield from checks.listed("credential", wanted, lambda: [
@@ -160,116 +173,19 @@ def _log_routes(client: Client) -> Finding:
                    "set kube_apiserver_url; without it the pods' own logs lie in the workspace")
 
 
-# ---------------------------------------------------------------- the client
-
-
-class Client:
-    """The control plane's REST API with the profile's client id and secret; a token is asked for when it is needed."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        import requests
-
-        from backends import clouds
-
-        self.base = settings["base_url"].rstrip("/")
-        self.kube = (settings.get("kube_apiserver_url") or "").rstrip("/")
-        self.identity, self.secret = settings["client_id"], settings["client_secret"]
-        self.session = clouds.harden(requests.Session(), settings.get("ca_bundle"))
-        self.session.mount(self.base + "/token", clouds.Adapter(settings.get("ca_bundle"), clouds.ASKING | {"POST"}))
-        self.token = ""
-
-    def call(self, method: str, path: str, doing: str, body: Any = None, sent: str = "", hide: tuple[str, ...] = (),
-             **query: str) -> Any:
-        """The answer's JSON, {} where it has none. Raises Refusal."""
-        from backends import clouds
-
-        response = self.send(method, self.base + path, doing, body, sent, query)
-        if response.status_code >= 400:
-            raise clouds.refused("run:AI", response, doing, (self.secret, *hide))
-        try:
-            answer = response.json() if response.content else {}
-            if isinstance(answer, dict):
-                return answer
-        except ValueError:
-            pass
-        raise Refusal("run:AI at %s answered with no JSON object to: %s" % (self.base, doing),
-                      "check base_url: it ends in /api/v1", 5)
-
-    def send(self, method: str, url: str, doing: str, body: Any = None, sent: str = "", query: Any = None,
-             stream: bool = False) -> Any:
-        """One request with the bearer token; a token that has expired is renewed, once."""
-        import requests
-
-        from backends import clouds
-
-        for attempt in (1, 2):
-            if not self.token:
-                self.token = self.ask_token()
-            try:
-                response = self.session.request(method, url, json=body, params=query, stream=stream,
-                                                headers={"Authorization": "Bearer " + self.token})
-            except requests.RequestException as error:
-                raise clouds.unreachable("run:AI", url, error, sent) from None
-            if response.status_code != 401 or attempt == 2:
-                break
-            self.token = ""
-        return response
-
-    def ask_token(self) -> str:
-        import requests
-
-        from backends import clouds
-
-        body = {"grantType": "client_credentials", "clientId": self.identity, "clientSecret": self.secret}
-        try:
-            response = self.session.post(self.base + "/token", json=body)
-        except requests.RequestException as error:
-            raise clouds.unreachable("run:AI", self.base, error) from None
-        if response.status_code >= 400:
-            refusal = clouds.refused("run:AI", response, "get a token for client_id %s" % self.identity, [self.secret])
-            if refusal.code == 4:
-                refusal.fix = clouds.CREDENTIALS["run:AI"]
-            raise refusal
-        try:
-            return str(response.json()["accessToken"])
-        except (ValueError, KeyError, TypeError):
-            raise Refusal("run:AI at %s gave no token" % self.base, "check base_url: it ends in /api/v1", 5) from None
-
-    def project(self, name: str) -> tuple[str, str]:
-        """(project id, cluster id). Raises Refusal (exit code 4) that names the projects there are."""
-        known: list[str] = []
-        offset = 0
-        while True:
-            page = self.call("GET", "/org-unit/projects", "list the projects", offset=str(offset), limit="50")
-            projects = page.get("projects", [])
-            for project in projects:
-                if project["name"] == name:
-                    return str(project["id"]), str(project["clusterId"])
-            known += [str(project["name"]) for project in projects]
-            offset += len(projects)
-            if not projects or not page.get("next"):
-                break
-        raise Refusal("run:AI has no project %r that this client may see" % name,
-                      "it sees %s; set project_name in the profile" % (", ".join(known) or "none"), 4)
-
-    def find(self, name: str) -> str | None:
-        """The id of a workload, by its name; None if there is none."""
-        page = self.call("GET", "/workloads", "look for workload " + name, filterBy="name==" + name)
-        return next((str(workload["id"]) for workload in page.get("workloads", []) if workload["name"] == name), None)
-
-
 def reconnect(run: Run) -> Client:
     """A client with the credentials of the run's profile, as it is now. Raises Refusal."""
-    with profiles.pinned(run.record.get("again", {}).get("env_file")):
+    from backends.common.runai_client import Client
+
+    with profiles.pinned(run.origin and run.origin["env_file"]):
         profile = profiles.load(run.profile, run.recipe.partition("/")[2])
     profile.require_set()
-    client = Client(profile.keys | profile.stage)
+    client = Client(profile.settings)
     if "id" not in run.record:  # the answer to its creation never arrived
         found = client.find(run.record["name"])
         if found is None:
             raise Refusal("run:AI has no workload %s: its creation failed" % run.record["name"], "launch again", 4)
-        run.record["id"] = found
-        run.save()
+        run.keep(Record(id=found))
     return client
 
 
@@ -282,7 +198,7 @@ def _path(run: Run) -> str:
 
 def check(job: Job, plan: Plan) -> None:
     """What the API would refuse, or take and get wrong. Raises Refusal."""
-    backends.require_image(job)
+    require_image(job)
     if not re.match("https?://[^/]", job.settings["base_url"]):
         raise Refusal("base_url is %r" % job.settings["base_url"], "write it whole, like https://…/api/v1")
     if job.gpus_per_node == "gpu":
@@ -293,25 +209,23 @@ def check(job: Job, plan: Plan) -> None:
         if missing:  # without existingPvc a misspelt claim becomes a new, empty volume
             raise Refusal("a pvc lacks %s: %s" % (", ".join(missing), volume),
                           'like: { claimName = "data", path = "/data", existingPvc = true }')
-    base = backends.workspace(job.settings)
-    if base and not backends.lies_on(base, [str(volume["path"]) for volume in job.settings.get("pvcs") or []]):
+    base = workspace(job.settings)
+    if base and not lies_on(base, [str(volume["path"]) for volume in job.settings.get("pvcs") or []]):
         raise Refusal("the workspace %s is on none of the pvcs" % base,
                       "add the claim that holds it, or change the workspace")
     if job.nodes > 1 and job.settings.get("retries"):
         raise Refusal("retries is %d, and the job has %d nodes" % (job.settings["retries"], job.nodes),
                       "run:AI starts one pod again without the others; take it out, and launch again: it resumes")
-    framework = job.settings.get("distributed_framework", "PyTorch")
+    framework = job.settings["distributed_framework"]
     if job.nodes > 1 and framework != "PyTorch":
         raise Refusal("distributed_framework is %r" % framework,
                       "only PyTorch tells each pod its rank; take the key out")
     if job.settings.get("custom_spec"):
-        request(job, plan, job.run, "", "")
+        request(job, plan, job.run_id, "", "")
 
 
 def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict[str, Any]:
     """The creation request: command and args are single strings, so argv must survive a split by blanks."""
-    from backends import clouds
-
     env: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plan.env.items()]
     for key, source in job.secrets.items():
         if source != "env":
@@ -328,15 +242,15 @@ def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict
         spec |= {"distributedFramework": "PyTorch", "numWorkers": job.nodes - 1, "cleanPodPolicy": "Running"}
         body["masterSpecSameAsWorker"] = True
     custom = job.settings.get("custom_spec", {})
-    return body | {"spec": clouds.with_custom(spec, custom, ("command", "args", "numWorkers"))}
+    return body | {"spec": with_custom(spec, custom, ("command", "args", "numWorkers"))}
 
 
 def _status(client: Client, run: Run) -> Status:
     try:
         answer = client.call("GET", _path(run), "read workload " + run.record["name"])
     except Refusal as refusal:
-        if "answered 404" in refusal.what:
-            return Status("cancelled", backends.GONE)
+        if refusal.http == 404:
+            return Status("cancelled", GONE, gone=True)
         raise
     phase = answer.get("actualPhase") or answer.get("phase")
     if not phase:
@@ -381,6 +295,13 @@ def open_log(client: Client, run: Run, rank: int, follow: bool = True) -> Iterat
     raise Refusal("run:AI gives no logs here (%s)" % tried, "the pod's own lies at " + where, 4)
 
 
+def log_lines(run: Run) -> Iterator[str]:
+    """The lines of rank 0's log as they come, for nemo-run. Raises Refusal where there is no way to them."""
+    from backends.common.follow import lines
+
+    return lines(open_log(reconnect(run), run, 0) or ())
+
+
 def _decoded(response: Any) -> Iterator[str]:
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     return (decode(piece) for piece in response.iter_content(chunk_size=None))
@@ -388,4 +309,4 @@ def _decoded(response: Any) -> Iterator[str]:
 
 def _own_log(job: Job) -> str:
     root = job.description["run_root"]
-    return os.path.join(root.replace("%", "%%"), "runs", job.run, "rank-%d.log") if root else ""
+    return os.path.join(root.replace("%", "%%"), "runs", job.run_id, "rank-%d.log") if root else ""

@@ -12,18 +12,26 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-import backends
-from backends import ENDED_ALREADY, GONE, Job, Run, Status, checks, screen
-from backends.checks import Finding, tried
-from backends.repositories import parse
+import screen
+from backends import GONE, Finding, Status, ended_already
+from backends.common import checks, import_nemo
+from backends.common.checks import tried
+from jobs import Job, repository_of, require_image
 from profiles import FOLDER
+from runs import Run, home
 from transport import Plan, Refusal
 
 CAN = {"detach"}
 ANSWER_S = 60  # seconds for the daemon's answer
 GRACE_S = 20  # seconds between TERM and KILL
+
+
+class Record(TypedDict):
+    """What is remembered of a container."""
+
+    name: str
 
 
 # ---------------------------------------------------------------- what launch.py calls
@@ -34,12 +42,11 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     mounts = volumes(job.settings)
     client = connect()
     find_image(client, str(job.image))
-    name = "airlift-%s-%s" % (re.sub(r"[^A-Za-z0-9]+", "-", job.name, flags=re.ASCII).strip("-")[:40], job.run)
-    run.record |= {"name": name}
-    run.save()
-    from backends import nemo  # takes seconds; what can be refused has been by now
+    name = "airlift-%s-%s" % (re.sub(r"[^A-Za-z0-9]+", "-", job.name, flags=re.ASCII).strip("-")[:40], job.run_id)
+    run.keep(Record(name=name))
+    nemo = import_nemo()
 
-    asked(lambda: nemo.submit_docker(docker_executor(job, mounts), job.run, name, plan.argv, plan.env, client))
+    asked(lambda: nemo.submit_docker(docker_executor(job, mounts), job.run_id, name, plan.argv, plan.env, client))
     run.seen_running()
 
 
@@ -81,7 +88,7 @@ def cancel(run: Run) -> str:
     """TERM, and KILL when that does not end it; returns when it has ended."""
     container = find(run)
     if container is None or container.status == "exited":
-        return ENDED_ALREADY % status(run).detail
+        return ended_already(status(run).detail)
     _kept(run).mkdir(mode=0o700, parents=True, exist_ok=True)
     (_kept(run) / "cancelled").touch()
     asked(lambda: container.stop(timeout=GRACE_S))
@@ -101,7 +108,7 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     yield tried("daemon", daemon)
     if client is None:
         return
-    yield (named := checks.image(settings, job))
+    yield (named := checks.image_finding(settings, job))
     if named.state == "ok":
         yield _image_here(client, named.said)
     if (job.gpus_per_node if job else settings.get("gpus_per_node")) and settings.get("runtime"):
@@ -109,7 +116,7 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
                                  "install it, or take runtime out")
     yield tried("mounts", lambda: ", ".join(volumes(settings, False)) or "none")
     targets = [mount.split(":")[1] for mount in settings.get("mounts") or [] if ":" in str(mount)]
-    yield checks.workspace(settings, targets)
+    yield checks.workspace_finding(settings, targets)
 
 
 def _image_here(client: Any, image: str) -> Finding:
@@ -133,7 +140,7 @@ def check(job: Job, plan: Plan) -> None:
     if job.nodes > 1:
         raise Refusal("Docker starts one container on this machine, and the job has %d nodes" % job.nodes,
                       "set nodes = 1 in the profile, or use --nodes 1")
-    backends.require_image(job)
+    require_image(job)
     volumes(job.settings, False)
 
 
@@ -142,7 +149,7 @@ def volumes(settings: dict[str, Any], make: bool = True) -> list[str]:
     name is a volume of Docker's own. Folders that are not there are made. Raises Refusal."""
     result = []
     for mount in settings.get("mounts") or []:
-        if isinstance(mount, str) and parse(mount, {}):
+        if isinstance(mount, str) and repository_of(mount, {}):
             continue  # the pod clones it
         found = re.fullmatch(r"([^:]+):(/[^:]*)(:[^:]+)?", str(mount))
         if not found:
@@ -176,7 +183,8 @@ def docker_executor(job: Job, mounts: list[str]) -> Any:
 def connect() -> Any:
     """The daemon's client. Raises Refusal: 4 where it refuses us, 5 where it cannot be reached."""
     try:
-        import docker
+        with screen.step("import docker"):
+            import docker
     except ImportError as error:
         raise Refusal("Docker's SDK cannot be imported: %s" % error, "pip install -r requirements.txt") from None
     return asked(lambda: docker.from_env(timeout=ANSWER_S))
@@ -233,7 +241,7 @@ def find(run: Run) -> Any:
 
 
 def _kept(run: Run) -> Path:
-    return backends.home() / "docker" / run.run
+    return home() / "docker" / run.id
 
 
 def _put_away(run: Run, container: Any) -> Status:
@@ -251,6 +259,6 @@ def _ended(run: Run) -> Status:
     try:
         code = int((_kept(run) / "exit").read_text())
     except FileNotFoundError:
-        return Status("failed", GONE)
+        return Status("failed", GONE, gone=True)
     state = "done" if code == 0 else "cancelled" if (_kept(run) / "cancelled").exists() else "failed"
     return Status(state, "exit code %d" % code, code)

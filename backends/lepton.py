@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypedDict
 
-import backends
-from backends import Job, Run, Status, checks
-from backends.checks import Finding, tried
+from backends import GONE, Finding, Status
+from backends.common import checks, import_nemo
+from backends.common.bodies import job_name, require_object, sent_by_value, with_custom
+from backends.common.checks import tried
+from backends.common.lepton_client import asked, connect, node_group, reconnect
+from jobs import Job, require_image
+from runs import Run
 from transport import Plan, Refusal
 
 CAN = {"detach", "ray"}
@@ -25,28 +29,34 @@ STATES = {
 }
 
 
+class Record(TypedDict):
+    """What is remembered of a job on Lepton; lepton_ray.Record is that of a run on a Ray cluster."""
+
+    job: str  # its name, which is its id
+    url: str  # of the workspace's API
+    ca_bundle: str | None
+
+
 # ---------------------------------------------------------------- what launch.py calls
 
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Create the job. Everything that can be checked is checked before: nothing is half-submitted."""
-    from backends import clouds
-
     settings = job.settings
     client = connect(settings.get("ca_bundle"))
     if wants_cluster(job):
-        return lepton_ray().submit(run, job, plan, client)
+        return lepton_ray().submit(run, job, plan, client, lambda name: request(
+            job, plan, name, node_group(client, settings["node_group"])))
     group = node_group(client, settings["node_group"])
-    name = clouds.job_name(job.name, job.run, NAME_LIMIT)
+    name = job_name(job.name, job.run_id, NAME_LIMIT)
     body = request(job, plan, name, group)
     size = len(body.model_dump_json(exclude_none=True, by_alias=True))
-    clouds.require_object("job", size, "lepton", ", or make custom_spec smaller")
-    from backends import nemo  # takes seconds; what can be refused has been by now
+    require_object("job", size, "lepton", ", or make custom_spec smaller")
+    nemo = import_nemo()
 
-    run.record |= {"job": name, "url": client.url, "ca_bundle": settings.get("ca_bundle")}
-    run.save()
-    hide = clouds.sent_by_value(job, plan)
-    nemo.submit(name, nemo.lepton_executor(job), job.run, lambda: (create(client, body, name, hide), "Starting"))
+    run.keep(Record(job=name, url=client.url, ca_bundle=settings.get("ca_bundle")))
+    secrets = sent_by_value(job, plan)
+    nemo.submit(name, nemo.lepton_executor(job), job.run_id, lambda: (create(client, body, name, secrets), "Starting"))
 
 
 def wants_cluster(job: Job) -> bool:
@@ -55,8 +65,8 @@ def wants_cluster(job: Job) -> bool:
 
 
 def lepton_ray() -> Any:
-    """The other half of this backend."""
-    from backends import lepton_ray
+    """The half of this backend for Ray clusters."""
+    from backends.common import lepton_ray
 
     return lepton_ray
 
@@ -77,29 +87,29 @@ def status(run: Run) -> Status:
     client = reconnect(run)
     follower = _follower(run, client)
     found: Status = follower.explain(follower.ask())
-    if run.starts > 1 and found.detail != backends.GONE:
+    if run.starts > 1 and not found.gone:
         found = follower.with_attempt(found, len(replicas(client, run, 0)))
     return found
 
 
 def _follower(run: Run, client: Any = None) -> Any:
-    from backends import clouds
+    from backends.common.follow import Follower
 
     client = client or reconnect(run)
     if run.record.get("cluster"):
         return lepton_ray().follower(run, client)
-    return clouds.Follower(run, lambda: _status(client, run), lambda rank, follow: open_log(client, run, rank, follow),
-                           lambda: trouble(client, run))
+    return Follower(run, lambda: _status(client, run), lambda rank, follow: open_log(client, run, rank, follow),
+                    lambda: trouble(client, run))
 
 
 def cancel(run: Run) -> str:
-    from backends import clouds
+    from backends.common import follow
 
     client = reconnect(run)
     if run.record.get("cluster"):
         return lepton_ray().cancel(run, client)
     job, stop = run.record["job"], {"spec": {"stopped": True}}
-    return clouds.cancel("job " + job, lambda: _status(client, run),
+    return follow.cancel("job " + job, lambda: _status(client, run),
                          lambda: asked("stop job " + job, client, lambda: client.job.update(job, stop)))
 
 
@@ -138,12 +148,12 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
         name = settings["existing_ray_cluster"]
         yield tried("Ray cluster", lambda: "%s is %s" % (name, asked(
             "read Ray cluster " + name, client, lambda: client.raycluster.get(name)).status.state.value))
-    yield checks.image(settings, job)
+    yield checks.image_finding(settings, job)
     mounts = [mount for mount in settings.get("mounts") or [] if isinstance(mount, dict)]
     storage = [str(mount.get("from", "")).partition(":")[2] for mount in mounts]
     yield from checks.listed("storage", storage, lambda: [volume.name for volume in group.spec.volumes or []],
                              "name a storage of the node group in mounts: from")
-    yield checks.workspace(settings, [str(mount.get("mount_path")) for mount in mounts])
+    yield checks.workspace_finding(settings, [str(mount.get("mount_path")) for mount in mounts])
     secrets = [source.partition(":")[2] for source in settings.get("secrets", {}).values() if source != "env"]
     yield from checks.listed("secret", secrets, lambda: [
         secret.name for secret in asked("list the secrets", client, client.secret.list_all)],
@@ -164,67 +174,12 @@ def _nodes(client: Any, group: str, wanted: int) -> Finding:
                    "" if len(ready) >= wanted else "a job would wait")
 
 
-# ---------------------------------------------------------------- the client
-
-
-def connect(ca_bundle: str | None) -> Any:
-    """The SDK's client, with timeouts and retries. Raises Refusal (exit code 4) where there are no credentials."""
-    from backends import clouds
-
-    try:
-        from leptonai.api.v2.client import APIClient
-        from leptonai.api.v2.utils import WorkspaceConfigurationError
-    except ImportError as error:
-        raise Refusal("the Lepton SDK cannot be imported: %s" % error, "pip install -r requirements.txt") from None
-    try:
-        client = APIClient()
-    except (WorkspaceConfigurationError, TypeError):  # without a token the SDK fails with a TypeError
-        raise Refusal("there are no Lepton credentials here",
-                      "export LEPTON_WORKSPACE_ID and LEPTON_WORKSPACE_TOKEN, or run `lep login`", 4) from None
-    clouds.harden(client._session, ca_bundle)
-    return client
-
-
-def reconnect(run: Run) -> Any:
-    client = connect(run.record.get("ca_bundle"))
-    if client.url != run.record["url"]:
-        raise Refusal("run %s is in the workspace at %s, and the credentials here are for %s"
-                      % (run.run, run.record["url"], client.url), "use that workspace's credentials", 4)
-    return client
-
-
-def asked(doing: str, client: Any, call: Callable[[], Any], sent: str = "", hide: tuple[str, ...] = ()) -> Any:
-    """The call's result. Raises Refusal in plain words for what the SDK or the network raises."""
-    import requests
-    from leptonai.api.v1.api_resource import ClientError, ServerError
-
-    from backends import clouds
-
-    try:
-        return call()
-    except (ClientError, ServerError) as error:
-        raise clouds.refused("Lepton", error.response, doing, (client.auth_token or "", *hide)) from None
-    except (requests.RequestException, RuntimeError) as error:  # a RuntimeError for an answer that is not the API's
-        raise clouds.unreachable("Lepton", client.url, error, sent) from None
-
-
-def node_group(client: Any, name: str) -> str:
-    """The id of a node group, by its name. Raises Refusal (exit code 4) that names those there are."""
-    groups = asked("list the node groups", client, client.nodegroup.list_all)
-    for group in groups:
-        if name in (group.metadata.name, group.metadata.id_):
-            return str(group.metadata.id_)
-    known = ", ".join(sorted(str(group.metadata.name) for group in groups)) or "none at all"
-    raise Refusal("Lepton has no node group %r" % name,
-                  "this workspace has %s; set node_group in the profile" % known, 4)
-
-
 # ---------------------------------------------------------------- the job
 
 
 def check(job: Job, plan: Plan) -> None:
     """What the API would refuse. Raises Refusal."""
-    backends.require_image(job)
+    require_image(job)
     for mount in job.settings.get("mounts") or []:
         if isinstance(mount, dict):
             missing = [key for key in ("path", "mount_path", "from") if not mount.get(key)]
@@ -237,7 +192,7 @@ def check(job: Job, plan: Plan) -> None:
     if wants_cluster(job):
         lepton_ray().check(job)
     if job.settings.get("custom_spec"):
-        request(job, plan, job.run, job.settings["node_group"])
+        request(job, plan, job.run_id, job.settings["node_group"])
 
 
 def request(job: Job, plan: Plan, name: str, group: str) -> Any:
@@ -245,8 +200,6 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
     from leptonai.api.v1.types.common import Metadata
     from leptonai.api.v1.types.job import LeptonJob, LeptonJobUserSpec
     from pydantic import ValidationError
-
-    from backends import clouds
 
     settings = job.settings
     envs: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plan.env.items()]
@@ -270,7 +223,7 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
     if flags or settings.get("queue_priority"):  # the flags need a priority; this is nemo-run's
         spec["queue_config"] = {"priority_class": settings.get("queue_priority", "mid-4000"), **flags}
     ours = ("container.command", "completions", "parallelism")
-    spec = clouds.with_custom(spec, settings.get("custom_spec", {}), ours)
+    spec = with_custom(spec, settings.get("custom_spec", {}), ours)
     try:
         body = LeptonJob(metadata=Metadata(id=name, name=name), spec=LeptonJobUserSpec(**spec))
     except ValidationError as error:
@@ -294,12 +247,12 @@ def dropped(given: Any, kept: Any, where: str = "") -> list[str]:
     return []
 
 
-def create(client: Any, body: Any, name: str, hide: tuple[str, ...]) -> str:
+def create(client: Any, body: Any, name: str, secrets: tuple[str, ...]) -> str:
     """POST the job and give its id. An answer that got lost is looked for: our names are never used twice."""
     try:
-        return str(asked("create job " + name, client, lambda: client.job.create(body), name, hide).metadata.id_)
+        return str(asked("create job " + name, client, lambda: client.job.create(body), name, secrets).metadata.id_)
     except Refusal as refusal:
-        if refusal.code == 5 or "answered 409" in refusal.what:
+        if refusal.code == 5 or refusal.http == 409:
             try:
                 return str(client.job.get(name).metadata.id_)
             except Exception:  # whatever it is, what was said first counts
@@ -311,8 +264,8 @@ def _status(client: Any, run: Run) -> Status:
     try:
         job = asked("read job " + run.record["job"], client, lambda: client.job.get(run.record["job"]))
     except Refusal as refusal:
-        if "answered 404" in refusal.what:
-            return Status("cancelled", backends.GONE)
+        if refusal.http == 404:
+            return Status("cancelled", GONE, gone=True)
         raise
     if not job.status or not job.status.state:
         raise Refusal("Lepton told no state of job " + run.record["job"], "ask again, or look in the console", 5)
@@ -334,11 +287,11 @@ def trouble(client: Any, run: Run) -> str:
 def open_log(client: Any, run: Run, rank: int, follow: bool = True) -> Iterator[str] | None:
     """The log of one rank from its beginning, so far or as it comes; None while there is none. A pod that was started
     again is another replica, later in the list."""
-    from backends import clouds
+    from backends.common.follow import so_far
 
     found = [log for log in (_stream(client, run, name) for name in replicas(client, run, rank)) if log]
     if not follow:  # the route has no parameter for it
-        found = [clouds.so_far(log) for log in found]
+        found = [so_far(log) for log in found]
     return (text for log in found for text in log) if found else None
 
 
@@ -350,13 +303,13 @@ def replicas(client: Any, run: Run, rank: int) -> list[str]:
 
 
 def _stream(client: Any, run: Run, replica: str) -> Iterator[str] | None:
-    from backends import clouds
+    from backends.common.http import refused
 
     path = "/jobs/%s/replicas/%s/log" % (run.record["job"], replica)
     response = asked("read the log", client, lambda: client._get(path, stream=True))
     if response.status_code in (400, 404):  # the container waits to start; the pod is gone
         return None
     if response.status_code >= 400:
-        raise clouds.refused("Lepton", response, "read the log", (client.auth_token or "",))
+        raise refused("Lepton", response, "read the log", (client.auth_token or "",))
     decode = codecs.getincrementaldecoder("utf-8")("replace").decode
     return (decode(piece) for piece in response.iter_content(chunk_size=None))

@@ -20,17 +20,26 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
-import backends
+import screen
 import transport
-from backends import Job, Run, Status, screen
-from backends.checks import Finding
+from backends import Finding, Status, ended_already
+from jobs import Job, workspace
 from pod import become_subreaper, end_the_rest
+from runs import Run, home
 from transport import Plan, Refusal
 
 CAN = {"detach", "ray"}
-GRACE = 10.0  # seconds between TERM and KILL
+GRACE_S = 10.0  # between TERM and KILL
+
+
+class Record(TypedDict):
+    """What is remembered of pods on this machine."""
+
+    folder: str  # `log` and, at the end, `exit`
+    pid: int  # of the supervisor
+    born: str  # when that was started, in the kernel's ticks
 
 
 # ---------------------------------------------------------------- what launch.py calls
@@ -42,7 +51,7 @@ def check(job: Job, plan: Plan) -> None:
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Start the supervisor. Its folder under Airlift's home holds `log` and, at the end, `exit`."""
-    folder = backends.home() / "local" / job.run
+    folder = home() / "local" / job.run_id
     folder.mkdir(mode=0o700, parents=True)
     port = _free_port()
     envs = [pod_env(job, plan, rank, port, folder) for rank in range(job.nodes)]
@@ -56,9 +65,8 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
             traceback.print_exc()  # into the log
         finally:
             os._exit(70)
-    run.record |= {"folder": str(folder), "pid": pid, "born": _born(pid)}
     run.seen_running()
-    run.save()
+    run.keep(Record(folder=str(folder), pid=pid, born=_born(pid)))
 
 
 def follow(run: Run) -> Status:
@@ -126,7 +134,7 @@ def status(run: Run) -> Status:
 def cancel(run: Run) -> str:
     """TERM to the supervisor, which ends its pods; returns when they are gone."""
     if not _alive(run):
-        return backends.ENDED_ALREADY % status(run).state
+        return ended_already(status(run).state)
     (Path(run.record["folder"]) / "cancelled").touch()
     os.kill(run.record["pid"], signal.SIGTERM)
     while _alive(run):
@@ -141,7 +149,7 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
         program = shutil.which(tool, path=path)
         yield Finding(tool, "ok", program) if program else Finding(
             tool, "failure", "is not in the PATH", "install it, or run make setup", 2)
-    base = Path(backends.workspace(settings) or tempfile.gettempdir())
+    base = Path(workspace(settings) or tempfile.gettempdir())
     for name, place in (("scratch", Path(tempfile.gettempdir())), ("workspace", base)):
         here = next(folder for folder in (place, *place.parents) if folder.exists())
         free = shutil.disk_usage(here).free
@@ -203,7 +211,7 @@ def _watch(pods: list[subprocess.Popen[bytes]], stop: list[int]) -> int:
         failed = [pod.returncode for pod in pods if pod.returncode]
         if (failed or stop) and not deadline:
             code = stop[0] if stop else failed[0]
-            deadline = time.monotonic() + GRACE
+            deadline = time.monotonic() + GRACE_S
             for pod in pods:
                 pod.terminate()
         if deadline and time.monotonic() > deadline:

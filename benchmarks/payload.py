@@ -12,9 +12,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
+import closure  # noqa: E402
 import recipes  # noqa: E402
 import transport  # noqa: E402
-from backends import closure  # noqa: E402
 
 RECIPES = ("nano3/sft", "super3/data/prep/rl")
 TARGETS = {"family": 0.62, "imports": 0.36}

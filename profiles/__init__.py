@@ -29,12 +29,13 @@ CLOUDS = ("lepton", "dgxcloud")
 @dataclass(frozen=True)
 class Key:
     """One key of a profile: what its value must be, what it says, the executors it is for (none: all), the key it is an
-    alias of."""
+    alias of, and what counts where it is left out."""
 
     kind: str  # one of those in wrong()
     about: str = ""
     executors: tuple[str, ...] = ()
     alias: str = ""
+    default: Any = None
 
 
 _REMOTE = ("docker", "slurm", *CLOUDS)
@@ -59,11 +60,11 @@ KEYS: dict[str, Key] = {
     "workdir": Key("str", "where the recipe is started; the code root if left out"),
     "repo_root": Key("str", "the source tree; the launcher's own folder if left out"),
     "exclude": Key("str list", "patterns that do not ship, besides .airliftignore"),
-    "scope": Key("str", "what ships: the recipe's family, or only what the script imports"),
+    "scope": Key("str", "what ships: the recipe's family, or only what the script imports", default="family"),
     "compression": Key("str", "of the tar"),
-    "unpack": Key("str", "each pod its own tree, or one tree on the workspace for all"),
-    "keep": Key("int", "how many shared trees stay (5)"),
-    "rendezvous_timeout": Key("int", "seconds that pods wait for each other (1800)"),
+    "unpack": Key("str", "each pod its own tree, or one tree on the workspace for all", default="local"),
+    "keep": Key("int", "how many shared trees stay", default=5),
+    "rendezvous_timeout": Key("int", "seconds that pods wait for each other", default=1800),
     "chunk_bytes": Key("int", "characters of a chunk, in place of the executor's own", ("local", "docker", *CLOUDS)),
     # every executor but this machine
     "container_image": Key("str", "the image; the recipe's header has one", _REMOTE),
@@ -72,8 +73,8 @@ KEYS: dict[str, Key] = {
     "git_mirrors": Key("table", "URL prefix = URL prefix, for ${auto_mount:…} repositories", _REMOTE),
     "auto_mount": Key("str", "\"image\": use the copies inside the image", _REMOTE),
     "persistent_cache": Key("str", "a folder for vLLM's, DeepGEMM's and FlashInfer's caches", _REMOTE),
-    "retries": Key("whole", "further starts after a node fails or the job is preempted (0); see Retries",
-                   ("slurm", *CLOUDS)),
+    "retries": Key("whole", "further starts after a node fails or the job is preempted; see Retries",
+                   ("slurm", *CLOUDS), default=0),
     "custom_spec": Key("table", "fields for the platform's own job specification", CLOUDS),
     "ca_bundle": Key("str", "a private certificate authority's file", CLOUDS),
     # Docker
@@ -85,13 +86,13 @@ KEYS: dict[str, Key] = {
     "partition": Key("str", "where jobs run", _SLURM),
     "run_partition": Key("str", "in its place, when attached", _SLURM),
     "batch_partition": Key("str", "in its place, with --detach", _SLURM),
-    "tunnel": Key("str", "how the cluster is reached", _SLURM),
+    "tunnel": Key("str", "how the cluster is reached", _SLURM, default="local"),
     "host": Key("str", "the login node, with tunnel = \"ssh\"", _SLURM),
     "user": Key("str", "on that host", _SLURM),
     "port": Key("int", "of its sshd (22)", _SLURM),
     "identity": Key("str", "the private key's file", _SLURM),
     "remote_job_dir": Key("str", "on storage that all nodes see; also the workspace", _SLURM),
-    "time": Key("str", "the job's limit, like 04:00:00", _SLURM),
+    "time": Key("str", "the job's limit", _SLURM, default="04:00:00"),
     "mem": Key("str", "memory of a node", _SLURM),
     "exclusive": Key("bool", "whole nodes", _SLURM),
     "cpus_per_task": Key("int", "CPUs of a pod", _SLURM),
@@ -123,8 +124,10 @@ KEYS: dict[str, Key] = {
     "project_name": Key("str", "the project", _RUNAI),
     "pvc_nemo_run_dir": Key("str", "the workspace, on one of the pvcs", _RUNAI),
     "pvcs": Key("table list", "volumes: claimName, path, existingPvc", _RUNAI),
-    "distributed_framework": Key("str", "PyTorch", _RUNAI),
-    "dgxcloud_max_args_chars": Key("int", "characters of arguments that the API takes (9500)", _RUNAI),
+    "distributed_framework": Key("str", "the kind of distributed job; only PyTorch tells pods their rank", _RUNAI,
+                                 default="PyTorch"),
+    "dgxcloud_max_args_chars": Key("int", "characters of arguments that the API takes", _RUNAI,
+                                   default=LIMITS["dgxcloud"].args),
 }
 # Keys of NVIDIA's launcher that are refused, and why.
 REFUSED = {
@@ -165,12 +168,23 @@ class Profile:
     unset: tuple[str, ...]  # variables that ${env:NAME} asked for and that are not set
     notes: tuple[str, ...] = ()  # things to say
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What counts for that stage where neither recipe nor command line say more."""
+        return defaults(self.executor) | self.keys | self.stage
+
     def require_set(self) -> None:
         """Raises Refusal if the profile reads a variable that is not set: fine for a dry run, not for a launch."""
         if self.unset:
             raise Refusal("profile %s reads %s, which %s not set" % (
                 self.name, ", ".join(self.unset), "is" if len(self.unset) == 1 else "are"),
                 "export it, or write the value into %s" % self.files[0])
+
+
+def defaults(executor: str) -> dict[str, Any]:
+    """The defaults of the executor's keys."""
+    return {name: key.default for name, key in KEYS.items()
+            if key.default is not None and (not key.executors or executor in key.executors)}
 
 
 PINNED: list[Path] = []
@@ -218,7 +232,7 @@ def sections() -> dict[str, dict[str, Any]]:
     return found
 
 
-def shared(name: str, dry: bool = False) -> dict[str, Any]:
+def section(name: str, dry: bool = False) -> dict[str, Any]:
     """env.toml's [wandb] or [artifacts], with variables read; {} where there is none. Raises Refusal for a variable
     that is not set, unless it is only for show."""
     unset: list[str] = []
@@ -470,5 +484,6 @@ def table() -> str:
     for name, key in KEYS.items():
         kind = " or ".join("`%s`" % choice for choice in CHOICES[name]) if name in CHOICES else kinds[key.kind]
         about = "another name for `%s`" % key.alias if key.alias else key.about
+        about += " (default: %s)" % key.default if key.default is not None else ""
         rows.append("| `%s` | %s | %s | %s |" % (name, kind, ", ".join(key.executors) or "all", about))
     return "\n".join(rows) + "\n"

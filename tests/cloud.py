@@ -26,10 +26,10 @@ os.environ["NEMORUN_HOME"], os.environ["LEPTON_CACHE_DIR"] = str(STATE / "nemo")
 import layout  # noqa: E402
 import pytest  # noqa: E402
 
-import backends  # noqa: E402
+import jobs  # noqa: E402
 import launch  # noqa: E402
 import profiles  # noqa: E402
-from backends import clouds  # noqa: E402
+from backends.common import follow  # noqa: E402
 from tests.emulators import LeptonEmulator, RunaiEmulator, no_pods_because  # noqa: E402
 
 EMULATED = pytest.mark.skipif(no_pods_because() is not None, reason=str(no_pods_because()))
@@ -85,8 +85,8 @@ class Cloud:
         self.profile()
         self.recipe(HELLO)
         monkeypatch.setattr(profiles, "FOLDER", self.folder)
-        monkeypatch.setattr(clouds, "POLL_S", 0.05)
-        for name in [name for name in os.environ if name.startswith(("LEPTON_WORK", "RUNAI_"))] + list(backends.TOKENS):
+        monkeypatch.setattr(follow, "POLL_S", 0.05)
+        for name in [name for name in os.environ if name.startswith(("LEPTON_WORK", "RUNAI_"))] + list(jobs.TOKENS):
             monkeypatch.delenv(name, raising=False)
         for name, value in {"HOME": place / "home", "AIRLIFT_HOME": place / "airlift", **server.env()}.items():
             monkeypatch.setenv(name, str(value))
@@ -120,8 +120,8 @@ class Cloud:
 
     def process(self, *words, **options):
         """launch.py as a process of its own, with our profiles."""
-        start = ("import sys; sys.path.insert(0, %r); import profiles, launch, backends.clouds, pathlib;"
-                 "profiles.FOLDER = pathlib.Path(%r); backends.clouds.POLL_S = 0.1; sys.exit(launch.main(sys.argv[1:]))"
+        start = ("import sys; sys.path.insert(0, %r); import profiles, launch, backends.common.follow, pathlib;"
+                 "profiles.FOLDER = pathlib.Path(%r); backends.common.follow.POLL_S = 0.1; sys.exit(launch.main(sys.argv[1:]))"
                  % (str(layout.REPO), str(self.folder)))
         return subprocess.Popen([sys.executable, "-c", start, *map(str, words)], text=True, stdin=subprocess.DEVNULL,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.place, **options)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support import need, plan, ran
 
-import backends
+import jobs
 import pod
 from transport import Refusal
 
@@ -36,7 +36,7 @@ def repository(tmp_path: Path) -> Path:
 
 def launched(tmp_path: Path, mount: str, mirrors: dict[str, str], **settings: str) -> tuple[int, str, list[str]]:
     """(exit code, output, notes) of a pod that was planned with one mount."""
-    clones, notes = backends.clones({"mounts": [mount], "git_mirrors": mirrors} | settings, "lepton")
+    clones, notes = jobs.clones({"mounts": [mount], "git_mirrors": mirrors} | settings, "lepton")
     code, done = ran(plan(clones=clones, command="cat %s/opt/lib*/version" % tmp_path), tmp_path / "scratch")
     return code, done.text, notes
 
@@ -83,4 +83,4 @@ def test_image_uses_what_the_image_has(repository: Path, tmp_path: Path) -> None
 
 def test_an_entry_that_cannot_be_read_is_refused() -> None:
     with pytest.raises(Refusal, match="cannot be read"):
-        backends.clones({"mounts": ["${auto_mount:https://host/x@main}"]}, "dgxcloud")
+        jobs.clones({"mounts": ["${auto_mount:https://host/x@main}"]}, "dgxcloud")

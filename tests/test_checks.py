@@ -8,8 +8,9 @@ import pytest
 from cloud import EMULATED, PLATFORMS, cloud
 from test_local import Place
 
-import backends
-from backends import checks, docker, local, slurm
+import jobs
+from backends import docker, local, slurm
+from backends.common import checks
 from tests import support
 from transport import Refusal
 
@@ -200,7 +201,7 @@ def test_docker_that_is_not_there(monkeypatch):
 
 def test_a_job_that_slurm_cannot_have_is_found_before_anything_is_asked():
     settings = {"account": "a", "partition": "p", "remote_job_dir": "jobs"}
-    job = backends.Job("t23456", "a/b", "slurm", 1, 0, 1, None, settings, support.job(), {})
+    job = jobs.Job("t23456", "a/b", "slurm", 1, 0, 1, None, settings, support.job(), {})
     (only,) = slurm.probe(settings, job)
     assert (only.what, only.state, only.code) == ("profile", "failure", 2)
 

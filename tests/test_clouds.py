@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import backends
-from backends import clouds
+import runs
+from backends.common import bodies, follow, http
 
 pytestmark = EMULATED
 
@@ -78,8 +79,8 @@ ON_BOTH_IN_TIME = pytest.mark.parametrize("here", ["lepton", pytest.param("dgxcl
         pytest.param(kind, nodes, "xz", marks=SLOW) for kind in PLATFORMS for nodes in (1, 2, 4))], indirect=["here"])
 def test_the_payload_up_to_the_edge(here, nodes, method):
     here.profile(compression=method)
-    first, last = backends.new_run_id(), backends.new_run_id()
-    here.monkeypatch.setattr(backends, "new_run_id", lambda: last)  # it has its share in the sum
+    first, last = runs.new_run_id(), runs.new_run_id()
+    here.monkeypatch.setattr(runs, "new_run_id", lambda: last)  # it has its share in the sum
     fits, over = 0, 1_400_000
     while over - fits > 1:
         middle = (over + fits) // 2
@@ -90,7 +91,7 @@ def test_the_payload_up_to_the_edge(here, nodes, method):
     assert result.code == 3 and "API object needs" in result.err and "nothing was submitted" in result.err
     assert here.server.requests == []
     for number, (size, run) in enumerate(((fits // 3, first), (fits, last))):
-        here.monkeypatch.setattr(backends, "new_run_id", lambda run=run: run)
+        here.monkeypatch.setattr(runs, "new_run_id", lambda run=run: run)
         here.pad(size)
         result = here.launch("--nodes", nodes)
         assert (result.code, result.err) == (0, ""), result.out
@@ -175,7 +176,7 @@ def test_the_exit_code_is_the_recipes(here, nodes):
                 % (nodes - 1))
     result = here.launch("--nodes", nodes)
     assert (result.code, "the job failed with exit code 37 after" in result.err) == (1, True), result.err
-    assert backends.load_run(result.run).job_exit_code == 37
+    assert runs.load_run(result.run).job_exit_code == 37
     assert json.loads(here.main("status", result.run, "--json").out)[0]["job_exit_code"] == 37
 
 
@@ -227,7 +228,7 @@ def test_a_killed_rank_ends_the_job(here, moment, nodes, victim):
     pod.kill()
     result, took = begun.end(10)
     assert pod.wait() == 137 and ("files in" in pod.output) == (moment == "after unpacking")
-    assert result.code == 1 and "the job failed, and no exit code was told" in result.err
+    assert result.code == 1 and "the job failed, and its exit code is not known" in result.err
     silent = re.search(r"rank ([\d, ]+) ended without a word", result.err).group(1).split(", ")
     assert str(victim) in silent  # TERM may find the others before they can say a word, too
     assert len(here.jobs) == 1 and all(len(replica.runs) == 1 for replica in here.job.replicas)  # nothing was retried
@@ -242,7 +243,7 @@ def test_detached_then_followed_from_another_shell(here):
     here.recipe("import os, time\nprint('hello from', os.environ['NODE_RANK'], flush=True)\n"
                 "while not os.path.exists('/shared/go'): time.sleep(0.02)\nprint('went', flush=True)")
     begun = here.launch("--nodes", "2", "--detach")
-    assert begun.code == 0 and "started; come back with: python launch.py logs -f " + begun.run in begun.out
+    assert begun.code == 0 and "started; to follow it: python launch.py logs -f " + begun.run in begun.out
     wait_for(lambda: here.job.pods and all("hello" in pod.output for pod in here.job.pods))
     assert re.fullmatch(r"%s  running  \d+ s +nano3/sft  %s +2      Running" % (begun.run, here.kind),
                         here.main("status").out.splitlines()[1])
@@ -271,7 +272,7 @@ def test_ctrl_c_detaches(here):
     launcher.send_signal(signal.SIGINT)
     run = here.job.pods[0].output.split("airlift-")[1][:6]
     assert launcher.wait(20) == 0
-    assert launcher.stderr.read() == "\nthe job goes on; come back with: python launch.py logs -f %s\n" % run
+    assert launcher.stderr.read() == "\nthe job goes on; to follow it again: python launch.py logs -f %s\n" % run
     assert here.main("status", run).out.splitlines()[1].split()[1] == "running"
 
 
@@ -292,7 +293,7 @@ def test_a_cancelled_job_ends_the_launcher(here):
     begun = Begun(here)
     wait_for(lambda: here.jobs and here.job.pods and "up" in here.job.pods[0].output)
     run = here.job.pods[0].output.split("airlift-")[1][:6]
-    assert backends.backend(here.kind).cancel(backends.load_run(run)).endswith("was stopped")
+    assert backends.backend(here.kind).cancel(runs.load_run(run)).endswith("was stopped")
     result, _ = begun.end(10)
     assert result.code == 1 and "the job was cancelled" in result.err
 
@@ -326,7 +327,7 @@ def test_two_in_one_second_and_a_rerun_have_their_own_names(here):
 
 @given(st.text(max_size=60), st.from_regex(r"[a-z][a-z0-9]{5}", fullmatch=True), st.sampled_from([34, 36]))
 def test_names_fit_the_platforms_rules(recipe, run, longest):
-    name = clouds.job_name(recipe, run, longest)
+    name = bodies.job_name(recipe, run, longest)
     assert re.fullmatch(r"[a-z]([a-z0-9-]{0,%d}[a-z0-9])?" % (longest - 2), name) and name.endswith("-" + run)
 
 
@@ -346,7 +347,7 @@ def test_bad_credentials(here):
     named = {"lepton": "LEPTON_WORKSPACE_TOKEN", "dgxcloud": "client_secret"}[here.kind]
     assert "answered 401" in result.err and named in result.err.splitlines()[1] and wrong not in result.out + result.err
     assert ("invalid or expired token" if here.kind == "lepton" else "wrong secret") in result.err
-    assert here.posts == [] and backends.all_runs() == ([], [])
+    assert here.posts == [] and runs.all_runs() == ([], [])
 
 
 def test_a_secret_that_the_server_repeats_is_not_shown(here):
@@ -366,7 +367,7 @@ def test_an_image_that_cannot_be_pulled(here):
 
 
 def test_a_platform_that_is_not_there(here):
-    here.monkeypatch.setattr(clouds, "BACKOFF_S", 0.01)
+    here.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
     run = here.up()
     url = "http://127.0.0.1:9/api"
     here.monkeypatch.setenv("LEPTON_WORKSPACE_URL" if here.kind == "lepton" else "RUNAI_BASE_URL", url)
@@ -377,14 +378,14 @@ def test_a_platform_that_is_not_there(here):
 
 
 def test_the_table_waits_for_a_silent_platform_once(here):
-    here.monkeypatch.setattr(clouds, "BACKOFF_S", 0.01)
+    here.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
     for _ in range(3):
         here.up()
     here.server.fault("drop", times=999)
     seen = len(here.server.requests)
     table = here.main("status")
     assert table.code == 5 and table.out.count("  unknown  ") == 3 and "cannot be reached" in table.out
-    assert len(here.server.requests) - seen <= clouds.READ_RETRIES + 1
+    assert len(here.server.requests) - seen <= http.READ_RETRIES + 1
 
 
 def test_a_status_that_cannot_be_read_is_an_error(here):
@@ -411,7 +412,7 @@ TROUBLE = {  # a bad moment, and whether a request that creates survives it by i
 @pytest.mark.parametrize("trouble", TROUBLE)
 def test_a_bad_moment_is_survived(here, trouble):
     """In every request but the one that creates: that is for the tests below."""
-    here.monkeypatch.setattr(clouds, "BACKOFF_S", 0.01)
+    here.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
     for path in ("node-groups", "/token", "/projects", r"/(jobs|trainings)/[\w-]+$", "log$"):
         here.server.fault(**TROUBLE[trouble], path=path, times=2)
     if trouble in ("429", "503", "slow"):
@@ -423,19 +424,19 @@ def test_a_bad_moment_is_survived(here, trouble):
 
 @pytest.mark.parametrize("trouble", ["429", "500", "drop", "hang"])
 def test_trouble_that_lasts_ends_in_bounded_time(here, trouble):
-    here.monkeypatch.setattr(clouds, "BACKOFF_S", 0.01)
-    here.monkeypatch.setattr(clouds, "READ_S", 0.2)
+    here.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
+    here.monkeypatch.setattr(http, "READ_S", 0.2)
     here.server.fault(**TROUBLE.get(trouble, {"kind": trouble}), times=99)
     begin = time.monotonic()
     result = here.launch()
     assert result.code == 5 and len(result.err.splitlines()) == 2 and time.monotonic() - begin < 5
-    assert len(here.server.requests) <= clouds.RETRIES + 1
+    assert len(here.server.requests) <= http.RETRIES + 1
 
 
 @pytest.mark.parametrize("trouble", [{"kind": "drop"}, {"kind": "reset"}, {"kind": "status", "status": 500},
                                      {"kind": "status", "status": 503}, {"kind": "status", "status": 504}])
 def test_a_creation_whose_answer_got_lost_is_not_doubled(here, trouble):
-    here.monkeypatch.setattr(clouds, "BACKOFF_S", 0.01)
+    here.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
     here.server.fault(**trouble, done=True, method="POST", path="/(jobs|trainings)$")
     result = here.launch()
     assert (result.code, result.err) == (0, "") and "hello from 0" in result.out
@@ -443,7 +444,7 @@ def test_a_creation_whose_answer_got_lost_is_not_doubled(here, trouble):
 
 
 def test_a_creation_that_never_arrived(here):
-    here.monkeypatch.setattr(clouds, "BACKOFF_S", 0.01)
+    here.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
     here.server.fault("drop", method="POST", path="/(jobs|trainings)$")
     result = here.launch("--detach")
     assert result.code == 5 and "look for nano3-sft-" in result.err and here.jobs == []
@@ -452,7 +453,7 @@ def test_a_creation_that_never_arrived(here):
 
 
 def test_a_platform_that_is_out_of_reach_for_a_while_does_not_end_the_following(here):
-    here.monkeypatch.setattr(clouds, "BACKOFF_S", 0.01)
+    here.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
     here.recipe("import os, time\nprint('up', flush=True)\nwhile not os.path.exists('/shared/go'): time.sleep(0.02)")
     begun = Begun(here)
     wait_for(lambda: here.jobs and here.job.pods and "up" in here.job.pods[0].output)
@@ -461,7 +462,7 @@ def test_a_platform_that_is_out_of_reach_for_a_while_does_not_end_the_following(
     (here.volume / "go").write_text("")
     result, _ = begun.end(20)
     assert result.code == 0 and result.out.count("trying again for 10 minutes") == 1
-    here.monkeypatch.setattr(clouds, "PATIENCE_S", 0)
+    here.monkeypatch.setattr(follow, "PATIENCE_S", 0)
     run = here.up()
     here.server.fault("status", status=503, times=99, path=r"/(jobs|trainings)/[\w-]+$")
     result = here.main("logs", run)

@@ -7,7 +7,9 @@ from cloud import EMULATED, KEEPS_ON, cloud, wait_for
 from support import plant
 
 import backends
+import runs
 from backends import dgxcloud
+from backends.common import http
 
 pytestmark = EMULATED
 
@@ -52,7 +54,7 @@ def test_a_quota(here):
     here.profile(project_name="team-without-quota")
     result = here.launch()
     assert result.code == 4 and "has a quota of 0 GPUs; the workload asks for 1" in result.err
-    assert here.jobs == [] and backends.all_runs() == ([], [])
+    assert here.jobs == [] and runs.all_runs() == ([], [])
 
 
 def test_a_project_that_is_not_there_and_one_on_the_third_page(here):
@@ -121,7 +123,7 @@ def test_without_any_address_for_logs(here):
     here.recipe("import time\ntime.sleep(0.5)\nraise SystemExit(3)")
     result = here.launch()
     assert result.code == 1 and "no kube_apiserver_url in the profile" in result.out
-    assert "no exit code was told (Failed" in result.err
+    assert "its exit code is not known (Failed" in result.err
     log = here.volume / "airlift/nano3/runs" / result.run / "rank-0.log"
     assert log.exists() and (log.parent / "rank-0.exit").read_text() == "3\n"
 
@@ -142,22 +144,22 @@ def test_retries_of_one_node_are_followed_and_several_refused(here):
 def test_the_answer_of_a_creation_that_comes_too_late(here):
     """It and the look for it fail; later commands find the workload by its name."""
     here.recipe(KEEPS_ON)
-    here.monkeypatch.setattr(backends.clouds, "BACKOFF_S", 0.01)
+    here.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
     here.server.fault("drop", done=True, method="POST", path="/trainings$")
     here.server.fault("status", status=503, times=9, path="^/workloads$")
     result = here.launch()
     assert result.code == 5 and "the request had been sent" in result.err and len(here.jobs) == 1
     here.server._faults.clear()
-    run = backends.all_runs()[0][0].run
+    run = runs.all_runs()[0][0].id
     assert here.main("status", run).code == 0
     assert here.main("cancel", run).out.endswith("was stopped\n") and here.job.state == "Stopped"
 
 
 def test_one_that_never_came_to_be(here):
-    here.monkeypatch.setattr(backends.clouds, "BACKOFF_S", 0.01)
+    here.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
     here.server.fault("drop", method="POST", path="/trainings$")
     assert here.launch().code == 5
-    result = here.main("status", backends.all_runs()[0][0].run)
+    result = here.main("status", runs.all_runs()[0][0].id)
     assert result.code == 4 and "its creation failed" in result.err
 
 
@@ -170,7 +172,7 @@ def test_a_run_is_found_from_anywhere(here, tmp_path):
     here.recipe(KEEPS_ON)
     here.monkeypatch.chdir(tmp_path / "there")
     assert here.main("nano3", "sft", "mine", "--detach", "--repo-root", here.root).code == 0
-    run = backends.all_runs()[0][0].run
+    run = runs.all_runs()[0][0].id
     here.monkeypatch.chdir(tmp_path / "elsewhere")
     for words in (["status", run], ["diff", run], ["cancel", run]):
         result = here.main(*words)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from backends import Job, docker
+from backends import docker
+from jobs import Job
 from tests import layout, support
 from tests.podman import Podman, why_not
 from transport import Refusal
@@ -50,7 +51,7 @@ def test_gpus_and_their_runtime_only_when_asked_for(gpus: Any, asked: Any) -> No
 
 
 def test_gpus_reach_the_daemon() -> None:
-    from backends import nemo
+    from backends.common import nemo
 
     sent: dict[str, Any] = {}
 
@@ -63,7 +64,7 @@ def test_gpus_reach_the_daemon() -> None:
 
     executor = docker.docker_executor(job(gpus_per_node=2, runtime="nvidia", shm_size="1g"), ["/a:/b"])
     executor.experiment_id = "x"
-    nemo.ENVIRONMENT["t23456"] = {"A": "b"}
+    nemo.HANDED["t23456"] = nemo.Handed(environment={"A": "b"})
     nemo.CarriedContainer(name="x", command=["true"], executor=executor, extra_env={}).run(Client(), "t23456")
     assert sent["device_requests"][0]["Count"] == 2 and sent["runtime"] == "nvidia" and sent["shm_size"] == "1g"
     assert (sent["command"], sent["environment"], sent["volumes"]) == (["true"], {"A": "b"}, ["/a:/b"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from layout import recipe, write
 
-import backends
+import jobs
 import launch
 import profiles
 from transport import Refusal
@@ -26,7 +26,7 @@ class World:
         monkeypatch.setattr(profiles, "FOLDER", self.profiles)
         monkeypatch.chdir(self.here)
         monkeypatch.setenv("AIRLIFT_HOME", str(place / "home"))
-        for name in (*backends.TOKENS, "NEMOTRON_ENV_FILE", "GONE"):
+        for name in (*jobs.TOKENS, "NEMOTRON_ENV_FILE", "GONE"):
             monkeypatch.delenv(name, raising=False)
 
     def yaml(self, text, **fields):
@@ -430,7 +430,7 @@ def test_the_order_of_who_wins(world, top):
     forced = ["run.env.container_image=forced", "run.env.nodes=6", "run.env.gpus_per_node=6", "run.env.shm_size=6g"]
     words = (forced if "forced" in use else []) + (["--nodes", "7"] if "flag" in use else [])
     seen = []
-    world.monkeypatch.setattr(backends, "unpacking", lambda settings: seen.append(settings) or {"unpack": "local"})
+    world.monkeypatch.setattr(jobs, "unpacking", lambda settings: seen.append(settings) or {"unpack": "local"})
     found = world.plan("x", *words)["recipe"]
     level = {"header": 1, "yaml's rest": 1, "profile": 3, "yaml's five": 4, "stage": 5, "forced": 6, "flag": 6}[use[-1]]
     names = {1: "header", 3: "profile", 4: "yaml", 5: "stage", 6: "forced"}
@@ -452,7 +452,7 @@ def mounts(world, executor, yaml=(), ours=None, extra=""):
         executor, NEEDED[executor])
     world.env(text + extra)
     seen = []
-    world.monkeypatch.setattr(backends, "unpacking", lambda settings: seen.append(settings) or {"unpack": "local"})
+    world.monkeypatch.setattr(jobs, "unpacking", lambda settings: seen.append(settings) or {"unpack": "local"})
     code, out, err = world.say("nano3", "sft", "x", "--json", "--repo-root", world.project)
     if code:
         return err

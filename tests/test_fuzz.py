@@ -21,6 +21,7 @@ from support import toml
 
 import launch
 import pod
+import prepare
 import profiles
 import recipes
 import transport
@@ -70,7 +71,7 @@ def world():
         write(root / "profiles/local.toml", 'executor = "local"\n[env_vars]\nA = "b"\n')
         write(root / "profiles/docker.toml", 'executor = "docker"\n')
         write(root / "env.toml", "")
-        patch.setattr(launch, "HERE", str(root))
+        patch.setattr(prepare, "HERE", root)
         patch.setattr(profiles, "FOLDER", root / "profiles")
         patch.setattr(transport, "compress", lambda data, method: transport.lzma.compress(data, preset=0))
         patch.setenv("AIRLIFT_HOME", str(root / "home"))
@@ -154,7 +155,7 @@ def test_any_text_as_a_profile(world, text, in_env):
     try:
         found = refusal(profiles.load, "p", "rl")
         refusal(profiles.names)
-        refusal(profiles.shared, "wandb")
+        refusal(profiles.section, "wandb")
         refusal(lambda: list(profiles.overview()))
     finally:
         (world / "env.toml").write_text("")

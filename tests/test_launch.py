@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,10 +17,13 @@ from hypothesis import strategies as st
 from layout import FLAT, REPO, flat_folder, header, launcher, nemotron, recipe, write
 from support import python
 
-import backends
+import commands
+import jobs
 import launch
+import prepare
 import profiles
 import recipes
+import runs
 import transport
 
 FAMILY = ["nano3", "sft"]
@@ -32,12 +36,12 @@ def here(tmp_path, monkeypatch):
     shutil.copytree(REPO / "profiles", root / "profiles", ignore=shutil.ignore_patterns("__pycache__"))
     home = tmp_path / "home"
     home.mkdir()
-    monkeypatch.setattr(launch, "HERE", str(root))
+    monkeypatch.setattr(prepare, "HERE", root)
     monkeypatch.setattr(profiles, "FOLDER", root / "profiles")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("AIRLIFT_HOME", str(home / "airlift"))
     for name in list(os.environ):
-        if name.startswith(("LEPTON_", "RUNAI_", "SLURM_")) or name in backends.TOKENS:
+        if name.startswith(("LEPTON_", "RUNAI_", "SLURM_")) or name in jobs.TOKENS:
             monkeypatch.delenv(name)
     return root
 
@@ -75,9 +79,9 @@ REFUSALS = [
     ("nano3 sft --nodes 0", "--nodes is 0", "a job has one node or more"),
     ("nano3 sft --nodes -3", "--nodes is -3", "a job has one node or more"),
     ("nano3 sft --nodes two", "--nodes is 'two'", "it must be a whole number, 1 or more"),
-    ("nano3 sft --nodes", "--nodes stands without a value", "write it behind, like: --nodes 2, -c default"),
-    ("nano3 sft -c", "--config stands without a value", "write it behind, like: --nodes 2, -c default"),
-    ("nano3 sft -c -- x", "--config stands without a value", "write it behind, like: --nodes 2, -c default"),
+    ("nano3 sft --nodes", "--nodes needs a value", "write it after the option, like: --nodes 2, -c default"),
+    ("nano3 sft -c", "--config needs a value", "write it after the option, like: --nodes 2, -c default"),
+    ("nano3 sft -c -- x", "--config needs a value", "write it after the option, like: --nodes 2, -c default"),
     ("nano3 sft --dry", "there is no option --dry", "did you mean --dry-run?"),
     ("nano3 sft --repo .", "there is no option --repo", "did you mean --repo-root?"),
     ("nano3 sft --lr=1", "there is no option --lr",
@@ -109,8 +113,8 @@ REFUSALS = [
      "export it, or take it out of [secrets]"),
     ("nano3 sft --repo-root /nonexistent", "there is no recipe under /nonexistent/src/*/recipes or steps",
      "name the source tree with --repo-root"),
-    ("nano3 sft --repo-root", "--repo-root stands without a value",
-     "write it behind, like: --nodes 2, -c default"),
+    ("nano3 sft --repo-root", "--repo-root needs a value",
+     "write it after the option, like: --nodes 2, -c default"),
     ("list nan", "ROOT has no recipe of family nan", "did you mean nano3?"),
     ("list a b", "'b' is one word too many", "list takes a family at most"),
     ("list --repo-root /nonexistent", "/nonexistent has no recipe", "name the source tree with --repo-root"),
@@ -162,11 +166,7 @@ POOL = st.sampled_from([
 @given(st.lists(POOL | st.text(max_size=5).filter(lambda word: "\0" not in word), max_size=7))
 def test_any_words_end_in_two_lines_at_most(say, monkeypatch, words):
     monkeypatch.setattr(transport, "compress", lambda data, method: b"x")
-    try:
-        code, _, err = say("--dry-run", *words)
-    except SystemExit as done:
-        assert done.code == 0 and {"-h", "--help"} & set(words)
-        return
+    code, _, err = say("--dry-run", *words)
     assert code in (0, 2) and len(err.splitlines()) == (2 if code else 0)
     assert "a bug" not in err
 
@@ -190,7 +190,7 @@ def test_no_error_ends_in_a_traceback(say, monkeypatch, capsys, error, code, fir
     def fail(options):
         raise error
 
-    monkeypatch.setitem(launch.COMMANDS, "list", fail)
+    monkeypatch.setattr(launch.COMMANDS["list"], "function", fail)
     found, out, err = say("list")
     assert (found, out) == (code, "") and len(err.splitlines()) == 2
     assert err.splitlines()[0] == "airlift: " + first
@@ -198,17 +198,21 @@ def test_no_error_ends_in_a_traceback(say, monkeypatch, capsys, error, code, fir
 
 
 def test_help(here, capsys):
-    for words in (["--help"], ["-h"], ["nano3", "sft", "--help"], ["list", "-h"]):
-        with pytest.raises(SystemExit) as done:
-            launch.main(words)
-        assert done.value.code == 0
-        assert capsys.readouterr().out == launch.USAGE
-    with pytest.raises(SystemExit):
-        launch.main(["--help"])
-    for command in launch.COMMANDS:
-        assert command == "launch" or command in launch.USAGE
+    """The overview fits a screen; of each command everything is told, and nothing of another."""
+    assert launch.main(["--help"]) == launch.main(["-h"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 2 * 24 and max(map(len, shown.splitlines())) <= 120
+    for name, command in launch.COMMANDS.items():
+        assert command.about in shown and (name == "launch" or "  %s" % name in shown)
     for code in "012345":
-        assert " %s " % code in launch.USAGE
+        assert re.search(r"\b%s [a-z]" % code, shown)
+    for name, command in launch.COMMANDS.items():
+        assert launch.main([name, "--help"]) == 0
+        told = capsys.readouterr().out
+        for option, known in launch.OPTIONS.items():
+            assert (known.about in told) == (option in command.options), (name, option)
+    assert launch.main(["nano3", "sft", "--help"]) == 0
+    assert capsys.readouterr().out == launch.detail("launch")
 
 
 def test_broken_files_are_named_with_their_line(say, here):
@@ -408,22 +412,21 @@ def test_a_later_stage_that_is_refused_says_how_to_go_on(say, here, monkeypatch)
         if started:
             raise transport.Refusal("the platform could not be reached", "look at the network", 5)
         started.append(plan.recipe.name)
-        return backends.Run("t23456", plan.recipe.name, "local", "local", 1, "0", ended=["done", ""],
-                            record={"submitting": 0.0})
+        return runs.Run("t23456", plan.recipe.name, "local", "local", 1, "0", ended=["done", ""]), 0.0
 
     monkeypatch.setattr(launch, "submit", submit)
-    monkeypatch.setattr(launch, "follow", lambda run, took: 0)
+    monkeypatch.setattr(commands, "follow", lambda run, took: 0)
     code, out, err = say("nano3", "prep,sft", "run.env.nodes=1")
     assert (code, started, len(err.splitlines())) == (5, ["nano3/prep"], 2)
-    assert out == "go on from here with: python launch.py nano3 sft run.env.nodes=1\n"
+    assert out == "to continue from here: python launch.py nano3 sft run.env.nodes=1\n"
 
 
 def test_ctrl_c_in_a_pipeline_says_how_to_go_on_behind_the_job_that_goes_on(say, here, monkeypatch):
     recipe(here, "nano3/prep", nodes=1)
-    run = backends.Run("t23456", "nano3/prep", "slurm", "slurm", 1, "0", record={"submitting": 0.0})
-    monkeypatch.setattr(launch, "submit", lambda plan, options: run)
-    monkeypatch.setattr(launch, "follow", lambda run, took: 0)  # as it answers Ctrl-C: the job has not ended
-    assert say("nano3", "prep,sft") == (0, "go on from here with: python launch.py nano3 sft\n", "")
+    run = runs.Run("t23456", "nano3/prep", "slurm", "slurm", 1, "0")
+    monkeypatch.setattr(launch, "submit", lambda one, options: (run, 0.0))
+    monkeypatch.setattr(commands, "follow", lambda run, took: 0)  # as it answers Ctrl-C: the job has not ended
+    assert say("nano3", "prep,sft") == (0, "to continue from here: python launch.py nano3 sft\n", "")
 
 
 def test_notes_are_said(say, here, monkeypatch):
@@ -623,7 +626,7 @@ def test_output_that_cannot_be_written_is_an_error(flat, bare):
         done = subprocess.run([sys.executable, str(flat / "launch.py"), "list"], env=bare, stdout=full,
                               stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == "airlift: No space left on device\nlook whether it is there, yours, and has space\n"
+    assert done.stderr == "airlift: No space left on device\ncheck that it exists, is yours, and that the disk has space\n"
 
 
 def test_any_locale_and_odd_words(flat, bare):

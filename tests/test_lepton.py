@@ -7,6 +7,7 @@ from cloud import EMULATED, cloud, wait_for
 
 import backends
 import backends.lepton
+import runs
 
 pytestmark = EMULATED
 
@@ -126,7 +127,7 @@ def test_a_job_that_the_platform_forgot(here):
     run = here.up()
     here.server.jobs.clear()
     assert backends.GONE in here.main("status", run).out
-    assert backends.load_run(run).ended is None  # that is no news of how it ended
+    assert runs.load_run(run).ended is None  # that is no news of how it ended
 
 
 def test_retries_that_are_asked_for_show_every_attempt(here):

@@ -304,8 +304,8 @@ def test_a_failure_of_the_pod_itself_is_explained(place, profile, code, what):
 def test_ctrl_c_leaves_nothing_running(place, body):
     local = place.folder / "backends/local.py"
     source = local.read_text()
-    assert "\nGRACE = 10.0 " in source
-    local.write_text(source.replace("\nGRACE = 10.0 ", "\nGRACE = 0.5 "))
+    assert "\nGRACE_S = 10.0 " in source
+    local.write_text(source.replace("\nGRACE_S = 10.0 ", "\nGRACE_S = 0.5 "))
     place.recipe(body)
     process = place.start()
     place.probes()
@@ -360,7 +360,7 @@ def test_detach_status_logs_cancel(place):
     done = place.run(*WORDS, "--detach")
     run = run_id(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("started; come back with: python launch.py logs -f %s\n" % run)
+    assert done.stdout.endswith("started; to follow it: python launch.py logs -f %s\n" % run)
     place.probes()
     heads, row = place.run("status").stdout.splitlines()
     assert heads.split() == ["RUN", "STATE", "AGE", "RECIPE", "PROFILE", "NODES", "DETAIL"]
@@ -558,7 +558,7 @@ def test_stages_stop_at_the_first_failure_and_go_on_from_there(place):
     assert failed.returncode == 1 and "the job failed with exit code 7" in failed.stderr
     assert len(failed.stderr.splitlines()) == 2
     hint = failed.stdout.splitlines()[-1]
-    assert hint == "go on from here with: python launch.py nano3 prep,train local steps=2 force=true --nodes 1 -- '--name=a b'"
+    assert hint == "to continue from here: python launch.py nano3 prep,train local steps=2 force=true --nodes 1 -- '--name=a b'"
     (place.output / "fails").unlink()
     done = place.run(*shlex.split(hint.split("launch.py ")[1]))
     assert (done.returncode, done.stderr) == (0, "") and "go on" not in done.stdout

@@ -15,7 +15,7 @@ import layout
 import pytest
 from cloud import EMULATED, PLATFORMS, cloud, noise, seen_in, wait_for
 
-import backends
+import runs
 
 pytestmark = EMULATED
 
@@ -378,6 +378,6 @@ def test_a_refused_job_leaves_no_record(here):
     import nemo_run as run
 
     here.server.fault("status", status=400, method="POST", path="/(jobs|trainings)$")
-    here.monkeypatch.setattr(backends, "new_run_id", lambda: "refuse")
+    here.monkeypatch.setattr(runs, "new_run_id", lambda: "refuse")
     assert here.launch().code == 4
-    assert run.Experiment.catalog("nano3-sft-refuse") == [] and backends.all_runs() == ([], [])
+    assert run.Experiment.catalog("nano3-sft-refuse") == [] and runs.all_runs() == ([], [])

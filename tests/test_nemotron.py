@@ -26,7 +26,11 @@ from omegaconf import OmegaConf
 from support import PATH
 
 import backends
+import commands
+import configs
+import jobs
 import launch
+import prepare
 import profiles
 import recipes
 import transport
@@ -152,10 +156,10 @@ def ours(case, monkeypatch):
     profile = profiles.load(case["profile"]) if case["profile"] else None
 
     def settle(recipe, yaml, forced):
-        return backends.settle(recipe, profile, None, yaml, forced, []) if profile else yaml
+        return jobs.settings_for(recipe, profile, None, yaml, forced, []) if profile else yaml
 
-    config = recipes.compile_config(scanned()[case["name"]], case["config"], case["overrides"], settle,
-                                    profiles.shared("wandb"), profiles.shared("artifacts"))
+    config = configs.compile_config(scanned()[case["name"]], case["config"], case["overrides"], settle,
+                                    profiles.section("wandb"), profiles.section("artifacts"))
     train = OmegaConf.to_container(OmegaConf.load(io.StringIO(config.text)), resolve=False)
     return {"train": train, "env": config.run["env"]}
 
@@ -261,7 +265,8 @@ def planned(monkeypatch, tmp_path, executor, recipe, scope="family", *words):
     monkeypatch.setenv("NEMOTRON_ENV_FILE", str(tmp_path / "env.toml"))
     monkeypatch.setenv("USER", "someone")
     _, options = launch.parse([recipe.family, recipe.stage, executor, "--repo-root", str(ROOT), *words])
-    return launch.Launch(options, True, recipe.family, recipe.stage, executor, [])
+    named = prepare.words_of([recipe.family, recipe.stage, executor])
+    return prepare.Launch(named, recipe.stage, commands.wishes(options), True)
 
 
 def test_every_recipe_plans_on_every_executor(monkeypatch, tmp_path):
@@ -354,8 +359,8 @@ def test_what_a_script_meets_in_a_pod(executor, scope, monkeypatch, tmp_path, ca
             assert pod.wait(60) == 0, (recipe.name, pod.output)
         finally:
             pod.close()
-        inside = "/scratch/airlift-%s" % found.job.run
-        here = scratch / ("airlift-%s" % found.job.run)
+        inside = "/scratch/airlift-%s" % found.job.run_id
+        here = scratch / ("airlift-%s" % found.job.run_id)
         seen = json.loads((scratch / "seen.json").read_text())
         argv = [re.sub(r"^rank-0:\d+$", "rank-0:<port>", "<n>" if word == "--nproc-per-node" else after)
                 for word, after in zip(["", *seen["argv"]], seen["argv"], strict=False)]
@@ -449,7 +454,7 @@ def dialogue_of(turns, tools):
        st.sampled_from(["nano3", "lightning35"]))
 def test_each_answer_is_learned_behind_what_nvidias_data_prep_puts_before_it(turns, tools, system, template):
     """Their sequences repeat the turns before; ours hold several answers where the template lets them."""
-    sys.path.insert(0, str(Path(launch.HERE, "src")))
+    sys.path.insert(0, str(prepare.HERE / "src"))
     from starter import chat
     from starter.dialogue import parse_dialogue
 

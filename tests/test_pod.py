@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import MARKS, PATH, SCRIPT, job, need, plan, plant, pythons, ran, shape, shape_of, started, tmpfs, tree
 
+import configs
 import pod
 import transport
 from pod import Failure, find_master, find_rank, first_host
@@ -515,11 +516,10 @@ AWKWARD = ["/w s/a'b", '/w"q', "/w\\back", "/w: colon #hash", "/größe/デー�
 
 @pytest.mark.parametrize("root", AWKWARD, ids=ascii)
 def test_a_config_with_awkward_places_is_still_yaml(root: str) -> None:
-    import recipes
 
     value = {"out": "/nemo_run/out", "list": ["/nemo_run", "a:/nemo_run/x y"], "n": 1, "other": "größe: #x",
              "/nemo_run/key": 1}
-    filled = places(root).fill(recipes.dump(value), config=True)
+    filled = places(root).fill(configs.dump(value), config=True)
     assert yaml.safe_load(filled) == {"out": root + "/out", "list": [root, "a:" + root + "/x y"], "n": 1,
                                       "other": "größe: #x", root + "/key": 1}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from layout import REPO, recipe, write
 from support import toml
 
-import backends
+import jobs
 import launch
 import profiles
 import recipes
@@ -385,7 +385,7 @@ def settle(executor="lepton", *, header=None, profile=None, yaml=None, stage=Non
         "image": None, "launch": "torchrun", "cmd": None, "workdir": None, "config_dir": REPO, "config_default": "d",
         "nodes": 1, "gpus_per_node": 8, "env": env or {}, **fields})
     notes = []
-    found = backends.settle(made, profiles.Profile("p", executor, ("p.toml",), profile or {}, stage or {}, ()), flag,
+    found = jobs.settings_for(made, profiles.Profile("p", executor, ("p.toml",), profile or {}, stage or {}, ()), flag,
                             (yaml or {}) | (forced or {}), forced or {}, notes)
     return found, notes
 
@@ -449,7 +449,7 @@ def test_a_table_is_a_mount_of_leptons_wherever_it_stands():
     ("local", {"workspace": "/w"}, ""), ("dgxcloud", {"workspace": "/w"}, ""),
 ])
 def test_where_nothing_is_kept_it_is_said(executor, settings, said):
-    note = backends.not_kept(settings, executor)
+    note = jobs.not_kept(settings, executor)
     assert said in note and bool(note) == bool(said)
 
 
@@ -508,22 +508,22 @@ def test_a_workspace_that_the_yaml_names_is_anchored_like_the_profiles(folder):
     ("dgxcloud", {"pvcs": [{"path": "/v"}]}, "/v/nano3"), ("slurm", {"remote_job_dir": "/j"}, "/j/nano3"),
     ("docker", {"mounts": ["~/x:/w:ro"]}, "/w/nano3"), ("docker", {}, None)])
 def test_where_outputs_are_kept(folder, executor, profile, root):
-    assert backends.run_root(settle(executor, profile=profile)[0], "nano3") == root
+    assert jobs.run_root(settle(executor, profile=profile)[0], "nano3") == root
 
 
 @pytest.mark.parametrize("executor", ["docker", "lepton", "dgxcloud", "slurm"])
 def test_a_workspace_in_a_pod_is_absolute(executor):
-    found = refusal(backends.run_root, settle(executor, profile={"workspace": "out"})[0], "nano3")
+    found = refusal(jobs.run_root, settle(executor, profile={"workspace": "out"})[0], "nano3")
     assert str(found) == "the workspace is 'out'\nit must be an absolute path, as the pod sees it"
 
 
 def test_secrets_are_references():
-    assert backends.check_secrets({"A": "env"}, "local")[0] == {"A": "env"}
-    assert backends.check_secrets({"A": "lepton:a"}, "lepton")[0] == {"A": "lepton:a"}
+    assert jobs.check_secrets({"A": "env"}, "local")[0] == {"A": "env"}
+    assert jobs.check_secrets({"A": "lepton:a"}, "lepton")[0] == {"A": "lepton:a"}
     for executor, value, fix in [
             ("local", "lepton:a", 'write "env"'), ("local", 3, 'write "env"'), ("lepton", "hf_abc", '"lepton:name"'),
             ("lepton", "lepton:", '"lepton:name"'), ("dgxcloud", "lepton:a", '"runai:')]:
-        found = refusal(backends.check_secrets, {"TOKEN": value}, executor)
+        found = refusal(jobs.check_secrets, {"TOKEN": value}, executor)
         assert found.what == "secrets.TOKEN is not a reference that %s has" % executor
         assert found.fix.startswith('write "env"') and fix in found.fix and "hf_abc" not in str(found)
 
@@ -532,7 +532,7 @@ def test_a_token_that_is_set_but_not_sent_is_mentioned(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_xyz")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("NGC_API_KEY", raising=False)
-    assert backends.check_secrets({}, "local")[1] == [
+    assert jobs.check_secrets({}, "local")[1] == [
         "HF_TOKEN is set here but not sent; name it under [secrets] to send it"]
-    assert backends.check_secrets({"HF_TOKEN": "env"}, "local")[1] == [
+    assert jobs.check_secrets({"HF_TOKEN": "env"}, "local")[1] == [
         "HF_TOKEN is sent by value, in the job's environment"]

@@ -15,8 +15,8 @@ import support
 from cloud import EMULATED, KEEPS_ON, cloud, wait_for
 from layout import flat_folder, launcher, recipe
 
-import backends
 import pod
+from backends.common import http
 from tests.emulators import fields
 
 PATIENCE = 40
@@ -374,7 +374,7 @@ def test_a_detached_launch_leaves_its_cluster_until_it_is_asked_about(lepton):
 ])
 def test_a_cluster_that_is_refused(lepton, trouble, code, words):
     grpo(lepton, WHERE, ray_version="2.60.0", **({} if trouble else {"node_group": "elsewhere"}))
-    lepton.monkeypatch.setattr(backends.clouds, "BACKOFF_S", 0.01)
+    lepton.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
     if trouble:
         lepton.server.fault("status", method="POST", path="/rayclusters$", **trouble)
     result = lepton.launch("--nodes", 2, stage="rl")

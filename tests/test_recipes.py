@@ -15,6 +15,7 @@ from layout import header, nemotron, recipe, write
 from omegaconf import OmegaConf
 from support import toml
 
+import configs
 import recipes
 from transport import Refusal
 
@@ -241,30 +242,30 @@ def one(tmp_path):
 
 
 def test_c_is_a_name_or_a_path(one, tmp_path, monkeypatch):
-    assert recipes.config_file(one, None) == one.config_dir / "default.yaml"
-    assert recipes.config_file(one, "tiny") == one.config_dir / "tiny.yaml"
-    assert recipes.config_file(one, "old") == one.config_dir / "old.yml"
+    assert configs.config_file(one, None) == one.config_dir / "default.yaml"
+    assert configs.config_file(one, "tiny") == one.config_dir / "tiny.yaml"
+    assert configs.config_file(one, "old") == one.config_dir / "old.yml"
     mine = write(tmp_path / "mine.yaml", "a: 4\n")
-    assert recipes.config_file(one, str(mine)) == mine
+    assert configs.config_file(one, str(mine)) == mine
     monkeypatch.chdir(tmp_path)
-    assert recipes.config_file(one, "mine.yaml") == Path("mine.yaml")
-    assert recipes.config_file(one, "./mine.yaml").read_text() == "a: 4\n"
+    assert configs.config_file(one, "mine.yaml") == Path("mine.yaml")
+    assert configs.config_file(one, "./mine.yaml").read_text() == "a: 4\n"
 
 
 def test_the_headers_default_may_be_a_file_name(tmp_path):
     recipe(tmp_path, default="default.yaml")
-    assert recipes.config_file(recipes.find(tmp_path, "nano3/sft"), None).name == "default.yaml"
+    assert configs.config_file(recipes.find(tmp_path, "nano3/sft"), None).name == "default.yaml"
 
 
 def test_an_unknown_config_names_the_nearest(one, tmp_path):
-    assert refusal(recipes.config_file, one, "tny").fix == "did you mean tiny?"
-    assert refusal(recipes.config_file, one, "zzz").fix == "did you mean default or old or tiny?"
-    found = refusal(recipes.config_file, one, "tiny.yaml")
+    assert refusal(configs.config_file, one, "tny").fix == "did you mean tiny?"
+    assert refusal(configs.config_file, one, "zzz").fix == "did you mean default or old or tiny?"
+    found = refusal(configs.config_file, one, "tiny.yaml")
     assert found.what == "there is no config file tiny.yaml" and str(one.config_dir) in found.fix
-    assert "there is no config file" in refusal(recipes.config_file, one, str(tmp_path) + "/").what
+    assert "there is no config file" in refusal(configs.config_file, one, str(tmp_path) + "/").what
     for path in one.config_dir.iterdir():
         path.unlink()
-    assert refusal(recipes.config_file, one, "zzz").fix == "write one there"
+    assert refusal(configs.config_file, one, "zzz").fix == "write one there"
 
 
 # ---------------------------------------------------------------- compile
@@ -273,7 +274,7 @@ def test_an_unknown_config_names_the_nearest(one, tmp_path):
 def compiled(root, text, overrides=(), settings=lambda recipe, yaml, forced: yaml, name=None):
     """The compiled config of a recipe whose default.yaml is `text`, and what the two readers make of it."""
     recipe(root, yaml=text)
-    config = recipes.compile_config(recipes.find(root, "nano3/sft"), name, list(overrides), settings)
+    config = configs.compile_config(recipes.find(root, "nano3/sft"), name, list(overrides), settings)
     read = OmegaConf.to_container(OmegaConf.load(io.StringIO(config.text)), resolve=False)
     assert yaml.safe_load(config.text) == read
     return config, read
@@ -467,7 +468,7 @@ NESTED = st.dictionaries(PLAIN | st.integers() | st.booleans(), st.recursive(
 
 
 def both_read(value):
-    text = recipes.dump(value)
+    text = configs.dump(value)
     assert repr(yaml.safe_load(text)) == repr(value)
     assert repr(OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)) == repr(value)
 
@@ -492,7 +493,7 @@ def test_numbers_stay_numbers(value):
 def test_places_are_quoted_so_that_any_path_fits(tmp_path):
     """pod.py puts a path with quotes, blanks, `: ` and ` #` in, escaped for "...", where no word goes on."""
     path = '/mnt/my "data": a #1\\x'
-    text = recipes.dump({"a": "/nemo_run/x", "/nemo_run/k": ["y /nemo_run"],
+    text = configs.dump({"a": "/nemo_run/x", "/nemo_run/k": ["y /nemo_run"],
                          "lines": "cd\n/nemo_run/a\t/nemo_run \\n/nemo_run"})
     filled = re.sub(r"(?<![\w./}-])/nemo_run", lambda match: json.dumps(path)[1:-1], text)
     assert yaml.safe_load(filled) == {"a": path + "/x", path + "/k": ["y " + path],
@@ -594,7 +595,7 @@ def test_uv_run_needs_a_project(tmp_path, shell):
 
 def test_without_omegaconf_it_says_so(monkeypatch, one):
     monkeypatch.setitem(__import__("sys").modules, "omegaconf", None)
-    found = refusal(recipes.compile_config, one, None, [], lambda recipe, yaml, forced: yaml)
+    found = refusal(configs.compile_config, one, None, [], lambda recipe, yaml, forced: yaml)
     assert "omegaconf" in found.what and "requirements.txt" in found.fix
 
 

@@ -15,12 +15,14 @@ import support
 from cloud import EMULATED, cloud
 from layout import recipe, write
 
-import backends
+import jobs
 import launch
 import pod
+import prepare
 import profiles
+import runs
 import transport
-from backends import clouds
+from backends.common import http
 
 RECIPE = "src/pkg/recipes/nano3/sft"
 
@@ -57,13 +59,13 @@ def place(tmp_path, monkeypatch):
     recipe(root, "nano3/sft", path=RECIPE + "/train.py", nodes=1, gpus=0)
     recipe(root, "nano3/rl", path="src/pkg/recipes/nano3/rl/train.py", launch="ray", nodes=1, gpus=0)
     write(root / "profiles/local.toml", 'executor = "local"\ngpus_per_node = 0\n')
-    monkeypatch.setattr(launch, "HERE", str(root))
+    monkeypatch.setattr(prepare, "HERE", root)
     monkeypatch.setattr(profiles, "FOLDER", root / "profiles")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("AIRLIFT_HOME", str(root / "home"))
     monkeypatch.chdir(root)
     for name in list(os.environ):
-        if name.startswith(("LEPTON_", "RUNAI_", "SLURM_", "NEMOTRON_")) or name in (*backends.TOKENS, "GONE", "T"):
+        if name.startswith(("LEPTON_", "RUNAI_", "SLURM_", "NEMOTRON_")) or name in (*jobs.TOKENS, "GONE", "T"):
             monkeypatch.delenv(name)
     return root
 
@@ -87,7 +89,7 @@ def meddle(monkeypatch, root, path, what):
     monkeypatch.setattr(transport.os, "lstat", lstat)
 
 
-def prepare(monkeypatch, root, files):
+def lay_out(monkeypatch, root, files):
     for path, what in files.items():
         if path.startswith("$"):
             monkeypatch.setenv(path[1:], what.replace("ROOT", str(root)))
@@ -121,8 +123,8 @@ CASES = [
      "overrides are KEY=VALUE; what follows -- goes to the script"),
     ({}, "nano3 sft --nodes 0", 2, "--nodes is 0", "a job has one node or more"),
     ({}, "nano3 sft --nodes two", 2, "--nodes is 'two'", "it must be a whole number, 1 or more"),
-    ({}, "nano3 sft --nodes", 2, "--nodes stands without a value", "write it behind, like: --nodes 2, -c default"),
-    ({}, "nano3 sft -c", 2, "--config stands without a value", "write it behind, like: --nodes 2, -c default"),
+    ({}, "nano3 sft --nodes", 2, "--nodes needs a value", "write it after the option, like: --nodes 2, -c default"),
+    ({}, "nano3 sft -c", 2, "--config needs a value", "write it after the option, like: --nodes 2, -c default"),
     ({}, "nano3 sft --dry", 2, "there is no option --dry", "did you mean --dry-run?"),
     ({}, "nano3 sft --lr=1", 2,
      "there is no option --lr",
@@ -149,7 +151,7 @@ CASES = [
     ({}, "list --nodes 2", 2, "list does not take --nodes", "leave it out"),
     ({}, "list a b", 2, "'b' is one word too many", "list takes a family at most"),
     ({}, "profiles x", 2, "'x' is one word too many", "profiles takes none"),
-    ({}, "files nano3 sft,sft", 2, "files shows one stage at a time", "name one of sft, sft"),
+    ({}, "files nano3 sft,sft", 2, "files takes one stage at a time", "name one of sft, sft"),
     ({}, "status zzzzzz", 2, "there is no run 'zzzzzz'", "python launch.py status lists them"),
     ({}, "status a b", 2, "name one run", "python launch.py status lists them"),
     ({}, "logs", 2, "name one run", "python launch.py status lists them"),
@@ -450,7 +452,7 @@ WITHOUT = [
      "set container_image in the profile"),
     ({P: SLURM, "bin/sh": "-> /bin/sh", "$PATH": "ROOT/bin"}, GO, 4,
      "this machine: cannot use /j: there is no sbatch: no login node, or not in the PATH that ssh gives",
-     "mend what it names, then launch again"),
+     "fix what it names, then launch again"),
     ({P: SLURM + 'tunnel = "ssh"\nhost = "127.0.0.1"\nuser = "u"\nport = 1'}, GO, 5,
      "u@127.0.0.1:1 cannot be reached: ssh: connect to host 127.0.0.1 port 1: Connection refused",
      "check host, port and the network"),
@@ -516,8 +518,8 @@ def name_of(case):
 @pytest.mark.parametrize(("files", "words", "code", "what", "fix"), [*CASES, *WITHOUT],
                          ids=map(name_of, CASES + WITHOUT))
 def test_a_refusal(place, monkeypatch, capsys, files, words, code, what, fix):
-    monkeypatch.setattr(clouds, "BACKOFF_S", 0.001)
-    prepare(monkeypatch, place, files)
+    monkeypatch.setattr(http, "BACKOFF_S", 0.001)
+    lay_out(monkeypatch, place, files)
     before = sorted(place.glob("home/runs/*"))
     assert launch.main(words.split()) == code
     said = capsys.readouterr()
@@ -587,10 +589,10 @@ PLATFORM = [
      "mend container_image or the pull secrets; end the job with: python launch.py cancel ..."),
     ("lepton", fault("status", status=500), 5,
      "Lepton: list the node groups was answered 500: injected by the test",
-     "the platform is in trouble; try again later"),
+     "the platform has trouble of its own; try again later"),
     ("lepton", fault("status", status=429, retry_after=0.01), 5,
      "Lepton: list the node groups was answered 429: injected by the test",
-     "the platform is in trouble; try again later"),
+     "the platform has trouble of its own; try again later"),
     ("lepton", fault("drop"), 5,
      "Lepton at URL cannot be reached", "check the address, the proxy variables and the network"),
     ("lepton", fault("hang"), 5,
@@ -634,10 +636,10 @@ PLATFORM = [
      "mend container_image or the pull secrets; end the job with: python launch.py cancel ..."),
     ("dgxcloud", fault("status", status=503), 5,
      "run:AI: get a token for client_id airlift-test was answered 503: injected by the test",
-     "the platform is in trouble; try again later"),
+     "the platform has trouble of its own; try again later"),
     ("dgxcloud", fault("status", status=500, path="/projects"), 5,
      "run:AI: list the projects was answered 500: injected by the test",
-     "the platform is in trouble; try again later"),
+     "the platform has trouble of its own; try again later"),
     ("dgxcloud", fault("reset"), 5,
      "run:AI at URL cannot be reached", "check the address, the proxy variables and the network"),
     ("dgxcloud", fault("hang"), 5,
@@ -652,8 +654,8 @@ PLATFORM = [
 @pytest.mark.parametrize(("kind", "harm", "code", "what", "fix"), PLATFORM,
                          ids=["%s-%s" % (case[0], case[3][:50]) for case in PLATFORM])
 def test_a_platform_that_says_no(tmp_path, monkeypatch, capsys, kind, harm, code, what, fix):
-    monkeypatch.setattr(clouds, "BACKOFF_S", 0.001)
-    monkeypatch.setattr(clouds, "READ_S", 0.2)
+    monkeypatch.setattr(http, "BACKOFF_S", 0.001)
+    monkeypatch.setattr(http, "READ_S", 0.2)
     for here in cloud(kind, tmp_path, monkeypatch, capsys):
         harm(here)
         result = here.launch()
@@ -664,7 +666,7 @@ def test_a_platform_that_says_no(tmp_path, monkeypatch, capsys, kind, harm, code
         pulled = "cannot be pulled" in what  # known only once the job is there
         asked_for_it = pulled or "create" in what or "in the console" in fix  # and the platform refused it
         assert bool(here.posts) == asked_for_it and bool(here.jobs) == pulled
-        assert bool(backends.all_runs()[0]) == pulled or code == 5
+        assert bool(runs.all_runs()[0]) == pulled or code == 5
 
 
 # ---------------------------------------------------------------- pods
@@ -799,7 +801,7 @@ NOTES = [
 
 @pytest.mark.parametrize(("files", "note"), NOTES, ids=[case[1][:60] for case in NOTES])
 def test_what_is_said_aloud(place, monkeypatch, capsys, files, note):
-    prepare(monkeypatch, place, {P: LOCAL} | files)
+    lay_out(monkeypatch, place, {P: LOCAL} | files)
     assert launch.main(RUN.split()) == 0
     said = capsys.readouterr()
     assert "  note     %s\n" % note in said.out and said.err == ""

@@ -8,7 +8,7 @@ import pytest
 from layout import REPO, header, launcher, nemotron, recipe, write
 from support import plant
 
-from backends import closure
+import closure
 from transport import Entry, Refusal, Tree, collect
 
 SCRIPT = "src/pkg/recipes/fam/sft/train.py"
@@ -287,7 +287,8 @@ def test_a_secret_under_a_harmless_name_is_not_shown(tmp_path):
 
 
 def test_recipes_outside_of_src_are_no_scripts(tmp_path):
-    from recipes import find, with_script
+    from configs import with_script
+    from recipes import find
 
     root = nemotron(tmp_path)
     with pytest.raises(Refusal):

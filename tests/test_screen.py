@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends import Run, Status, screen
+import screen
+from backends import Status
+from runs import Run
 
 
 @pytest.mark.parametrize("seconds, said", [
@@ -25,7 +27,7 @@ def test_times(seconds: float, said: str) -> None:
 def test_where_the_time_went() -> None:
     run = Run("t23456", "a/b", "p", "local", 1, "0" * 64, 100.0)
     assert screen.times(run, 0.25, 2.0, 161.0) == "packing 0.2 s, submitting 2.0 s, waiting and running 59 s"
-    run.record["running_since"] = 110.5
+    run.running_since = 110.5
     assert screen.times(run, 0.25, 2.0, 161.0) == "packing 0.2 s, submitting 2.0 s, waiting 8.5 s, running 51 s"
 
 

@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 
+import profiles
 import transport
-from backends import Job, Status, hosts, repositories, slurm
+from backends import Status, slurm
+from backends.common import slurm_watch, ssh
+from jobs import Job, repository_of
 from tests import layout, support
 from tests.slurm import SYSTEM_PATH, Cluster, why_not
 from transport import Refusal
@@ -25,7 +28,7 @@ from transport import Refusal
 
 
 def job(**settings: Any) -> Job:
-    settings = {"account": "team", "partition": "batch", "remote_job_dir": "/shared/jobs", "mounts": []} | settings
+    settings = profiles.defaults("slurm") | {"account": "team", "partition": "batch", "remote_job_dir": "/shared/jobs", "mounts": []} | settings
     image = settings.get("container_image")
     return Job("t23456", "fam/train", "slurm", 2, 8, 8, image, settings, support.job(nodes=2), {})
 
@@ -60,9 +63,9 @@ def test_what_cannot_work_is_refused_before_anything_is_asked(settings: dict[str
     ("${auto_mount:git+https://github.com/org/x.git@main,/opt/x}", ("https://mirror/gh/org/x.git", "main", "/opt/x")),
 ])
 def test_auto_mounts_are_read_and_go_by_way_of_mirrors(mount: str, parsed: tuple[str, str, str]) -> None:
-    found = repositories.parse(mount, {"https://github.com/": "https://mirror/gh/"})
+    found = repository_of(mount, {"https://github.com/": "https://mirror/gh/"})
     assert found and (found.url, found.ref, found.target) == parsed
-    assert repositories.parse("/lustre:/lustre", {}) is None
+    assert repository_of("/lustre:/lustre", {}) is None
 
 
 @pytest.mark.parametrize("text, status", [
@@ -74,10 +77,10 @@ def test_auto_mounts_are_read_and_go_by_way_of_mirrors(mount: str, parsed: tuple
      Status("failed", "TIMEOUT: it reached its time limit of 00:01:00")),
     ("FAILED|3:0|04:00:00\n", Status("failed", "FAILED", 3)),
     ("CANCELLED by 1000|0:0|04:00:00\n", Status("cancelled", "CANCELLED")),
-    ("", Status("failed", "the platform no longer knows it")),
+    ("", Status("failed", "the platform no longer knows it", gone=True)),
 ])
 def test_states_are_read_from_scontrol_and_from_sacct(text: str, status: Status) -> None:
-    assert slurm.read_state(text, 3) == status
+    assert slurm_watch.read_state(text, 3) == status
 
 
 def script_of(changed: Job, attached: bool = True) -> str:
@@ -161,7 +164,7 @@ def test_no_secret_is_in_an_argument_list(monkeypatch: pytest.MonkeyPatch, tmp_p
     seen: list[Any] = []
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: seen.append(args) or run(*args, **options))
-    slurm.leave_secrets(hosts.Host(), str(tmp_path), {"TOKEN": "s3cret '\n$HOME"})
+    slurm.leave_secrets(ssh.Host(), str(tmp_path), {"TOKEN": "s3cret '\n$HOME"})
     assert json.loads((tmp_path / "secrets.json").read_text()) == {"TOKEN": "s3cret '\n$HOME"}
     assert (tmp_path / "secrets.json").stat().st_mode & 0o777 == 0o600 and "s3cret" not in repr(seen)
 

@@ -23,41 +23,57 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from backends import FINAL, GONE, Job, Run, Status, clouds, lepton
+from backends import FINAL, GONE, Status
+from backends.common import import_nemo
+from backends.common.bodies import job_name, require_object, sent_by_value
+from backends.common.follow import IMAGE_TROUBLE, POLL_S, Follower
+from backends.common.lepton_client import asked
+from jobs import Job
+from runs import Run
 from transport import Plan, Refusal
 
 NAME_LIMIT = 35  # characters of a cluster's name (nemo-run 0.11.1)
 STATES = {"PENDING": "waiting", "RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed", "STOPPED": "cancelled"}
+STAGED = "/tmp/airlift-%s"  # where the source is left on a head that has no environment of ours, by run id
 DASHBOARD_S = 120.0  # for a cluster that is Ready to answer as Ray's job API, too
+
+
+class Record(TypedDict):
+    """What is remembered of a run on a Ray cluster."""
+
+    cluster: str  # its name
+    made: bool  # for this run, so that it goes with it
+    url: str  # of the workspace's API
+    ca_bundle: str | None
 
 
 # ---------------------------------------------------------------- what launch.py calls
 
 
-def submit(run: Run, job: Job, plan: Plan, client: Any) -> None:
-    """A cluster that is Ready, and the driver's job on it. Whatever goes wrong or is interrupted, nothing stays."""
+def submit(run: Run, job: Job, plan: Plan, client: Any, plain: Callable[[str], Any]) -> None:
+    """A cluster that is Ready, and the driver's job on it. Whatever goes wrong or is interrupted, nothing stays.
+    `plain(name)` is the request for a job without Ray, whose fields the cluster's nodes take over."""
     settings = job.settings
     existing = settings.get("existing_ray_cluster")
-    name = existing or clouds.job_name(job.name, job.run, NAME_LIMIT)
-    body = None if existing else request(job, plan, name, lepton.node_group(client, settings["node_group"]))
-    run.record |= {"cluster": name, "made": not existing, "url": client.url, "ca_bundle": settings.get("ca_bundle")}
-    run.save()
+    name = existing or job_name(job.name, job.run_id, NAME_LIMIT)
+    body = None if existing else request(job, name, plain(name))
+    run.keep(Record(cluster=name, made=not existing, url=client.url, ca_bundle=settings.get("ca_bundle")))
     try:
         if body is not None:
-            create(client, body, name, clouds.sent_by_value(job, plan))
+            create(client, body, name, sent_by_value(job, plan))
         await_ready(client, name, settings["rendezvous_timeout"])
         if existing:
             stage(client, run, plan)
         words = ["python3", *plan.argv[1:], "driver"]
         if existing:
-            words = ["python3", "/tmp/airlift-%s/pod.py" % job.run, "driver", "/tmp/airlift-%s/chunks.json" % job.run]
-        submit_job(client, run, run.run, shlex.join(words), {})
-        from backends import nemo  # takes seconds
+            words = ["python3", STAGED % job.run_id + "/pod.py", "driver", STAGED % job.run_id + "/chunks.json"]
+        submit_job(client, run, run.id, shlex.join(words), {})
+        nemo = import_nemo()
 
-        title = clouds.job_name(job.name, job.run, NAME_LIMIT)
-        nemo.submit(title, nemo.lepton_executor(job), job.run, lambda: (run.run, "Running"))
+        title = job_name(job.name, job.run_id, NAME_LIMIT)
+        nemo.submit(title, nemo.lepton_executor(job), job.run_id, lambda: (run.id, "Running"))
     except BaseException:
         end(client, run)
         raise
@@ -89,8 +105,8 @@ def cancel(run: Run, client: Any) -> str:
 
 
 def follower(run: Run, client: Any) -> Any:
-    return clouds.Follower(run, lambda: ask(client, run), lambda rank, on: open_log(client, run, rank, on),
-                           lambda: trouble(client, run.record["cluster"]))
+    return Follower(run, lambda: ask(client, run), lambda rank, on: open_log(client, run, rank, on),
+                    lambda: trouble(client, run.record["cluster"]))
 
 
 def end(client: Any, run: Run) -> str:
@@ -100,13 +116,13 @@ def end(client: Any, run: Run) -> str:
         what, call = "delete Ray cluster " + name, lambda: client.raycluster.delete(name)
         done = "Ray cluster %s was deleted" % name
     else:
-        what, call = "stop job " + run.run, lambda: ray(client, run, "POST", "/api/jobs/%s/stop" % run.run)
+        what, call = "stop job " + run.id, lambda: ray(client, run, "POST", "/api/jobs/%s/stop" % run.id)
         done = "the job on Ray cluster %s was stopped" % name
     try:
-        lepton.asked(what, client, call)
+        asked(what, client, call)
         return done
     except Refusal as refusal:
-        if "answered 404" in refusal.what:
+        if refusal.http == 404:
             return "nothing of it was left"
         print("-- %s; %s" % (refusal.what, refusal.fix), flush=True)
         return "it may go on: " + refusal.what
@@ -129,16 +145,16 @@ def check(job: Job) -> None:
         raise Refusal("a Ray cluster on Lepton needs ray_version", "set it to the version of Ray in the image")
 
 
-def request(job: Job, plan: Plan, name: str, group: str) -> Any:
-    """The LeptonRayCluster to create. Raises Refusal (exit code 3) where it is too big."""
+def request(job: Job, name: str, plain: Any) -> Any:
+    """The LeptonRayCluster to create, like the job `plain`. Raises Refusal (exit code 3) where it is too big."""
     from leptonai.api.v1.types.common import Metadata
     from leptonai.api.v1.types.raycluster import LeptonRayCluster, LeptonRayClusterUserSpec
     from pydantic import ValidationError
 
     settings = job.settings
-    plain = lepton.request(job, plan, name, group).spec.model_dump(exclude_none=True, by_alias=True)
-    part = {key: plain[key] for key in ("affinity", "envs", "mounts", "shared_memory_size", "reservation_config",
-                                        "queue_config") if plain.get(key)}
+    fields = plain.spec.model_dump(exclude_none=True, by_alias=True)
+    part = {key: fields[key] for key in ("affinity", "envs", "mounts", "shared_memory_size", "reservation_config",
+                                        "queue_config") if fields.get(key)}
     head = settings.get("head_resource_shape")
     spec = {
         "image": job.image, "image_pull_secrets": settings.get("image_pull_secrets", []), "suspend": False,
@@ -153,16 +169,16 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
         first = error.errors()[0]
         raise Refusal("the Ray cluster does not fit Lepton's API: %s: %s"
                       % (".".join(map(str, first["loc"])), first["msg"]), "mend it in the profile") from None
-    clouds.require_object("Ray cluster", len(body.model_dump_json(exclude_none=True, by_alias=True)), "lepton")
+    require_object("Ray cluster", len(body.model_dump_json(exclude_none=True, by_alias=True)), "lepton")
     return body
 
 
-def create(client: Any, body: Any, name: str, hide: tuple[str, ...]) -> None:
+def create(client: Any, body: Any, name: str, secrets: tuple[str, ...]) -> None:
     """POST it. That it is there already is no error: our names are never used twice, so an answer got lost."""
     try:
-        lepton.asked("create Ray cluster " + name, client, lambda: client.raycluster.create(body), name, hide)
+        asked("create Ray cluster " + name, client, lambda: client.raycluster.create(body), name, secrets)
     except Refusal as refusal:
-        if "answered 409" not in refusal.what:
+        if refusal.http != 409:
             raise
 
 
@@ -170,7 +186,7 @@ def await_ready(client: Any, name: str, patience: float) -> None:
     """Until head and workers run. Raises Refusal (exit code 4) for what will never become Ready, or not in time."""
     last, begun = "", time.monotonic()
     while True:
-        cluster = lepton.asked("read Ray cluster " + name, client, lambda: client.raycluster.get(name))
+        cluster = asked("read Ray cluster " + name, client, lambda: client.raycluster.get(name))
         word = cluster.status.state.value if cluster.status else "Unknown"
         if word != last:
             print("-- Ray cluster %s is %s after %.0f s" % (name, word, time.monotonic() - begun), flush=True)
@@ -178,14 +194,14 @@ def await_ready(client: Any, name: str, patience: float) -> None:
         if word == "Ready":
             return
         said = _conditions(cluster)
-        if clouds.IMAGE_TROUBLE.search(said):
+        if IMAGE_TROUBLE.search(said):
             raise Refusal("the image cannot be pulled: " + said[:300], "mend container_image or the pull secrets", 4)
         if word in ("Deleting", "Stopping", "Stopped"):
             raise Refusal("Ray cluster %s is %s" % (name, word), "start it in the console, or name another", 4)
         if time.monotonic() - begun > patience:
             raise Refusal("Ray cluster %s is still %s after %.0f s%s" % (name, word, patience, said and ": " + said),
                           "look whether the node group has room, or raise rendezvous_timeout", 4)
-        time.sleep(clouds.POLL_S)
+        time.sleep(POLL_S)
 
 
 def _conditions(cluster: Any) -> str:
@@ -194,7 +210,7 @@ def _conditions(cluster: Any) -> str:
 
 
 def trouble(client: Any, name: str) -> str:
-    return _conditions(lepton.asked("read Ray cluster " + name, client, lambda: client.raycluster.get(name)))
+    return _conditions(asked("read Ray cluster " + name, client, lambda: client.raycluster.get(name)))
 
 
 # ---------------------------------------------------------------- Ray's job API
@@ -218,19 +234,19 @@ def submit_job(client: Any, run: Run, name: str, entrypoint: str, runtime_env: d
     deadline = time.monotonic() + DASHBOARD_S
     while True:
         try:
-            lepton.asked("submit job " + name, client, lambda: ray(client, run, "POST", "/api/jobs/", json=body), name)
+            asked("submit job " + name, client, lambda: ray(client, run, "POST", "/api/jobs/", json=body), name)
             return
         except Refusal as refusal:
             if known(client, run, name):  # its answer got lost
                 return
             if refusal.code != 5 or time.monotonic() > deadline:
                 raise
-        time.sleep(clouds.POLL_S)
+        time.sleep(POLL_S)
 
 
 def known(client: Any, run: Run, name: str) -> bool:
     try:
-        lepton.asked("look for job " + name, client, lambda: ray(client, run, "GET", "/api/jobs/" + name))
+        asked("look for job " + name, client, lambda: ray(client, run, "GET", "/api/jobs/" + name))
         return True
     except Refusal:
         return False
@@ -246,8 +262,8 @@ def stage(client: Any, run: Run, plan: Plan) -> None:
     data = buffer.getvalue()
     package_name = "_ray_pkg_%s.zip" % hashlib.sha1(data).hexdigest()
     path = "/api/packages/gcs/" + package_name
-    lepton.asked("upload the source", client, lambda: ray(client, run, "PUT", path, data=data))
-    name, folder = run.run + "-stage", "/tmp/airlift-" + run.run
+    asked("upload the source", client, lambda: ray(client, run, "PUT", path, data=data))
+    name, folder = run.id + "-stage", STAGED % run.id
     script = "umask 077; mkdir -p %s && cp pod.py chunks.json %s/" % (folder, folder)
     submit_job(client, run, name, script, {"working_dir": "gcs://" + package_name})
     deadline = time.monotonic() + DASHBOARD_S
@@ -255,24 +271,24 @@ def stage(client: Any, run: Run, plan: Plan) -> None:
         if time.monotonic() > deadline:
             raise Refusal("the source was not put on Ray cluster %s within %d s" % (run.record["cluster"], DASHBOARD_S),
                           "look whether it is busy", 4)
-        time.sleep(clouds.POLL_S)
+        time.sleep(POLL_S)
     if found["status"] != "SUCCEEDED":
         raise Refusal("the source could not be put on Ray cluster %s: %s"
                       % (run.record["cluster"], found.get("message") or found["status"]), "see the job's log there", 4)
 
 
 def details(client: Any, run: Run, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = lepton.asked("read job " + name, client,
+    found: dict[str, Any] = asked("read job " + name, client,
                                          lambda: ray(client, run, "GET", "/api/jobs/" + name))
     return found
 
 
 def ask(client: Any, run: Run) -> Status:
     try:
-        found = details(client, run, run.run)
+        found = details(client, run, run.id)
     except Refusal as refusal:
-        if "answered 404" in refusal.what:
-            return Status("cancelled", GONE)
+        if refusal.http == 404:
+            return Status("cancelled", GONE, gone=True)
         raise
     return Status(STATES.get(found["status"], "waiting"), found["status"])
 
@@ -281,8 +297,8 @@ def open_log(client: Any, run: Run, rank: int, on: bool) -> Iterator[str] | None
     """The driver's log, so far or as it comes; the other nodes have none of their own."""
     if rank:
         return None
-    read: Callable[[], str] = lambda: lepton.asked(  # noqa: E731
-        "read the log", client, lambda: ray(client, run, "GET", "/api/jobs/%s/logs" % run.run))["logs"]
+    read: Callable[[], str] = lambda: asked(  # noqa: E731
+        "read the log", client, lambda: ray(client, run, "GET", "/api/jobs/%s/logs" % run.id))["logs"]
     return _growing(client, run, read) if on else iter([read()])
 
 
@@ -296,4 +312,4 @@ def _growing(client: Any, run: Run, read: Callable[[], str]) -> Iterator[str]:
         shown = len(text)
         if over:
             return
-        time.sleep(clouds.POLL_S)
+        time.sleep(POLL_S)

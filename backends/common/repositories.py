@@ -7,45 +7,12 @@ the one that it was started with.
 
 from __future__ import annotations
 
-import hashlib
-import posixpath
-import re
 import shlex
-from dataclasses import dataclass
 
-from backends.hosts import Host
-from transport import Refusal
+from backends.common.ssh import Host
+from jobs import AutoMount
 
-ENTRY = re.compile(r"\$\{auto_mount:(.*)\}", re.DOTALL)
-GRAMMAR = re.compile(r"git\+([a-z][a-z+]*://[^/]*/[^@,]+)@([^,\s]+),(/[^,\s]+)")  # URL, ref, target
 FETCH_S = 900.0  # seconds for a clone
-
-
-@dataclass(frozen=True)
-class AutoMount:
-    """One repository: where it is, which branch, tag or full commit, and where the container sees it."""
-
-    url: str
-    ref: str
-    target: str
-
-    def folder(self, base: str) -> str:
-        last = posixpath.basename(self.url.rstrip("/")).removesuffix(".git")
-        name = re.sub(r"[^A-Za-z0-9._-]", "-", last) or "repository"
-        return "%s/auto_mounts/%s-%s" % (base, name, hashlib.sha256(self.url.encode()).hexdigest()[:8])
-
-
-def parse(mount: str, mirrors: dict[str, str]) -> AutoMount | None:
-    """The AutoMount that a mount is, its URL by way of the mirrors; None for any other mount. Raises Refusal."""
-    entry = ENTRY.fullmatch(mount.strip())
-    if not entry:
-        return None
-    found = GRAMMAR.fullmatch(entry.group(1).strip())
-    if not found:
-        raise Refusal("the mount %s cannot be read" % mount, "write ${auto_mount:git+https://host/path.git@ref,/target}")
-    url, ref, target = found.groups()
-    prefix = max((prefix for prefix in mirrors if url.startswith(prefix)), key=len, default="")
-    return AutoMount(mirrors[prefix] + url[len(prefix):] if prefix else url, ref, target)
 
 
 # Prints the folder. What can fail says why on standard error, and nothing is left half done under a commit's name.
@@ -84,6 +51,6 @@ printf '%%s\n' "$base/$commit"
 
 def clone(host: Host, mount: AutoMount, base: str) -> str:
     """Have the commit on the cluster, and give its folder. Raises Refusal with git's own words."""
-    words = {"url": mount.url, "ref": mount.ref, "base": mount.folder(base)}
-    script = CLONE % {name: shlex.quote(word) for name, word in words.items()}
+    values = {"url": mount.url, "ref": mount.ref, "base": mount.folder(base)}
+    script = CLONE % {name: shlex.quote(value) for name, value in values.items()}
     return host.ask(script, "get %s of %s" % (mount.ref, mount.url), FETCH_S).strip().splitlines()[-1]

@@ -16,6 +16,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import screen
 from transport import Refusal
 
 CONNECT_S, ANSWER_S = 10, 60.0  # seconds for a connection, and for a command
@@ -43,12 +44,12 @@ class Host:
             return ["sh", "-s"]
         options = ["BatchMode=yes", "ConnectTimeout=%d" % CONNECT_S, "ServerAliveInterval=15", "LogLevel=ERROR",
                    "ControlMaster=auto", "ControlPersist=60", "ControlPath=%s/%%C" % _sockets()]
-        words = ["ssh", *(word for option in options for word in ("-o", option))]
+        argv = ["ssh", *(word for option in options for word in ("-o", option))]
         if self.port:
-            words += ["-p", str(self.port)]
+            argv += ["-p", str(self.port)]
         if self.identity:
-            words += ["-o", "IdentitiesOnly=yes", "-i", self.identity]
-        return [*words, "--", "%s@%s" % (self.user, self.name) if self.user else self.name, "sh -s"]
+            argv += ["-o", "IdentitiesOnly=yes", "-i", self.identity]
+        return [*argv, "--", "%s@%s" % (self.user, self.name) if self.user else self.name, "sh -s"]
 
     def run(self, script: str, seconds: float = ANSWER_S) -> subprocess.CompletedProcess[bytes]:
         """Run a script of POSIX sh there, whatever it returns. Raises Refusal: 4 where the host refuses us, 5 where it
@@ -56,14 +57,15 @@ class Host:
         text = "printf '%s\\n'\n(\n%s\n) </dev/null\ncode=$?\n[ $code -ne 255 ] || code=254\nexit $code\n" % (
             MARK.decode().strip(), script)
         try:
-            done = subprocess.run(self.command(), input=text.encode(), capture_output=True, timeout=seconds)
+            with screen.step("%s: %s" % (self, script)):
+                done = subprocess.run(self.command(), input=text.encode(), capture_output=True, timeout=seconds)
         except subprocess.TimeoutExpired:
             raise Refusal("%s did not answer in %d s" % (self, seconds), "look whether it is well, then try again",
                           5) from None
         except FileNotFoundError:
             raise Refusal("there is no ssh on this machine", 'install an SSH client, or set tunnel = "local"') from None
         if self.name and done.returncode == 255 and MARK not in done.stdout:
-            said = words(done.stderr) or "it closed the connection"
+            said = last_lines(done.stderr) or "it closed the connection"
             if REFUSED.search(said):
                 raise Refusal("%s refuses the connection: %s" % (self, said),
                               "check user and identity in the profile, and the host's key in known_hosts", 4)
@@ -75,12 +77,12 @@ class Host:
         """What the script prints. Raises Refusal (exit code 4) with the host's own words if it fails."""
         done = self.run(script, seconds)
         if done.returncode:
-            said = words(done.stderr) or words(done.stdout) or "exit code %d" % done.returncode
-            raise Refusal("%s: cannot %s: %s" % (self, doing, said), "mend what it names, then launch again", 4)
+            said = last_lines(done.stderr) or last_lines(done.stdout) or "exit code %d" % done.returncode
+            raise Refusal("%s: cannot %s: %s" % (self, doing, said), "fix what it names, then launch again", 4)
         return done.stdout.decode("utf-8", "replace")
 
 
-def words(data: bytes) -> str:
+def last_lines(data: bytes) -> str:
     """The last lines of what a command said, as one."""
     return "; ".join(line.strip() for line in data.decode("utf-8", "replace").splitlines()[-4:] if line.strip())[-400:]
 

@@ -3,30 +3,25 @@
 A finding is ok, a warning (a launch may still work, or it could not be found out), or a failure (it would not).
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import backends
+from backends import Finding
+from jobs import lies_on, secret_values, workspace
 from profiles import FOLDER, Profile
 from transport import Refusal, human
 
+if TYPE_CHECKING:
+    from prepare import Launch
+
 NEEDS = {"local": (), "docker": ("nemo-run", "docker"), "slurm": ("nemo-run",), "lepton": ("nemo-run", "leptonai"),
          "dgxcloud": ("nemo-run", "requests")}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of `check`: what was looked at, how it came out, and for a failure what to do and the exit code."""
-
-    what: str
-    state: str  # ok, warning or failure
-    said: str
-    fix: str = ""
-    code: int = 0
 
 
 def tried(what: str, look: Callable[[], object], said: str = "") -> Finding:
@@ -54,25 +49,25 @@ def listed(what: str, wanted: list[str], look: Callable[[], list[str]], fix: str
             yield Finding(what, "failure" if surely else "warning", said, fix, 4 if surely else 0)
 
 
-def look(profile: Profile, plan: Any = None) -> Iterator[Finding]:
-    """All findings for a profile, and for a recipe on it where `plan`, a launch.Launch, is given."""
+def look(profile: Profile, launch: Launch | None = None) -> Iterator[Finding]:
+    """All findings for a profile, and for a recipe on it where there is a launch."""
     yield tried("profile", profile.require_set, "%s, executor %s, from %s" % (
         profile.name, profile.executor, ", ".join(Path(name).name for name in profile.files)))
     yield from versions(profile.executor)
-    settings = plan.job.settings if plan else profile.keys | profile.stage
-    if plan:
-        yield from recipe(plan)
+    settings = launch.job.settings if launch else profile.settings
+    if launch:
+        yield from recipe(launch)
     if not profile.unset:
-        yield from backends.backend(profile.executor).probe(settings, plan.job if plan else None)
+        yield from backends.backend(profile.executor).probe(settings, launch.job if launch else None)
 
 
-def recipe(plan: Any) -> Iterator[Finding]:
-    job = plan.job
-    yield Finding("recipe", "ok", "%s, %s, %d files" % (job.name, job.description["launch"], plan.plan.files))
-    yield tried("secrets", lambda: ", ".join(backends.secret_values(job, False)), "none is sent by value")
-    if not plan.profile.unset:
-        yield tried("job", partial(plan.check, True), "%s can launch it" % job.executor)
-    for name, used, limit in plan.plan.budgets:
+def recipe(launch: Launch) -> Iterator[Finding]:
+    job = launch.job
+    yield Finding("recipe", "ok", "%s, %s, %d files" % (job.name, job.description["launch"], launch.plan.files))
+    yield tried("secrets", lambda: ", ".join(secret_values(job, False)), "none is sent by value")
+    if not launch.profile.unset:
+        yield tried("job", partial(launch.check, True), "%s can launch it" % job.executor)
+    for name, used, limit in launch.plan.budgets:
         said = "%d %% of %s" % (-(-used * 100 // limit), human(limit) if limit >= 65536 else limit)
         if used > limit or (used > 0.9 * limit and not name.startswith("one ")):  # a chunk fills its value by design
             fix = "leave files out with exclude or .airliftignore"
@@ -83,7 +78,7 @@ def recipe(plan: Any) -> Iterator[Finding]:
         yield Finding("note", "warning", note)
 
 
-def image(settings: dict[str, Any], job: Any) -> Finding:
+def image_finding(settings: dict[str, Any], job: Any) -> Finding:
     """Whether there is an image. Only a recipe's header may have it."""
     name = job.image if job else settings.get("container_image")
     if name:
@@ -94,13 +89,13 @@ def image(settings: dict[str, Any], job: Any) -> Finding:
     return Finding("image", "warning", "the profile has none: the recipe's header must", "check FAMILY STAGE PROFILE")
 
 
-def workspace(settings: dict[str, Any], places: list[str]) -> Finding:
+def workspace_finding(settings: dict[str, Any], places: list[str]) -> Finding:
     """Whether what a job writes is kept: on a workspace that lies on storage, mounted at one of `places`."""
-    base = backends.workspace(settings)
+    base = workspace(settings)
     if not base:
         return Finding("workspace", "warning", "there is none: what a job writes goes with its pod",
                        "set workspace in the profile")
-    if backends.lies_on(base, places):
+    if lies_on(base, places):
         return Finding("workspace", "ok", base)
     return Finding("workspace", "failure", "%s lies on none of the mounts" % base,
                    "mount its storage, or change the workspace", 2)

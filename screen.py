@@ -3,17 +3,25 @@
 Colour only on a terminal, and never where NO_COLOR is set (no-color.org) or TERM is dumb.
 """
 
+from __future__ import annotations
+
+import contextlib
 import hashlib
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from typing import IO, Any
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING, Any
 
 import transport
-from backends import Job, Run, Status
+
+if TYPE_CHECKING:
+    from backends import Status
+    from jobs import Job
+    from prepare import Launch
+    from runs import Run
 
 CODES = {"red": 31, "green": 32, "yellow": 33, "cyan": 36, "dim": 2, "bold": 1}
 COLOURS = {"waiting": "yellow", "running": "cyan", "done": "green", "failed": "red", "cancelled": "yellow",
@@ -79,7 +87,7 @@ def table(rows: Sequence[Sequence[str]], coloured: int = -1) -> str:
     return "\n".join(lines)
 
 
-def runs(rows: list[dict[str, Any]]) -> str:
+def run_table(rows: list[dict[str, Any]]) -> str:
     """The table of `status`."""
     lines = [("RUN", "STATE", "AGE", "RECIPE", "PROFILE", "NODES", "DETAIL")]
     for row in rows:
@@ -108,10 +116,41 @@ def shape(job: Job) -> str:
 
 def times(run: Run, packing: float, submitting: float, now: float) -> str:
     """Where the time of a launch went. A job that ended between two questions was never seen to run."""
-    begun, sent = run.record.get("running_since"), run.started + submitting
+    begun, sent = run.running_since, run.started + submitting
     parts = [("packing", packing), ("submitting", submitting)]
     parts += [("waiting", begun - sent), ("running", now - begun)] if begun else [("waiting and running", now - sent)]
     return ", ".join("%s %s" % (name, "%.1f s" % max(0.0, took) if took < 10 else span(took)) for name, took in parts)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+# ---------------------------------------------------------------- --verbose
+
+VERBOSE = False
+
+
+def be_verbose(on: bool) -> None:
+    """Have step() print, on standard error."""
+    global VERBOSE
+    VERBOSE = on
+
+
+@contextlib.contextmanager
+def step(doing: str) -> Iterator[None]:
+    """Around a request, an ssh command or a slow import: with --verbose one line before it, so that a hang shows where,
+    and one after it with its time."""
+    if not VERBOSE:
+        yield
+        return
+    begun, shown = time.monotonic(), one_line(hide(doing))
+    print(time.strftime("%H:%M:%S ") + shown, file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("%s %s: %.2f s" % (time.strftime("%H:%M:%S"), shown, time.monotonic() - begun), file=sys.stderr,
+              flush=True)
 
 
 # ---------------------------------------------------------------- the dry run
@@ -127,47 +166,47 @@ def budget(name: str, used: int, limit: int) -> str:
         name, paint("#" * filled, colour), "." * (20 - filled), -(-used * 100 // limit), of, size)
 
 
-def show(plan: Any) -> None:
-    """The dry run of a launch.Launch, for a person."""
-    job, payload = plan.job, plan.plan
-    head = "%s on %s (%s)" % (job.name, plan.profile.name, job.executor)
+def show(launch: Launch, refused: str) -> None:
+    """The dry run of a launch, for a person; `refused` says why it would be refused, "" if it would not."""
+    job, plan = launch.job, launch.plan
+    head = "%s on %s (%s)" % (job.name, launch.profile.name, job.executor)
     print("%s: %s, %s" % (paint(head, "bold"), shape(job), job.description["launch"]))
     rows = [
-        ("script", job.description["script"]), ("config", str(plan.config.path)), ("image", job.image),
+        ("script", job.description["script"]), ("config", str(launch.config.path)), ("image", job.image),
         ("command", job.description["command"]), ("outputs", job.description["run_root"]),
         ("ships", "%d files, %s as %s, %s, sha256 %s" % (
-            payload.files, transport.human(len(payload.tar)), payload.compression,
-            "1 chunk" if payload.chunks == 1 else "%d chunks" % payload.chunks, payload.digest[:16])),
+            plan.files, transport.human(len(plan.tar)), plan.compression,
+            "1 chunk" if plan.chunks == 1 else "%d chunks" % plan.chunks, plan.digest[:16])),
     ]
-    rows += [("" if number else "budgets", budget(*one)) for number, one in enumerate(payload.budgets)]
-    rows += [("env", "%s=%s" % pair) for pair in sorted(shown_env(plan).items()) if not pair[0].startswith("AIRLIFT_")]
-    rows += [("note", note) for note in plan.notes()]
+    rows += [("" if number else "budgets", budget(*one)) for number, one in enumerate(plan.budgets)]
+    env = [pair for pair in sorted(shown_env(launch).items()) if not pair[0].startswith("AIRLIFT_")]
+    rows += [("env", "%s=%s" % pair) for pair in env]
+    rows += [("note", note) for note in [*filter(None, [refused]), *launch.notes()]]
     for label, value in rows:
         if value:
             print("  %s%s" % (paint("%-9s" % label, "yellow" if label == "note" else "dim"), hide(value)))
     print("nothing was submitted")
 
 
-def as_json(plan: Any) -> dict[str, Any]:
-    """The dry run as the design's one object."""
-    job, payload = plan.job, plan.plan
-    env_bytes, env_limit = payload.budget("environment")
-    object_bytes, object_limit = payload.budget("API object")
-    text = plan.config.text.encode()
+def as_json(launch: Launch, refused: str) -> dict[str, Any]:
+    """The dry run as one JSON-able object, whose names DESIGN and README tell."""
+    job, plan = launch.job, launch.plan
+    env_bytes, env_limit = plan.budget("environment")
+    object_bytes, object_limit = plan.budget("API object")
+    text = launch.config.text.encode()
     return {
         "recipe": {"name": job.name, "script": job.description["script"], "launch": job.description["launch"],
                    "nodes": job.nodes, "gpus_per_node": job.gpus_per_node, "nproc_per_node": job.nproc,
                    "image": job.image and hide(job.image)},
-        "profile": {"name": plan.profile.name, "executor": plan.profile.executor, "files": list(plan.profile.files)},
-        "config": {"path": str(plan.config.path), "sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text),
-                   "text": hide(plan.config.text)},
-        "payload": {"files": payload.files, "tar_bytes": len(payload.tar),
-                    "encoded_chars": -(-len(payload.tar) // 3) * 4,
-                    "sha256": payload.digest, "compression": payload.compression, "chunks": payload.chunks,
-                    "chunk_limit": payload.chunk_limit or None, "env_bytes": env_bytes, "env_limit": env_limit,
-                    "object_bytes": object_bytes or None, "object_limit": object_limit or None, "fits": payload.fits},
-        "env": shown_env(plan), "argv": payload.argv, "command": hide(job.description["command"]),
-        "notes": [hide(note) for note in plan.notes()],
+        "profile": {"name": launch.profile.name, "executor": job.executor, "files": list(launch.profile.files)},
+        "config": {"path": str(launch.config.path), "sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text),
+                   "text": hide(launch.config.text)},
+        "payload": {"files": plan.files, "tar_bytes": len(plan.tar), "encoded_chars": -(-len(plan.tar) // 3) * 4,
+                    "sha256": plan.digest, "compression": plan.compression, "chunks": plan.chunks,
+                    "chunk_limit": plan.chunk_limit or None, "env_bytes": env_bytes, "env_limit": env_limit,
+                    "object_bytes": object_bytes or None, "object_limit": object_limit or None, "fits": plan.fits},
+        "env": shown_env(launch), "argv": plan.argv, "command": hide(job.description["command"]),
+        "notes": [hide(note) for note in [*filter(None, [refused]), *launch.notes()]],
     }
 
 
@@ -176,10 +215,10 @@ def as_json(plan: Any) -> dict[str, Any]:
 SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 
 
-def shown_env(plan: Any) -> dict[str, str]:
+def shown_env(launch: Launch) -> dict[str, str]:
     """What the pods' environment holds, ours and the recipe's: secrets as ***, chunks by their length."""
-    env = dict(plan.plan.env, **plan.job.description["env"])
-    env.update((name, "***") for name in plan.job.secrets if not env.get(name, "").startswith("<unset "))
+    env = dict(launch.plan.env, **launch.job.description["env"])
+    env.update((name, "***") for name in launch.job.secrets if not env.get(name, "").startswith("<unset "))
     for name, value in env.items():
         if re.match(r"AIRLIFT_[A-Z]+_\d+$", name):
             env[name] = "<%d characters>" % len(value)

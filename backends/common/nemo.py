@@ -1,9 +1,9 @@
 """nemo-run's part in every job: executors of ours that it registers, submits and finds again.
 
-The subclasses mend nemo-run 0.11.1 where it is broken (the numbers are those of the design's facts/nemo_run.md); no
-library is patched. What they submit is made by the backend (`create` below), since nemo-run writes every field of an
-executor to disk: environment, chunks and secrets are never among them. Everything else asks the backend, too. On Slurm
-its packager brings the tree.
+Each subclass works around what is broken in nemo-run 0.11.1, and says what that is; no library is patched. What they
+submit is made by the backend and handed over (Handed), since nemo-run writes every field of an executor to disk:
+environment, chunks and secrets are never among them. In another process, where nobody has handed over anything,
+nemo-run asks them how a run is: they find its backend in the table of executors.
 
 Importing this costs two seconds, nemo-run's own: backends import it only where they submit.
 """
@@ -16,10 +16,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import nemo_run as run
 from docker.types import DeviceRequest
@@ -40,104 +40,108 @@ from nemo_run.core.packaging.base import Packager
 from nemo_run.run.torchx_backend.schedulers import api
 
 import backends
-from backends import Job, Run, load_run
-from backends.hosts import Host, words
+from backends.common.ssh import Host, last_lines
+from jobs import Job, workspace
+from runs import Run, load_run
 from transport import MANIFEST, Refusal
 
-PACKAGE: dict[str, bytes] = {}  # run -> the gz tar that our packager hands over
-PREPARE: dict[str, Callable[[], None]] = {}  # run -> what is to happen on the cluster before sbatch
-CREATE: dict[str, Callable[[], tuple[str, Any]]] = {}  # run -> what creates its job and gives (job id, state)
-LEPTON_STATES = {  # those that nemo-run has a word of its own for
-    "waiting": LeptonJobState.Starting, "running": LeptonJobState.Running, "done": LeptonJobState.Completed,
-    "failed": LeptonJobState.Failed, "cancelled": LeptonJobState.Stopped}
-DGX_STATES = {"waiting": DGXCloudState.PENDING, "running": DGXCloudState.RUNNING, "done": DGXCloudState.COMPLETED,
-              "failed": DGXCloudState.FAILED, "cancelled": DGXCloudState.STOPPED}
+
+@dataclass
+class Handed:
+    """What a launch hands over to nemo-run's objects for one run; each executor uses some of it."""
+
+    create: Callable[[], tuple[str, Any]] | None = None  # on a cloud: create the job; gives (job id, state)
+    package: bytes = b""  # on Slurm: the gz tar that the packager hands on
+    prepare: Callable[[], None] | None = None  # on Slurm: what is to happen on the cluster before sbatch
+    environment: dict[str, str] | None = None  # of a container
 
 
-@dataclass(kw_only=True)
-class CarriedLepton(LeptonExecutor):
-    """A Lepton job that carries itself: no data mover (12, 17), names of ours (13, 14), logs that end (16)."""
+HANDED: dict[str, Handed] = {}  # run id -> what was handed over for it
 
-    airlift_run: str = ""
+
+class Carried:
+    """What jobs that carry themselves have in common on the clouds. The library packages a job for a data mover, or a
+    script for shared storage: ours is in the job's environment, so that nothing is packaged and nothing is copied."""
+
+    airlift_run: str
+    STATES: ClassVar[dict[str, Any]]  # our words for a state -> the library's
 
     def package(self, packager: Any, job_name: str) -> None:
-        """Nothing to package: the source is in the job's environment."""
+        """Nothing to package."""
 
     def package_configs(self, *cfgs: tuple[str, str]) -> list[str]:
         return []
 
-    def assign(self, exp_id: str, exp_dir: str, task_id: str, task_dir: str) -> None:
-        _assign(self, exp_id, exp_dir, task_id, task_dir)
+    def assign(self: Any, exp_id: str, exp_dir: str, task_id: str, task_dir: str) -> None:
+        """As the library's, without the folder on shared storage."""
+        self.job_name, self.experiment_id, self.experiment_dir = task_id, exp_id, exp_dir
+        self.job_dir = os.path.join(exp_dir, task_dir)
 
     def launch(self, name: str, cmd: list[str]) -> tuple[str, Any]:
-        return CREATE[self.airlift_run]()
+        create = HANDED[self.airlift_run].create
+        assert create
+        return create()
 
     def status(self, job_id: str) -> Any:
-        return LEPTON_STATES[backends.status(load_run(self.airlift_run)).state]
+        return self.STATES[backends.status(load_run(self.airlift_run)).state]
 
     def cancel(self, job_id: str) -> None:
-        from backends import lepton
+        known = load_run(self.airlift_run)
+        backends.backend(known.executor).cancel(known)
 
-        lepton.cancel(load_run(self.airlift_run))
+
+@dataclass(kw_only=True)
+class CarriedLepton(Carried, LeptonExecutor):
+    """A Lepton job. The library's data mover is named by the second, so that two at once collide, and puts the whole
+    job folder into one argument; its job names may end in `-`, or be used twice, which the API refuses; its logs()
+    waits for ever for a job that has ended to run."""
+
+    airlift_run: str = ""
+    STATES: ClassVar[dict[str, Any]] = {  # those that nemo-run has a word of its own for
+        "waiting": LeptonJobState.Starting, "running": LeptonJobState.Running, "done": LeptonJobState.Completed,
+        "failed": LeptonJobState.Failed, "cancelled": LeptonJobState.Stopped}
 
     @classmethod
     def logs(cls, app_id: str, fallback_path: str | None) -> None:
-        from backends import lepton
-
         try:
             ours = _run_of(app_id)
         except Refusal:  # nemo-run asks us for every job on Lepton
             super().logs(app_id, fallback_path)
         else:
-            lepton.logs(ours)
+            backends.backend(ours.executor).logs(ours)
 
 
 def lepton_executor(job: Job) -> CarriedLepton:
     """What nemo-run's records say of a job on Lepton."""
     return CarriedLepton(
-        container_image=str(job.image), nemo_run_dir=backends.workspace(job.settings) or "", nodes=job.nodes,
-        resource_shape=job.settings["resource_shape"], node_group=job.settings["node_group"], airlift_run=job.run)
+        container_image=str(job.image), nemo_run_dir=workspace(job.settings) or "", nodes=job.nodes,
+        resource_shape=job.settings["resource_shape"], node_group=job.settings["node_group"], airlift_run=job.run_id)
 
 
 @dataclass(kw_only=True)
-class CarriedDGXCloud(DGXCloudExecutor):
-    """A run:AI workload that carries itself: no launch script (1, 2, 5), a cancel that ends it (3), nothing secret on
-    disk or in a log (4), errors at once (6), timeouts (7)."""
+class CarriedDGXCloud(Carried, DGXCloudExecutor):
+    """A run:AI workload. The library's launch script loses the exit code in a pipe into `tee`, and two jobs of one
+    experiment run the same script; it writes `export NAME=VALUE` without quotes; its cancel is a GET, of distributed
+    workloads only; it logs the environment and writes the client secret to disk and onto shared storage; it retries a
+    bad secret for half a minute and then reports PENDING for ever; no request of it has a timeout."""
 
     airlift_run: str = ""
-
-    def package(self, packager: Any, job_name: str) -> None:
-        """Nothing to package: the source is in the workload's environment."""
-
-    def package_configs(self, *cfgs: tuple[str, str]) -> list[str]:
-        return []
-
-    def assign(self, exp_id: str, exp_dir: str, task_id: str, task_dir: str) -> None:
-        _assign(self, exp_id, exp_dir, task_id, task_dir)
-
-    def launch(self, name: str, cmd: list[str]) -> tuple[str, Any]:
-        return CREATE[self.airlift_run]()
-
-    def status(self, job_id: str) -> Any:
-        return DGX_STATES[backends.status(load_run(self.airlift_run)).state]
-
-    def cancel(self, job_id: str) -> None:
-        from backends import dgxcloud
-
-        dgxcloud.cancel(load_run(self.airlift_run))
+    STATES: ClassVar[dict[str, Any]] = {
+        "waiting": DGXCloudState.PENDING, "running": DGXCloudState.RUNNING, "done": DGXCloudState.COMPLETED,
+        "failed": DGXCloudState.FAILED, "cancelled": DGXCloudState.STOPPED}
 
     def fetch_logs(self, job_id: str, stream: bool, stderr: bool | None = None, stdout: bool | None = None) -> Any:
-        from backends import clouds, dgxcloud
-
-        record = load_run(self.airlift_run)
-        log: Iterator[str] | None = dgxcloud.open_log(dgxcloud.reconnect(record), record, 0)
-        return clouds.lines(log or ())
+        known = load_run(self.airlift_run)
+        return cast(Any, backends.backend(known.executor)).log_lines(known)
 
 
-def _assign(executor: Any, exp_id: str, exp_dir: str, task_id: str, task_dir: str) -> None:
-    """As the library's, without the folder on shared storage, which nothing is copied to."""
-    executor.job_name, executor.experiment_id, executor.experiment_dir = task_id, exp_id, exp_dir
-    executor.job_dir = os.path.join(exp_dir, task_dir)
+def dgxcloud_executor(job: Job) -> CarriedDGXCloud:
+    """What nemo-run's records say of a workload: no credentials among it."""
+    settings = job.settings
+    return CarriedDGXCloud(
+        base_url=settings["base_url"], kube_apiserver_url=settings.get("kube_apiserver_url", ""), client_id="",
+        client_secret="", project_name=settings["project_name"], container_image=str(job.image), pvc_nemo_run_dir="",
+        nodes=job.nodes, airlift_run=job.run_id)
 
 
 def _run_of(app_id: str) -> Run:
@@ -157,7 +161,7 @@ class TreePackager(Packager):
     def package(self, path: Path, job_dir: str, name: str) -> str:
         package = Path(job_dir, "airlift.tar.gz")
         package.touch(0o600)
-        package.write_bytes(PACKAGE[self.airlift_run])
+        package.write_bytes(HANDED[self.airlift_run].package)
         return str(package)
 
 
@@ -172,14 +176,17 @@ class LogOfEachRank(SlurmJobDetails):
 
 @dataclass(kw_only=True)
 class CarriedSlurm(SlurmExecutor):
-    """A Slurm job that brings its tree and has no environment of its own: exports are unquoted and traced (5, 4)."""
+    """A Slurm job that brings its tree and has no environment of its own: the library's exports are not quoted, and
+    its batch script traces them into the log."""
 
     airlift_run: str = ""
 
     def package(self, packager: Packager, job_name: str) -> None:
         super().package(packager, job_name)
         Path(self.job_dir, "airlift.tar.gz").unlink()  # extracted; it need not be copied as well
-        PREPARE[self.airlift_run]()
+        prepare = HANDED[self.airlift_run].prepare
+        assert prepare
+        prepare()
 
 
 @dataclass
@@ -203,15 +210,15 @@ class Session:
         done = self._host.run(command)
         if done.returncode and not warn:
             doing = "submit the job" if command.startswith("sbatch") else "run `%s`" % command
-            raise Refusal("%s: cannot %s: %s" % (self._host, doing, words(done.stderr)),
-                          "mend what it names, then launch again", 4)
+            raise Refusal("%s: cannot %s: %s" % (self._host, doing, last_lines(done.stderr)),
+                          "fix what it names, then launch again", 4)
         return Answer(command, done.stdout.decode("utf-8", "replace"), done.returncode)
 
     def local(self, command: str, hide: bool = True) -> Answer:
         """rsync, on this machine. It asks for nothing: the connection has been tried."""
         done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True)
         if done.returncode:
-            raise Refusal("the files cannot be copied to %s: %s" % (self._host, words(done.stderr)),
+            raise Refusal("the files cannot be copied to %s: %s" % (self._host, last_lines(done.stderr)),
                           "look whether both machines have rsync, and the folder has space", 4)
         return Answer(command)
 
@@ -244,7 +251,7 @@ def tunnel(host: Host, folder: str) -> Any:
 def submit_slurm(title: str, executor: CarriedSlurm, run_id: str, package: bytes, base: str,
                  prepare: Callable[[], None]) -> str:
     """Have an Experiment pack, copy and sbatch; gives Slurm's job id. `prepare()` is called before sbatch."""
-    PACKAGE[run_id], PREPARE[run_id] = package, prepare
+    HANDED[run_id] = Handed(package=package, prepare=prepare)
     script = run.Script(path="/nemo_run/code/pod.py", args=["/nemo_run/code/" + MANIFEST], entrypoint="python3")
     # On the cluster itself nothing is copied: nemo-run's own folder must be the job's.
     local = base if isinstance(executor.tunnel, LocalTunnel) else None
@@ -252,9 +259,6 @@ def submit_slurm(title: str, executor: CarriedSlurm, run_id: str, package: bytes
 
 
 # ---------------------------------------------------------------- Docker
-
-ENVIRONMENT: dict[str, dict[str, str]] = {}  # run -> its container's environment
-
 
 @dataclass(kw_only=True)
 class CarriedContainer(DockerContainer):
@@ -270,14 +274,14 @@ class CarriedContainer(DockerContainer):
                 options[name] = getattr(executor, name)
         return client.containers.run(
             executor.container_image, self.command, detach=True, name=self.name, network=executor.network,
-            labels={LABEL_ID: id, LABEL_NAME: self.name}, environment=ENVIRONMENT[id], volumes=executor.volumes,
+            labels={LABEL_ID: id, LABEL_NAME: self.name}, environment=HANDED[id].environment, volumes=executor.volumes,
             entrypoint=[], **options)
 
 
 def submit_docker(executor: DockerExecutor, run_id: str, name: str, argv: list[str], env: dict[str, str],
                   client: Any) -> None:
     """Start the container and put it on nemo-run's list."""
-    ENVIRONMENT[run_id] = env
+    HANDED[run_id] = Handed(environment=env)
     executor.experiment_id, executor.job_name = name, name
     container = CarriedContainer(name=name, command=argv, executor=executor, extra_env={})
     request = DockerJobRequest(id=run_id, executor=executor, containers=[container])
@@ -291,19 +295,20 @@ for subclass, scheduler in ((CarriedLepton, "lepton"), (CarriedDGXCloud, "dgx_cl
     api.EXECUTOR_MAPPING[subclass] = scheduler
     for table in ("_PARALLEL_SUPPORTED_EXECUTORS", "_DETACH_SUPPORTED_EXECUTORS"):
         setattr(run.Experiment, table, (*getattr(run.Experiment, table), subclass))
-api.REVERSE_EXECUTOR_MAPPING["lepton"] = CarriedLepton  # whose logs() is called (16)
+api.REVERSE_EXECUTOR_MAPPING["lepton"] = CarriedLepton  # its logs() is called
 
 
 def submit(title: str, executor: Executor, run_id: str, create: Callable[[], tuple[str, Any]]) -> None:
     """Have an Experiment call `create()`, once, and remember the job. Whatever `create` raises comes out."""
-    CREATE[run_id] = create
+    HANDED[run_id] = Handed(create)
     _experiment(title, executor, run.Script(inline="# Airlift run %s: pod.py starts the recipe" % run_id))
 
 
 def _experiment(title: str, executor: Executor, script: run.Script, base: str | None = None) -> str:
     """Run an Experiment of one job, which nobody waits for; gives nemo-run's handle of the job.
 
-    One launcher at a time: nemo-run rewrites its lists of jobs without a lock (21).
+    One launcher at a time: nemo-run rewrites its lists of jobs without a lock, and of four submissions at once one is
+    lost.
     """
     logging.getLogger("nemo_run").setLevel(logging.WARNING)
     home = get_nemorun_home()

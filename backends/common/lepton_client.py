@@ -1,0 +1,63 @@
+"""The client of Lepton's API: the SDK's own, with timeouts and retries of ours, and its errors in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import screen
+from runs import Run
+from transport import Refusal
+
+
+def connect(ca_bundle: str | None) -> Any:
+    """The SDK's client, with timeouts and retries. Raises Refusal (exit code 4) where there are no credentials."""
+    from backends.common import http
+
+    try:
+        with screen.step("import leptonai"):
+            from leptonai.api.v2.client import APIClient
+            from leptonai.api.v2.utils import WorkspaceConfigurationError
+    except ImportError as error:
+        raise Refusal("the Lepton SDK cannot be imported: %s" % error, "pip install -r requirements.txt") from None
+    try:
+        client = APIClient()
+    except (WorkspaceConfigurationError, TypeError):  # without a token the SDK fails with a TypeError
+        raise Refusal("there are no Lepton credentials here",
+                      "export LEPTON_WORKSPACE_ID and LEPTON_WORKSPACE_TOKEN, or run `lep login`", 4) from None
+    http.harden(client._session, ca_bundle)
+    return client
+
+
+def reconnect(run: Run) -> Any:
+    client = connect(run.record.get("ca_bundle"))
+    if client.url != run.record["url"]:
+        raise Refusal("run %s is in the workspace at %s, and the credentials here are for %s"
+                      % (run.id, run.record["url"], client.url), "use that workspace's credentials", 4)
+    return client
+
+
+def asked(doing: str, client: Any, call: Callable[[], Any], sent: str = "", secrets: tuple[str, ...] = ()) -> Any:
+    """The call's result. Raises Refusal in plain words for what the SDK or the network raises."""
+    import requests
+    from leptonai.api.v1.api_resource import ClientError, ServerError
+
+    from backends.common import http
+
+    try:
+        return call()
+    except (ClientError, ServerError) as error:
+        raise http.refused("Lepton", error.response, doing, (client.auth_token or "", *secrets)) from None
+    except (requests.RequestException, RuntimeError) as error:  # a RuntimeError for an answer that is not the API's
+        raise http.unreachable("Lepton", client.url, error, sent) from None
+
+
+def node_group(client: Any, name: str) -> str:
+    """The id of a node group, by its name. Raises Refusal (exit code 4) that names those there are."""
+    groups = asked("list the node groups", client, client.nodegroup.list_all)
+    for group in groups:
+        if name in (group.metadata.name, group.metadata.id_):
+            return str(group.metadata.id_)
+    known = ", ".join(sorted(str(group.metadata.name) for group in groups)) or "none at all"
+    raise Refusal("Lepton has no node group %r" % name,
+                  "this workspace has %s; set node_group in the profile" % known, 4)

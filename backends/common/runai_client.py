@@ -1,0 +1,91 @@
+"""The client of run:AI's control plane: its REST API, a token that is renewed, and its errors in plain words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import requests
+
+from backends.common import http
+from transport import Refusal
+
+
+class Client:
+    """The control plane's REST API with the profile's client id and secret; a token is asked for when it is needed."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.base = settings["base_url"].rstrip("/")
+        self.kube = (settings.get("kube_apiserver_url") or "").rstrip("/")
+        self.identity, self.secret = settings["client_id"], settings["client_secret"]
+        self.session = http.harden(requests.Session(), settings.get("ca_bundle"))
+        self.session.mount(self.base + "/token", http.Adapter(settings.get("ca_bundle"), http.ASKING | {"POST"}))
+        self.token = ""
+
+    def call(self, method: str, path: str, doing: str, body: Any = None, sent: str = "", secrets: tuple[str, ...] = (),
+             **query: str) -> Any:
+        """The answer's JSON, {} where it has none. Raises Refusal."""
+        response = self.send(method, self.base + path, doing, body, sent, query)
+        if response.status_code >= 400:
+            raise http.refused("run:AI", response, doing, (self.secret, *secrets))
+        try:
+            answer = response.json() if response.content else {}
+            if isinstance(answer, dict):
+                return answer
+        except ValueError:
+            pass
+        raise Refusal("run:AI at %s answered with no JSON object to: %s" % (self.base, doing),
+                      "check base_url: it ends in /api/v1", 5)
+
+    def send(self, method: str, url: str, doing: str, body: Any = None, sent: str = "", query: Any = None,
+             stream: bool = False) -> Any:
+        """One request with the bearer token; a token that has expired is renewed, once."""
+        for attempt in (1, 2):
+            if not self.token:
+                self.token = self.ask_token()
+            try:
+                response = self.session.request(method, url, json=body, params=query, stream=stream,
+                                                headers={"Authorization": "Bearer " + self.token})
+            except requests.RequestException as error:
+                raise http.unreachable("run:AI", url, error, sent) from None
+            if response.status_code != 401 or attempt == 2:
+                break
+            self.token = ""
+        return response
+
+    def ask_token(self) -> str:
+        body = {"grantType": "client_credentials", "clientId": self.identity, "clientSecret": self.secret}
+        try:
+            response = self.session.post(self.base + "/token", json=body)
+        except requests.RequestException as error:
+            raise http.unreachable("run:AI", self.base, error) from None
+        if response.status_code >= 400:
+            refusal = http.refused("run:AI", response, "get a token for client_id %s" % self.identity, [self.secret])
+            if refusal.code == 4:
+                refusal.fix = http.CREDENTIALS["run:AI"]
+            raise refusal
+        try:
+            return str(response.json()["accessToken"])
+        except (ValueError, KeyError, TypeError):
+            raise Refusal("run:AI at %s gave no token" % self.base, "check base_url: it ends in /api/v1", 5) from None
+
+    def project(self, name: str) -> tuple[str, str]:
+        """(project id, cluster id). Raises Refusal (exit code 4) that names the projects there are."""
+        known: list[str] = []
+        offset = 0
+        while True:
+            page = self.call("GET", "/org-unit/projects", "list the projects", offset=str(offset), limit="50")
+            projects = page.get("projects", [])
+            for project in projects:
+                if project["name"] == name:
+                    return str(project["id"]), str(project["clusterId"])
+            known += [str(project["name"]) for project in projects]
+            offset += len(projects)
+            if not projects or not page.get("next"):
+                break
+        raise Refusal("run:AI has no project %r that this client may see" % name,
+                      "it sees %s; set project_name in the profile" % (", ".join(known) or "none"), 4)
+
+    def find(self, name: str) -> str | None:
+        """The id of a workload, by its name; None if there is none."""
+        page = self.call("GET", "/workloads", "look for workload " + name, filterBy="name==" + name)
+        return next((str(workload["id"]) for workload in page.get("workloads", []) if workload["name"] == name), None)

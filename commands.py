@@ -1,0 +1,240 @@
+"""The commands besides launching: of recipes, of profiles, and of runs. Each takes the options of the command line
+(launch.py), prints, and gives the exit code."""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import backends
+import pod
+import prepare
+import profiles
+import recipes
+import runs
+import screen
+from prepare import Launch, Options, words_of
+from screen import one_line
+from transport import Refusal
+
+# ---------------------------------------------------------------- before a launch
+
+
+def wishes(options: Namespace) -> Options:
+    """The options that say what is launched."""
+    return Options(options.config, options.nodes, options.repo_root, tuple(options.args))
+
+
+def list_recipes(options: Namespace) -> int:
+    if len(options.words) > 1:
+        raise Refusal("%r is one word too many" % options.words[1], "list takes a family at most")
+    root = Path(options.repo_root or prepare.HERE).resolve()
+    found, problems = recipes.scan(root)
+    wanted = [r for r in found.values() if not options.words or r.family == options.words[0]]
+    if not wanted and not problems:
+        families = sorted({recipe.family for recipe in found.values()})
+        raise Refusal("%s has no recipe%s" % (root, " of family " + options.words[0] if options.words else ""),
+                      "did you mean %s?" % recipes.nearest(options.words[0], families) if options.words and families
+                      else "name the source tree with --repo-root")
+    if options.json:
+        print(json.dumps([{"name": r.name, "script": r.script, "launch": r.launch, "nodes": r.nodes,
+                           "gpus_per_node": r.gpus_per_node, "image": r.image} for r in wanted], indent=1))
+    else:
+        for number, recipe in enumerate(wanted):
+            if not number or recipe.family != wanted[number - 1].family:
+                print(screen.paint(recipe.family, "bold"))
+            print("  %-28s %-9s %4s x %-4s %s%s" % (
+                recipe.stage, recipe.launch, recipe.nodes, recipe.gpus_per_node, recipe.script,
+                "  [%s]" % recipe.image if recipe.image else ""))
+    for problem in problems:
+        screen.complain(problem.what, problem.fix)
+    return 2 if problems else 0
+
+
+def list_profiles(options: Namespace) -> int:
+    if options.words:
+        raise Refusal("%r is one word too many" % options.words[0], "profiles takes none")
+    rows = list(profiles.overview())
+    if options.json:
+        print(json.dumps([{"name": row[0], "executor": row[1], "about": row[2]} for row in rows], indent=1))
+    else:
+        for row in rows:
+            print("%-16s%-10s%s" % row)
+    return 0
+
+
+def one_launch(name: str, options: Namespace) -> Launch:
+    """The Launch that the words of a command name, which takes one stage. Nothing is required to be set."""
+    words = words_of(options.words)
+    if len(words.stages) > 1:
+        raise Refusal("%s takes one stage at a time" % name, "name one of " + ", ".join(words.stages))
+    return Launch(words, words.stages[0], wishes(options), True)
+
+
+def files(options: Namespace) -> int:
+    tree = one_launch("files", options).tree
+    sizes = sorted([(entry.path, len(entry.data)) for entry in tree.entries]
+                   + [(path, size) for size, path in tree.oversize])
+    if options.json:
+        print(json.dumps({"files": [{"path": path, "bytes": size} for path, size in sizes],
+                          "left_out": [{"path": path, "reason": why} for path, why in tree.left_out]}, indent=1))
+        return 0
+    for path, size in sizes:
+        print("%9d  %s" % (size, path))
+    for path, reason in tree.left_out:
+        print("%9s  %s (%s)" % ("-", path, reason))
+    return 0
+
+
+def check(options: Namespace) -> int:
+    """What can be known before a launch of the profile, or of a recipe on it. 0 only if one can be expected to work."""
+    if len(options.words) < 2:
+        if not options.words or "=" in options.words[0]:
+            raise Refusal("check takes PROFILE, or FAMILY STAGE PROFILE", "python launch.py profiles lists them")
+        profile, launch = profiles.load(options.words[0]), None
+    else:
+        launch = one_launch("check", options)
+        profile = launch.profile
+    from backends.common import checks
+
+    found = []
+    for finding in checks.look(profile, launch):
+        found.append(finding)
+        if not options.json:
+            print("%s  %-14s  %s" % (screen.state(finding.state, 7), finding.what, one_line(screen.hide(finding.said))))
+            if finding.state != "ok" and finding.fix:
+                print(" " * 25 + screen.paint(one_line(finding.fix), "dim"), flush=True)
+    if options.json:
+        print(json.dumps([dict(vars(finding), said=screen.hide(finding.said)) for finding in found], indent=1))
+    failures = [finding for finding in found if finding.state == "failure"]
+    if not options.json:
+        print("a launch cannot be expected to work: %s" % ", ".join(finding.what for finding in failures) if failures
+              else "a launch can be expected to work")
+    return failures[0].code or 2 if failures else 0
+
+
+# ---------------------------------------------------------------- of runs
+
+
+def find_run(options: Namespace) -> runs.Run:
+    if len(options.words) != 1:
+        raise Refusal("name one run", "python launch.py status lists them")
+    return runs.load_run(options.words[0])
+
+
+NEWEST = 20  # runs that the table shows
+
+
+def status(options: Namespace) -> int:
+    """One run, or all: a run whose state cannot be read is an error, but does not hide the others."""
+    found, problems = ([find_run(options)], list[Refusal]()) if options.words else runs.all_runs()
+    rows, worst = [], 2 if problems else 0
+    shown = found if options.json else found[:NEWEST]
+    silent: dict[str, Refusal] = {}  # by profile: why its platform cannot be reached; waited for once
+    for run in shown:
+        try:
+            if run.profile in silent and not run.ended:
+                raise silent[run.profile]
+            state = backends.status(run)
+        except Refusal as refusal:
+            if options.words:
+                raise
+            state, worst = backends.Status("unknown", one_line(refusal.what)), max(worst, refusal.code)
+            if refusal.code == 5:
+                silent[run.profile] = refusal
+        rows.append({"run": run.id, "recipe": run.recipe, "profile": run.profile, "nodes": run.nodes,
+                     "state": state.state, "detail": state.detail, "age_s": int(time.time() - run.started),
+                     "job_exit_code": state.exit_code})
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(screen.run_table(rows) if rows else "no run was launched from here")
+        if len(found) > len(shown):
+            print("%d older runs: python launch.py status --json" % (len(found) - len(shown)))
+    for problem in problems:
+        screen.complain(problem.what, problem.fix)
+    return worst
+
+
+def chosen(options: Namespace, nodes: int) -> list[int]:
+    """The ranks whose logs are to be shown: rank 0, unless others are asked for. Raises Refusal."""
+    if options.rank is not None and not 0 <= options.rank < nodes:
+        raise Refusal("there is no rank %d" % options.rank, "the job has %s" % (
+            "only rank 0" if nodes == 1 else "ranks 0 to %d" % (nodes - 1)))
+    return list(range(nodes)) if options.all_ranks else [options.rank or 0]
+
+
+def follow(run: runs.Run, took: tuple[float, float] | None = None) -> int:
+    """Follow a job to its end; gives the exit code. `took` are the seconds for packing and submitting, if known."""
+    backend = backends.backend(run.executor)
+    try:
+        status = backend.follow(run)
+    except (KeyboardInterrupt, BrokenPipeError):
+        if run.executor == "local" and took:  # these are our own pods; a job elsewhere, or of another shell, goes on
+            print("\nending the pods: %s" % backend.cancel(run), file=sys.stderr)
+            return 1
+        print("\nthe job goes on; to follow it again: python launch.py logs -f %s" % run.id, file=sys.stderr)
+        return 0
+    backends.keep_end(run, status)
+    now, after = time.time(), ""
+    if took:
+        after = " in " + screen.span(now - run.started + took[0])
+        print(screen.times(run, took[0], took[1], now))
+    if status.state == "done":
+        print("%s%s%s" % (screen.state("done"), after, "; outputs in " + run.outputs if run.outputs else ""))
+        return 0
+    sys.stdout.flush()
+    code = status.exit_code
+    what = "the job was cancelled" if status.state == "cancelled" else "the job failed" + (
+        " with exit code %d" % code if code is not None else ", and its exit code is not known (%s)" % status.detail)
+    why = "%s; %s" % pod.FAILURES[code] if code in pod.FAILURES else "see python launch.py logs " + run.id
+    screen.complain(what + after.replace(" in ", " after "), why)
+    return 1
+
+
+def logs(options: Namespace) -> int:
+    run = find_run(options)
+    run.ranks = chosen(options, run.nodes)
+    if options.follow:
+        return follow(run)
+    backends.backend(run.executor).logs(run)
+    return 0
+
+
+def cancel(options: Namespace) -> int:
+    run = find_run(options)
+    said = backends.backend(run.executor).cancel(run)
+    print("%s, %s on %s: %s" % (run.id, run.recipe, run.profile, said))
+    return 0
+
+
+DIFFERENCES = {"changed": "yellow", "only in the run": "red", "only here": "green"}
+
+
+def diff(options: Namespace) -> int:
+    """How the tree that a run carries differs from what a launch from here would carry now, by path and SHA-256."""
+    run = find_run(options)
+    carried, origin = run.files(), run.origin
+    assert origin  # each run that has files has one
+    family, _, stage = run.recipe.partition("/")
+    words = words_of([family, stage, run.profile] + origin["overrides"])
+    asked = Options(origin["config"], None, options.repo_root or Path(origin["repo_root"]))
+    with profiles.pinned(origin["env_file"]):
+        launch = Launch(words, stage, asked, True)
+    here = runs.fingerprints(launch.tree)
+    kinds = {"changed": [path for path in carried if path in here and carried[path] != here[path]],
+             "only in the run": [path for path in carried if path not in here],
+             "only here": [path for path in here if path not in carried]}
+    if options.json:
+        found = {kind.replace(" ", "_"): sorted(paths) for kind, paths in kinds.items()}
+        print(json.dumps(dict(run=run.id, sha256=run.sha256, sha256_here=launch.plan.digest, **found), indent=1))
+        return 0
+    print("run %s carries %d files, sha256 %s; here are %d, sha256 %s" % (
+        run.id, len(carried), run.sha256[:12], len(here), launch.plan.digest[:12]))
+    for kind, paths in kinds.items():
+        for path in sorted(paths):
+            print("%s  %s" % (screen.paint("%-15s" % kind, DIFFERENCES[kind]), path))
+    if not any(kinds.values()):
+        print("they are the same")
+    return 0

@@ -1,0 +1,279 @@
+"""Compile a recipe's config: YAML, read with OmegaConf as NVIDIA's launcher does.
+
+`defaults:` merges parents, KEY=VALUE overrides, `${run.…}` is replaced as text, paths of this machine become places in
+the pod, and the script gets what is left without `run`. Interpolations other than those are for the pod.
+"""
+
+import os
+import posixpath
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import screen
+from recipes import Recipe, nearest, read_header
+from transport import Refusal
+
+
+@dataclass(frozen=True)
+class Config:
+    """A compiled config: the YAML's path, the text that the script reads, its run section, things to say, and the
+    recipe, with the script that run.train_script names in the place of its own."""
+
+    path: Path
+    text: str
+    run: dict[str, Any]
+    notes: tuple[str, ...]
+    recipe: Recipe
+
+
+def is_path(name: str) -> bool:
+    """Whether `-c name` is a file's path."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
+def config_file(recipe: Recipe, name: str | None) -> Path:
+    """The YAML for `-c name`: a path if it holds `/` or ends in .yaml or .yml, else a file of the config folder."""
+    if not name:  # the header's own may be a file's name too, beside the others
+        name = recipe.config_default
+        if (recipe.config_dir / name).is_file():
+            return recipe.config_dir / name
+    if is_path(name):
+        if not Path(name).is_file():
+            raise Refusal("there is no config file %s" % name, "name a file, or a config of %s" % recipe.config_dir)
+        return Path(name)
+    for suffix in (".yaml", ".yml"):
+        if (recipe.config_dir / (name + suffix)).is_file():
+            return recipe.config_dir / (name + suffix)
+    known = [path.stem for path in recipe.config_dir.glob("*.y*ml")]
+    raise Refusal("%s has no config %r in %s" % (recipe.name, name, recipe.config_dir),
+                  "did you mean %s?" % nearest(name, known) if known else "write one there")
+
+
+def known_keys(recipe: Recipe, name: str | None) -> set[str]:
+    """The first words of a config's settings, before any override. Raises Refusal as compile_config does."""
+    return set(map(str, _load(_omegaconf(), config_file(recipe, name), ())))
+
+
+def compile_config(recipe: Recipe, name: str | None, overrides: list[str], settings: Any,
+                   wandb: dict[str, Any] | None = None, artifacts: dict[str, Any] | None = None) -> Config:
+    """Read, merge and override the YAML. `settings(recipe, env, forced)` merges the profile over its run.env and gives
+    the result; `forced` is what KEY=VALUE says of run.env. `wandb` replaces run.wandb, `artifacts` goes below those of
+    the YAML.
+
+    Raises Refusal for a file that is not YAML, a cycle in `defaults:`, or an override that does not parse.
+    """
+    omegaconf = _omegaconf()
+    path = config_file(recipe, name)
+    config = _override(omegaconf, _load(omegaconf, path, ()), overrides)
+    plain = omegaconf.OmegaConf.to_container(config, resolve=False)
+    run = _table(plain.pop("run", None), "run", path)
+    forced = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(overrides)).get("run") or {}
+    yaml_env = _table(run.get("env"), "run.env", path)
+    recipe = with_script(recipe, run.get("train_script"), path)
+    env = settings(recipe, yaml_env, forced.get("env") or {})
+    if wandb:
+        run = run | {"wandb": wandb | _table(forced.get("wandb"), "run.wandb", path)}
+    if artifacts:
+        plain["artifacts"] = artifacts | _table(plain.get("artifacts"), "artifacts", path)
+    run = run | {"env": env, "recipe": {"name": recipe.name, "script": recipe.script}}
+    known = run | {"env": yaml_env | env}  # what a config may name also holds what this executor has no use for
+    plain = places(_replace_run(plain, _replace_run(known, known)), recipe.root)
+    kept = {key: value for key, value in run.items() if is_artifact(value)}
+    text = dump(plain | {"run": kept} if kept else plain)
+    missing = sorted(set(re.findall(r"\$\{(run\.[^}:]+)\}", text)))
+    notes = ["the config still holds ${%s}, which nothing sets here" % reference for reference in missing]
+    notes += ["run.%s is not read; write run.env.%s" % (key, key) for key in ENV_KEYS if key in run]
+    return Config(path, text, run, tuple(notes), recipe)
+
+
+ENV_KEYS = ("container_image", "container", "nodes", "gpus_per_node", "nproc_per_node", "ntasks_per_node", "mounts",
+            "env_vars", "startup_commands", "run_command", "workdir")  # of run.env; some write them a level too high
+
+
+def with_script(recipe: Recipe, script: Any, path: Path) -> Recipe:
+    """The recipe with another script: that one's header says how it is launched, and its name and configs stay. Raises
+    Refusal for a script that is not in the tree."""
+    if script is None:
+        return recipe
+    place = posixpath.normpath(str(script).replace("${oc.env:PWD}/", "").removeprefix(str(recipe.root) + "/"))
+    if not isinstance(script, str) or not place.startswith("src/") or not (recipe.root / place).is_file():
+        raise Refusal("%s: run.train_script is %r, which is not there" % (path, script),
+                      "name a script below %s/src, like %s" % (recipe.root, recipe.script))
+    other = read_header(recipe.root, recipe.root / place)
+    if other is None:
+        return replace(recipe, script=place)
+    return replace(other, name=recipe.name, image=other.image or recipe.image, config_dir=recipe.config_dir,
+                   config_default=recipe.config_default)
+
+
+def _table(value: Any, name: str, path: Path) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise Refusal("%s: %s is %r, not a table" % (path, name, value),
+                      "mend the config's %s section" % name.split(".")[0])
+    return value or {}
+
+
+def _omegaconf() -> Any:
+    try:
+        with screen.step("import omegaconf"):
+            import omegaconf
+    except ImportError:
+        raise Refusal("configs are read with omegaconf, which this Python does not have",
+                      "run `make setup`, or pip install -r requirements.txt") from None
+    return omegaconf
+
+
+def _load(omegaconf: Any, path: Path, seen: tuple[Path, ...]) -> Any:
+    if path.resolve() in seen:
+        raise Refusal("defaults: leads in a circle: " + " -> ".join(p.name for p in (*seen, path.resolve())),
+                      "take one of them out of its defaults:")
+    try:
+        config = omegaconf.OmegaConf.load(path)
+        if not omegaconf.OmegaConf.is_dict(config):
+            raise ValueError("it is a list, not a table of settings")
+    except FileNotFoundError:
+        raise Refusal("%s is named in defaults: of %s, but is not there" % (path, seen[-1]),
+                      "mend the defaults:") from None
+    except UnicodeDecodeError:
+        raise Refusal("%s is not a config: it is not UTF-8" % path, "save it as UTF-8") from None
+    except Exception as error:  # YAML's and OmegaConf's errors share no base class
+        raise Refusal("%s is not a config: %s" % (path, _said(error)), "mend the YAML") from None
+    parents = omegaconf.OmegaConf.to_container(config, resolve=False).get("defaults")
+    names = [parents] if isinstance(parents, str) else parents if isinstance(parents, list) else []
+    if not names or not all(isinstance(item, str) for item in names):
+        return config  # a list of tables is the script's own, as in Hydra
+    merged = omegaconf.OmegaConf.create()
+    for item in names:
+        if item != "_self_":
+            parent = path.parent / (item if Path(item).suffix else item + ".yaml")
+            merged = _merge(omegaconf, merged, _load(omegaconf, parent, (*seen, path.resolve())), parent)
+    del config["defaults"]
+    return _merge(omegaconf, merged, config, path)
+
+
+def _said(error: Exception) -> str:
+    """An error of YAML or OmegaConf in a few words."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark and problem:
+        return "line %d: %s" % (mark.line + 1, " ".join(str(problem).split()))
+    if type(error).__name__ == "GrammarParseError":
+        where = getattr(error, "full_key", "") or "a value"
+        return "%s holds a ${ that cannot be read; a plain one is written \\${" % where
+    return " ".join(str(error).split())
+
+
+def _merge(omegaconf: Any, below: Any, above: Any, path: Path) -> Any:
+    try:
+        return omegaconf.OmegaConf.merge(below, above)
+    except Exception as error:
+        raise Refusal("%s does not fit what its defaults: name: %s" % (path, " ".join(str(error).split())),
+                      "a table cannot take the place of a list, nor a list that of a table") from None
+
+
+def _override(omegaconf: Any, config: Any, overrides: list[str]) -> Any:
+    for override in overrides:
+        if not re.match(r"[^=+~.\s]+(\.[^=+~.\s]+)*=", override):
+            raise Refusal("the override %r names no setting" % override,
+                          "overrides are KEY=VALUE with dots between names")
+        try:
+            omegaconf.OmegaConf.from_dotlist([override])
+        except Exception as error:
+            raise Refusal("the override %r cannot be read: %s" % (override, _said(error)),
+                          "its value is read as YAML; put a text in quotes, like: 'key=\"[text\"'") from None
+    try:
+        return omegaconf.OmegaConf.merge(config, omegaconf.OmegaConf.from_dotlist(overrides))
+    except Exception as error:
+        raise Refusal("an override does not fit the config: " + " ".join(str(error).split()),
+                      "overrides are KEY=VALUE with dots between names") from None
+
+
+def is_artifact(value: Any) -> bool:
+    """Whether a run entry is a reference like nano3-sft-data:latest, which the script resolves in the pod."""
+    if not isinstance(value, str) or "/" in value or "nvcr" in value.lower() or "docker" in value.lower():
+        return False
+    name, colon, version = value.rpartition(":")
+    return "Artifact" in value or bool(colon and "." not in name and re.match(r"v|latest$|\d+$", version))
+
+
+def named_sources(text: str) -> tuple[str, ...]:
+    """The paths below src that a compiled config names."""
+    return tuple(sorted(set(re.findall(r"/nemo_run/code/(src(?:/(?!\.\.)[\w.-]+)+)", text))))
+
+
+def _map_strings(value: Any, change: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_strings(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _replace_run(value: Any, run: dict[str, Any]) -> Any:
+    """`${run.a.b}` replaced by what stands there: as text inside a string, as it is where it is the whole string."""
+
+    def lookup(reference: str, default: str) -> Any:
+        here: Any = run
+        for part in reference.split("."):
+            if not isinstance(here, dict) or part not in here:
+                return default
+            here = here[part]
+        return here
+
+    def text(match: re.Match[str]) -> str:
+        found = lookup(match.group(1), match.group(0))
+        return "" if found is None else str(found)
+
+    def change(item: str) -> Any:
+        whole = re.fullmatch(r"\$\{run\.([^}$]+)\}", item)
+        return lookup(whole.group(1), item) if whole else re.sub(r"\$\{run\.([^}]+)\}", text, item)
+
+    return _map_strings(value, change)
+
+
+def places(value: Any, root: Path) -> Any:
+    """Paths of this machine and of NVIDIA's layout as /nemo_run/code/… and /nemo_run/…, which pod.py fills in."""
+
+    def change(item: str) -> str:
+        item = item.replace("${oc.env:PWD}", "/nemo_run/code")
+        item = re.sub(r"^\$\{oc\.env:NEMO_RUN_DIR[^}]*\}", "/nemo_run", item)
+        named = _names(item, str(root))
+        item = "/nemo_run/code" + item[len(named):] if named else item
+        return re.sub(r"(?<![\w./}-])/nemo_run(?:/[^\s:,'\"]*)?/\.\.(?:/[^\s:,'\"]*)?",
+                      lambda match: posixpath.normpath(match.group(0)), item)
+
+    return _map_strings(value, change)
+
+
+def _names(path: str, root: str) -> str:
+    """How a path that lies in the root names the root, maybe through links; "" for a path that does not."""
+    if path.startswith("/") and not path.startswith("/nemo_run"):
+        for component in re.finditer(r"/+[^/]+", path):
+            try:
+                if os.path.realpath(path[:component.end()], strict=True) == root:
+                    return path[:component.end()]
+            except (OSError, ValueError):  # it is not here, or is no path
+                return ""
+    return ""
+
+
+def dump(value: Any) -> str:
+    """YAML that OmegaConf and PyYAML read alike: what one of them would take for a number is quoted, what is not
+    printable is escaped (PyYAML does not read back the U+0085 that it writes), and each string with a place in it is in
+    double quotes, so that pod.py can put any path there."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+        numeric = re.fullmatch(r"[-+]?[0-9.][0-9_.]*([eE][-+]?[0-9]+)?", text)
+        style = '"' if numeric or "/nemo_run" in text or not text.isprintable() else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Dumper.add_representer(str, represent)
+    Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
+    text = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**9)
+    # A place after an escaped line end would look like a part of a word to pod.py; YAML reads `\/` as `/`.
+    return re.sub(r"((?<!\\)(?:\\\\)*\\[nrt])/nemo_run", r"\1\\/nemo_run", text)

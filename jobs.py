@@ -1,0 +1,354 @@
+"""Job: one launch, complete, and how it came about: who wins among header, profile, YAML and command line; what the
+recipe's environment, secrets, mounts and places are.
+
+Who wins, lowest first (`settings_for`): header, the rest of the YAML's run.env, profile, the five keys that the YAML
+owns, [stages.…], KEY=VALUE, --nodes.
+"""
+
+import difflib
+import hashlib
+import os
+import posixpath
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from configs import places
+from profiles import CLOUDS, KEYS, Profile, anchor, defaults, merge, resolve, wrong
+from recipes import Recipe, nearest
+from transport import Refusal
+
+
+class Description(TypedDict, total=False):
+    """What the pod is told, as JSON (pod/payload.py checks it)."""
+
+    run: str  # our own short id
+    recipe: str  # "nano3/sft"
+    script: str  # relative to the code root
+    launch: str  # the header's mode: torchrun, ray, direct or python
+    nodes: int
+    run_root: str | None  # None: outputs stay in the pod
+    config: str  # YAML
+    env: dict[str, str]  # the recipe's own
+    setup: list[str]  # commands that run before it, in its shell
+    command: str  # what bash runs
+    tool: str  # the program that it begins with, "" if that cannot be told
+    workdir: str | None
+    clones: list[dict[str, str]]  # repositories that the pod clones: url, ref, target
+    folders: list[str]  # made before the recipe starts
+    retries: int
+    patience: int  # seconds that pods wait for each other
+    unpack: str  # "local" or "shared"
+    shared: str  # the folder of shared trees
+    keep: int  # how many of them stay
+
+
+@dataclass(frozen=True)
+class Job:
+    """One launch, complete: what the backend asks the platform for, and what the pod is told."""
+
+    run_id: str  # our own short id
+    name: str  # "nano3/sft"
+    executor: str
+    nodes: int
+    gpus_per_node: int | str
+    nproc: int | str
+    image: str | None
+    settings: dict[str, Any]  # by the keys of profiles.KEYS, after all that overrides them
+    description: Description
+    secrets: dict[str, str]  # NAME -> "env", "lepton:…" or "runai:…"; never a value
+    notes: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- who wins
+
+YAML_WINS = ("container_image", "nodes", "gpus_per_node", "ntasks_per_node", "nproc_per_node")
+COUNTS = ("nodes", "gpus_per_node", "nproc_per_node")
+PROFILES_OWN = ("executor", "extends", "stages", "repo_root")
+
+
+def settings_for(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, Any], forced: dict[str, Any],
+                 notes: list[str], dry: bool = True) -> dict[str, Any]:
+    """The settings of a job, whoever wins: see the top of this file. `yaml` is the config's run.env, `forced` what
+    KEY=VALUE says of it. env_vars merge; mounts of YAML and profile add up. Raises Refusal."""
+    yaml, forced = _read(yaml, recipe, notes, dry), _read(forced, recipe, [], dry)
+    usable = _usable(yaml, forced, profile.executor, notes)
+    header = {"nodes": recipe.nodes, "gpus_per_node": recipe.gpus_per_node, "container_image": recipe.image,
+              "workdir": recipe.workdir}
+    owned = {key: value for key, value in usable.items() if key in YAML_WINS}
+    rest = {key: value for key, value in usable.items() if key not in owned}
+    layers = [defaults(profile.executor), header, rest, profile.keys, owned, profile.stage,
+              {key: value for key, value in forced.items() if key in usable}, {"nodes": nodes} if nodes else {}]
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        settings = merge(settings, {KEYS[key].alias or key: value for key, value in layer.items() if value is not None})
+    settings["env_vars"] = {"%s" % name: _text(value) for layer in ({"env_vars": recipe.env}, *layers)
+                            for name, value in (layer.get("env_vars") or {}).items()}
+    theirs, ours = yaml.get("mounts") or [], profile.keys.get("mounts") or []
+    if wrong("mounts", theirs):
+        raise Refusal("run.env.mounts is %r" % (theirs,), "it must be " + wrong("mounts", theirs))
+    if "mounts" in profile.stage or "mounts" in forced:  # nothing is added to those
+        theirs, ours = [], settings.get("mounts") or []
+    settings["mounts"] = _mounts(theirs, ours, profile.executor, notes)
+    settings |= {key: _count(key, settings[key]) for key in COUNTS if key in settings}
+    anchor(settings, profile.executor)
+    settings["nproc"] = settings.get("nproc_per_node", settings["gpus_per_node"]) or 1
+    return settings
+
+
+def _usable(yaml: dict[str, Any], forced: dict[str, Any], executor: str, notes: list[str]) -> dict[str, Any]:
+    """What of run.env this executor has a use for. Raises Refusal for a wrong type, or a KEY=VALUE that is misspelt."""
+    unknown = sorted(str(key) for key in yaml if key not in KEYS)
+    if unknown:
+        notes.append("run.env holds %s, which Airlift does not use" % ", ".join(unknown))
+    misspelt = [key for key in forced if key in unknown and difflib.get_close_matches(key, KEYS, 1, 0.75)]
+    if misspelt:
+        raise Refusal("there is no key run.env.%s" % misspelt[0], "did you mean %s?" % nearest(misspelt[0], KEYS))
+    profiles_own = [key for key in PROFILES_OWN if key in yaml]
+    if profiles_own:
+        notes.append("run.env holds %s, which only a profile can set" % ", ".join(profiles_own))
+    mine = {key: value for key, value in yaml.items() if key in KEYS and key not in PROFILES_OWN}
+    usable = {key: value for key, value in mine.items() if not KEYS[key].executors or executor in KEYS[key].executors}
+    for key, value in usable.items():
+        problem = "" if value is None or KEYS[key].kind == "count" or key == "nodes" else wrong(key, value)
+        if problem:
+            raise Refusal("run.env.%s is %s" % (key, "***" if isinstance(value, dict) else repr(value)),
+                          "it must be " + problem)
+    foreign = sorted(key for key in forced if key in mine and key not in usable)
+    if foreign:
+        notes.append("run.env holds %s, which is not for executor %s" % (", ".join(foreign), executor))
+    return usable
+
+
+def _mounts(yaml: list[Any], ours: list[Any], executor: str, notes: list[str]) -> list[Any]:
+    """The mounts of YAML and profile. A cloud has no hosts to bind from: a string that the YAML brings is named as not
+    mounted there, one in the profile is refused; ${auto_mount:…} entries are cloned in the pod."""
+    if executor == "local":
+        notes += ["%s is not mounted: local pods see this machine as it is" % mount for mount in yaml]
+        return []
+    if executor in CLOUDS:
+        def can(mount: Any) -> bool:
+            return _is_repository(mount) or (executor == "lepton" and isinstance(mount, dict))
+
+        notes += ["%s is not mounted: %s has no hosts to mount from" % (mount, executor)
+                  for mount in yaml if not can(mount)]
+        yaml = [mount for mount in yaml if can(mount)]
+        bad = [mount for mount in ours if not can(mount)]
+        if bad:
+            fix = "write a table with path, mount_path and from" if executor == "lepton" else "volumes are pvcs there"
+            raise Refusal("the mount %s cannot be had on %s" % (bad[0], executor), fix)
+    return yaml + ours
+
+
+def _read(table: dict[str, Any], recipe: Recipe, notes: list[str], dry: bool) -> dict[str, Any]:
+    """A run.env with variables of this machine read; the working directory and NEMO_RUN_DIR are those of the pod.
+    Raises Refusal for one that is not set, unless it is only for show."""
+    unset: list[str] = []
+    result = {key: value if re.search(r"env:(PWD|NEMO_RUN_DIR)\b", str(value)) else resolve(value, unset)
+              for key, value in table.items() if key != "env_vars"}
+    if "env_vars" in table:
+        result["env_vars"] = resolve(places(table["env_vars"], recipe.root), unset)
+        for name, value in (result["env_vars"] if isinstance(result["env_vars"], dict) else {}).items():
+            if isinstance(value, str) and "${" in value:
+                notes.append("env_vars.%s is sent as it is written, %s: only a config is resolved in the pod"
+                             % (name, value))
+    if unset and not dry:
+        raise Refusal("run.env reads %s, which is not set here" % ", ".join(dict.fromkeys(unset)),
+                      "export it, or override what reads it")
+    notes += ["run.env reads %s, which is not set here" % name for name in dict.fromkeys(unset)]
+    return result
+
+
+# ---------------------------------------------------------------- repositories to mount
+
+ENTRY = re.compile(r"\$\{auto_mount:(.*)\}", re.DOTALL)
+GRAMMAR = re.compile(r"git\+([a-z][a-z+]*://[^/]*/[^@,]+)@([^,\s]+),(/[^,\s]+)")  # URL, ref, target
+
+
+@dataclass(frozen=True)
+class AutoMount:
+    """One repository: where it is, which branch, tag or full commit, and where the container sees it."""
+
+    url: str
+    ref: str
+    target: str
+
+    def folder(self, base: str) -> str:
+        last = posixpath.basename(self.url.rstrip("/")).removesuffix(".git")
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", last) or "repository"
+        return "%s/auto_mounts/%s-%s" % (base, name, hashlib.sha256(self.url.encode()).hexdigest()[:8])
+
+
+def _is_repository(mount: Any) -> bool:
+    return isinstance(mount, str) and mount.strip().startswith("${auto_mount:")
+
+
+def repository_of(mount: str, mirrors: dict[str, str]) -> AutoMount | None:
+    """The AutoMount that a mount is, its URL by way of the mirrors; None for any other mount. Raises Refusal."""
+    entry = ENTRY.fullmatch(mount.strip())
+    if not entry:
+        return None
+    found = GRAMMAR.fullmatch(entry.group(1).strip())
+    if not found:
+        raise Refusal("the mount %s cannot be read" % mount, "write ${auto_mount:git+https://host/path.git@ref,/target}")
+    url, ref, target = found.groups()
+    prefix = max((prefix for prefix in mirrors if url.startswith(prefix)), key=len, default="")
+    return AutoMount(mirrors[prefix] + url[len(prefix):] if prefix else url, ref, target)
+
+
+def clones(settings: dict[str, Any], executor: str) -> tuple[list[dict[str, str]], list[str]]:
+    """The repositories that a pod without bind mounts clones for itself, and what to say. Raises Refusal."""
+    found, notes = [], []
+    for mount in settings.get("mounts") or []:
+        if _is_repository(mount) and executor in ("docker", *CLOUDS):
+            repository = repository_of(mount, settings.get("git_mirrors", {}))
+            if repository and settings.get("auto_mount") == "image":
+                notes.append("%s is used as the image has it" % repository.target)
+            elif repository:
+                found.append({"url": repository.url, "ref": repository.ref, "target": repository.target})
+                notes.append("each pod clones %s at %s to %s" % (repository.url, repository.ref, repository.target))
+    return found, notes
+
+
+PERSISTENT_CACHES = {"VLLM_CACHE_ROOT": "vllm_compile_cache", "DG_JIT_CACHE_DIR": "vllm_compile_cache/deep_gemm",
+          "FLASHINFER_CUBIN_DIR": "flashinfer_cubins", "FLASHINFER_WORKSPACE_BASE": "flashinfer_workspace"}
+
+
+def persistent_caches(settings: dict[str, Any]) -> dict[str, str]:
+    """What persistent_cache sets: NAME -> folder, which pod.py makes."""
+    base = settings.get("persistent_cache")
+    return {name: posixpath.join(base, folder) for name, folder in PERSISTENT_CACHES.items()} if base else {}
+
+
+def require_image(job: Job) -> None:
+    """Raises Refusal."""
+    if not job.image:
+        raise Refusal("the job has no image", "set container_image in the profile, or image in the recipe's header")
+
+
+def setup_commands(settings: dict[str, Any]) -> list[str]:
+    """What runs before the recipe, in its shell. pip_extras is the profile's own word that the network may be used."""
+    extras = settings.get("pip_extras") or []
+    pip = ["python3 -m pip install --quiet " + " ".join(map(shlex.quote, extras))] if extras else []
+    return pip + settings.get("pre_launch_commands", []) + settings.get("startup_commands", [])
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _count(key: str, value: Any) -> int | str:
+    """A count from YAML, where "8" means 8. Raises Refusal for anything else."""
+    if value == "gpu" and key != "nodes":
+        return "gpu"
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}", value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < (1 if key == "nodes" else 0):
+        raise Refusal("%s is %r" % (key, value), "it must be a whole number, " + (
+            "1 or more" if key == "nodes" else '0 or more, or "gpu"'))
+    return value
+
+
+def workspace(settings: dict[str, Any]) -> str | None:
+    """Where outputs are kept, as the pod sees it: the first that is set of the keys below, else the first mount."""
+    for key in ("workspace", "nemo_run_dir", "pvc_nemo_run_dir", "remote_job_dir"):
+        if settings.get(key):
+            return str(settings[key])
+    for mount in settings.get("mounts") or []:
+        if isinstance(mount, dict) and mount.get("mount_path"):
+            return str(mount["mount_path"])
+        if isinstance(mount, str) and ":" in mount and not mount.startswith("${"):
+            return mount.split(":")[1]
+    return next((str(volume["path"]) for volume in settings.get("pvcs") or [] if volume.get("path")), None)
+
+
+def lies_on(place: str, mounts: Iterable[str]) -> bool:
+    """Whether a path is one of the mounts' or below it."""
+    return any(place == mount.rstrip("/") or place.startswith(mount.rstrip("/") + "/") for mount in mounts)
+
+
+def not_kept(settings: dict[str, Any], executor: str) -> str:
+    """What to say where what a job writes goes with its pod; "" where it is kept."""
+    base = workspace(settings)
+    if base is None:
+        return "no workspace is set: what the job writes stays in the pod and goes with it"
+    mounts = [str(mount.get("mount_path")) if isinstance(mount, dict) else str(mount).split(":")[1]
+              for mount in settings.get("mounts") or [] if isinstance(mount, dict) or ":" in mount]
+    if executor in ("docker", "lepton") and not settings.get("existing_ray_cluster") and not lies_on(base, mounts):
+        return "the workspace %s is on none of the mounts: what the job writes stays in the pod and goes with it" % base
+    return ""
+
+
+def run_root(settings: dict[str, Any], family: str) -> str | None:
+    """<workspace>/<family>, or run_dir: the same for every launch of the family. None: outputs stay in the pod."""
+    base = workspace(settings)
+    if base and not base.startswith(("/", "<unset ")):
+        raise Refusal("the workspace is %r" % base, "it must be an absolute path, as the pod sees it")
+    if settings.get("run_dir"):
+        return posixpath.join(base or "/", settings["run_dir"])
+    return posixpath.join(base, family) if base else None
+
+
+def unpacking(settings: dict[str, Any]) -> Description:
+    """What the pod must know to unpack: into each pod, or once onto storage that all pods see. Raises Refusal."""
+    if settings["unpack"] == "local":
+        return Description(unpack="local")
+    base = workspace(settings)
+    if base is None:
+        raise Refusal('unpack = "shared" needs a workspace that all pods see',
+                      "set workspace in the profile, or leave unpack out")
+    return Description(unpack="shared", shared=posixpath.join(base, ".airlift"), keep=settings["keep"])
+
+
+def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str) -> dict[str, str]:
+    """The recipe's environment that follows from workspace and run.wandb; the user's env_vars come last."""
+    env: dict[str, str] = {}
+    base = workspace(settings)
+    if base and executor != "local":
+        env["HF_HOME"] = posixpath.join(base, "hf")
+    env |= persistent_caches(settings)
+    wandb = run.get("wandb")
+    if isinstance(wandb, dict):
+        names = {"entity": "WANDB_ENTITY", "project": "WANDB_PROJECT", "name": "WANDB_NAME", "run_name": "WANDB_NAME",
+                 "group": "WANDB_GROUP", "job_type": "WANDB_JOB_TYPE"}
+        env |= {names[key]: str(value) for key, value in wandb.items() if key in names and value}
+        tags = wandb.get("tags")
+        if tags:
+            env["WANDB_TAGS"] = ",".join(map(str, tags)) if isinstance(tags, list) else str(tags)
+        if wandb.get("project"):
+            env = {"WANDB_ENABLED": "true", "WANDB_JOB_TYPE": name, "WANDB_NAME": name.replace("/", "-")} | env
+    return env | settings["env_vars"]
+
+
+TOKENS = ("HF_TOKEN", "WANDB_API_KEY", "NGC_API_KEY")
+REFERENCES = {"lepton": (r"env|lepton:[\w.-]+", ', or "lepton:name" for a secret of the workspace'),
+              "dgxcloud": (r"env|runai:[\w.-]+/[\w.-]+", ', or "runai:credential/key"')}
+
+
+def check_secrets(wanted: dict[str, Any], executor: str, plain: Any = ()) -> tuple[dict[str, str], list[str]]:
+    """[secrets] of a profile and what to say about it; `plain` is the recipe's environment besides. Raises Refusal for
+    a reference that this executor lacks."""
+    pattern, example = REFERENCES.get(executor, ("env", ""))
+    notes = []
+    for name, source in wanted.items():
+        if not isinstance(source, str) or not re.fullmatch(pattern, source):
+            raise Refusal("secrets.%s is not a reference that %s has" % (name, executor), 'write "env"' + example)
+        if source == "env":
+            notes.append("%s is sent by value, in %s" % (name, "a private file that goes when the job is over"
+                                                          if executor == "slurm" else "the job's environment"))
+    notes += ["%s is set here but not sent; name it under [secrets] to send it" % name
+              for name in TOKENS if os.environ.get(name) and name not in wanted and name not in plain]
+    notes += ["%s is sent as a plain variable; under [secrets] it would stay out of files and records" % name
+              for name in TOKENS if name in plain and plain[name] and name not in wanted]
+    return dict(wanted), notes
+
+
+def secret_values(job: Job, dry: bool) -> dict[str, str]:
+    """The values of secrets sent by value. Raises Refusal for one that is not set, unless it is only for show."""
+    names = [name for name, source in job.secrets.items() if source == "env"]
+    unset = [name for name in names if name not in os.environ]
+    if unset and not dry:
+        raise Refusal("secret %s is not set here" % ", ".join(unset), "export it, or take it out of [secrets]")
+    return {name: os.environ.get(name, "<unset %s>" % name) for name in names}

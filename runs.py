@@ -1,0 +1,145 @@
+"""What is remembered of each run: one small private file, the same for every executor.
+
+It lies in <home>/runs, where home is AIRLIFT_HOME, else <XDG_STATE_HOME or ~/.local/state>/airlift. No secret and no
+chunk is ever in it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import tempfile
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+from transport import Refusal, Tree
+
+
+class Origin(TypedDict):
+    """What a launch came from, as far as `diff` needs it to collect the tree again."""
+
+    repo_root: str
+    env_file: str  # the env.toml that counted; /dev/null for none
+    config: str | None  # of -c: a file's whole path, a config's name, or None
+    overrides: list[str]  # those of run.env.exclude and run.env.scope; others may hold what no file should
+
+
+@dataclass
+class Run:
+    """The file of one run: what status, logs and cancel need."""
+
+    id: str  # our own short id
+    recipe: str
+    profile: str
+    executor: str
+    nodes: int
+    sha256: str  # of the tree's tar
+    started: float = field(default_factory=time.time)
+    running_since: float | None = None  # when the job was first seen to run
+    ended: list[str] | None = None  # state and detail, once it is over for good: platforms forget
+    job_exit_code: int | None = None
+    retries: int = 0
+    ranks: list[int] = field(default_factory=lambda: [0])  # whose logs are to be shown
+    outputs: str | None = None  # the run root, where it outlives the pods
+    origin: Origin | None = None
+    record: dict[str, Any] = field(default_factory=dict)  # the backend's own: its class Record tells the keys
+    carries: dict[str, str] = field(default_factory=dict, repr=False)  # fingerprints(); kept in a file beside
+
+    @property
+    def starts(self) -> int:
+        """How often the job may be started in all."""
+        return 1 + self.retries
+
+    def seen_running(self) -> None:
+        self.running_since = self.running_since or time.time()
+
+    def keep(self, record: Mapping[str, object]) -> None:
+        """Add to what the backend remembers, and save the run."""
+        self.record.update(record)
+        self.save()
+
+    def save(self) -> None:
+        if self.carries:
+            self._write(".files", zlib.compress(json.dumps(self.carries).encode(), 9))
+            self.carries = {}
+        fields = {name: value for name, value in self.__dict__.items() if name != "carries"}
+        self._write(".json", json.dumps(fields, indent=1).encode())
+
+    def files(self) -> dict[str, str]:
+        """What the run carries, as fingerprints() gave it. Raises Refusal where that was not kept."""
+        path = home() / "runs" / (self.id + ".files")
+        try:
+            return dict(json.loads(zlib.decompress(path.read_bytes())))
+        except (OSError, ValueError, zlib.error):
+            raise Refusal("what run %s carries cannot be read: %s" % (self.id, path),
+                          "only runs of this version keep it") from None
+
+    def _write(self, suffix: str, data: bytes) -> None:
+        folder = home() / "runs"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, private = tempfile.mkstemp(dir=folder)  # 0600
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.rename(private, folder / (self.id + suffix))
+
+    def forget(self) -> None:
+        for suffix in (".json", ".files"):
+            (home() / "runs" / (self.id + suffix)).unlink(missing_ok=True)
+
+
+def fingerprints(tree: Tree) -> dict[str, str]:
+    """path -> SHA-256 of a file (and " x" where it may be run), or "-> target" of a link."""
+    return {entry.path: "-> %s" % os.fsdecode(entry.data) if entry.link else
+            hashlib.sha256(entry.data).hexdigest() + " x" * entry.executable for entry in tree.entries}
+
+
+def load_run(run_id: str) -> Run:
+    """Raises Refusal for a run that was not launched from this account."""
+    path = home() / "runs" / (run_id + ".json")
+    if not re.fullmatch(r"[a-z0-9]+", run_id) or not path.is_file():
+        raise Refusal("there is no run %r" % run_id, "python launch.py status lists them")
+    try:
+        return Run(**_current(json.loads(path.read_text())))
+    except (ValueError, TypeError, AttributeError):
+        raise Refusal("the file of run %s cannot be read: %s" % (run_id, path), "remove it") from None
+
+
+def _current(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a run's file; version 1.0 called the id "run" and kept more of them in the record."""
+    if "run" in fields:
+        fields["id"] = fields.pop("run")
+        record = fields.get("record", {})
+        fields["origin"] = record.pop("again", None)
+        moved = ("ranks", "outputs", "retries", "running_since")
+        fields |= {name: record.pop(name) for name in moved if name in record}
+    return fields
+
+
+def all_runs() -> tuple[list[Run], list[Refusal]]:
+    """Newest first; and what is wrong with files that cannot be read."""
+    found, problems = [], []
+    for path in (home() / "runs").glob("*.json"):
+        try:
+            found.append(load_run(path.stem))
+        except Refusal as problem:
+            problems.append(problem)
+    return sorted(found, key=lambda run: -run.started), problems
+
+
+def home() -> Path:
+    """Airlift's own state: AIRLIFT_HOME, else <XDG_STATE_HOME or ~/.local/state>/airlift."""
+    if os.environ.get("AIRLIFT_HOME"):
+        return Path(os.environ["AIRLIFT_HOME"])
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "airlift"
+
+
+def new_run_id() -> str:
+    """Six letters and digits, a letter first, so that names of jobs can begin or end with it."""
+    return secrets.choice("abcdefghjkmnpqrstuvwxyz") + "".join(
+        secrets.choice("abcdefghjkmnpqrstuvwxyz23456789") for _ in range(5))
