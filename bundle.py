@@ -27,11 +27,11 @@ from transport import CREDENTIAL_SHAPE, Refusal, human
 HERE = Path(__file__).resolve().parent
 VERSION = "1.0"
 LISTS = {"launcher": "requirements.txt", "recipes": "requirements-recipes.txt", "torch": "requirements-torch.txt"}
-FILES = ("launch.py", "recipes.py", "transport.py", "pod.py", "bundle.py", "Makefile", "README.md", "how.svg",
+FILES = ("launch.py", "recipes.py", "transport.py", "bundle.py", "Makefile", "README.md", "how.svg",
          "LICENSE", *LISTS.values())
 # The lists of launcher and recipes are whole and pinned by hash; what torch asks for besides is its build's own affair.
 STRICT = {"launcher": ("--no-deps", "--require-hashes"), "recipes": ("--no-deps", "--require-hashes"), "torch": ()}
-FOLDERS = {"backends": (".py",), "profiles": (".py", ".toml"), "src/starter": ()}  # and their suffixes, () for all
+FOLDERS = {"pod": (".py",), "backends": (".py",), "profiles": (".py", ".toml"), "src/starter": ()}  # suffixes; () all
 INSTALL = """\
 Airlift %(version)s, for Python %(python)s on %(platform)s. Compare the SHA-256 of the file that this came in first.
 

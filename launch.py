@@ -32,11 +32,11 @@ import traceback  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import backends  # noqa: E402
-import pod  # noqa: E402
 import profiles  # noqa: E402
 import recipes  # noqa: E402
 import transport  # noqa: E402
 from backends import checks, closure, screen  # noqa: E402
+from pod.failures import FAILURES  # noqa: E402
 from transport import Refusal  # noqa: E402
 
 USAGE = """\
@@ -228,7 +228,7 @@ class Launch(object):
             self.job = self.make_job(options.args, notes)
             sent = backends.secret_values(self.job, dry)
             screen.conceal(*sent.values())
-            transport.pod_program()  # is made here, beside the packing, and kept
+            transport.pod_program(self.job.description)  # its parts are made here, beside the packing, and kept
         finally:
             ahead.thread.join()  # a local launch forks: no thread may hold a lock then
         settings = self.job.settings
@@ -263,7 +263,9 @@ class Launch(object):
         command, tool, said = recipes.command(recipe, settings, args, backends.is_cloud(profile.executor))
         secrets, about = backends.check_secrets(settings.get("secrets", {}), profile.executor, settings["env_vars"])
         repositories, cloned = backends.clones(settings, profile.executor)
-        run = backends.new_run_id()
+        run, lepton = backends.new_run_id(), profile.executor == "lepton"
+        several = settings["nodes"] > 1 or (lepton and settings.get("existing_ray_cluster"))
+        cluster = "" if recipe.launch != "ray" or not several else "platform" if lepton else "pods"
         description = {
             "run": run, "recipe": recipe.name, "script": recipe.script, "launch": recipe.launch,
             "nodes": settings["nodes"], "run_root": root, "config": self.config.text,
@@ -271,7 +273,7 @@ class Launch(object):
             "setup": backends.setup_commands(settings), "command": command, "tool": tool,
             "workdir": settings.get("workdir"), "clones": repositories,
             "folders": list(backends.caches(settings).values()), "retries": settings.get("retries", 0),
-            "patience": settings["rendezvous_timeout"],
+            "patience": settings["rendezvous_timeout"], "cluster": cluster,
         }
         description.update(backends.unpacking(settings))
         return backends.Job(
@@ -444,7 +446,7 @@ def follow(run, took=()):
     code = status.exit_code
     what = "the job was cancelled" if status.state == "cancelled" else "the job failed" + (
         " with exit code %d" % code if code is not None else ", and no exit code was told (%s)" % status.detail)
-    why = "%s; %s" % pod.FAILURES[code] if code in pod.FAILURES else "see python launch.py logs " + run.run
+    why = "%s; %s" % FAILURES[code] if code in FAILURES else "see python launch.py logs " + run.run
     screen.complain(what + after.replace(" in ", " after "), why)
     return 1
 

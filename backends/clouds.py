@@ -23,7 +23,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 
 from backends import ENDED_ALREADY, FINAL, Job, Run, Status, await_end, screen
-from pod import POD
+from pod.failures import POD
 from transport import LIMITS, Plan, Refusal, human
 
 CONNECT_S, READ_S, LOG_READ_S = 5.0, 30.0, 300.0  # seconds; a log may be silent for a while

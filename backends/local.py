@@ -26,7 +26,7 @@ import backends
 import transport
 from backends import Job, Run, Status, screen
 from backends.checks import Finding
-from pod import become_subreaper, end_the_rest
+from pod.process import become_subreaper, end_the_rest
 from transport import Plan, Refusal
 
 CAN = {"detach", "ray"}

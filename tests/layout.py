@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-FLAT = ("launch.py", "recipes.py", "transport.py", "pod.py", "backends", "profiles")
+FLAT = ("launch.py", "recipes.py", "transport.py", "pod", "backends", "profiles")
 
 
 def header(name="nano3/sft", *, launch=None, cmd=None, workdir=None, image=None, nodes=None, gpus=None, config_dir=None,

@@ -210,10 +210,10 @@ def test_three_lines_by_hand(real: Path, tmp_path: Path) -> None:
 
 
 def test_a_copied_handful_beside_a_checkout_says_what_it_lacks(tmp_path: Path) -> None:
-    """launch.py, recipes.py, transport.py, pod.py, backends/ and profiles/, and a Python without our libraries."""
+    """launch.py, recipes.py, transport.py, pod/, backends/ and profiles/, and a Python without our libraries."""
     folder = layout.flat_folder(tmp_path / "checkout")
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["launch.py", "recipes.py", "transport.py", "pod.py", "backends", "profiles"])
+        ["launch.py", "recipes.py", "transport.py", "pod", "backends", "profiles"])
     layout.nemotron(folder)
     site = tmp_path / "site"
     for name in ("omegaconf", "yaml", "antlr4"):
