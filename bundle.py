@@ -28,11 +28,11 @@ HERE = Path(__file__).resolve().parent
 VERSION = "1.0"
 LISTS = {"launcher": "requirements.txt", "recipes": "requirements-recipes.txt", "torch": "requirements-torch.txt"}
 FILES = ("launch.py", "commands.py", "prepare.py", "recipes.py", "configs.py", "jobs.py", "runs.py", "screen.py",
-         "transport.py", "closure.py", "pod.py", "bundle.py", "Makefile", "README.md", "how.svg",
+         "transport.py", "closure.py", "bundle.py", "Makefile", "README.md", "how.svg",
          "LICENSE", *LISTS.values())
 # The lists of launcher and recipes are whole and pinned by hash; what torch asks for besides is its build's own affair.
 STRICT = {"launcher": ("--no-deps", "--require-hashes"), "recipes": ("--no-deps", "--require-hashes"), "torch": ()}
-FOLDERS = {"backends": (".py",), "profiles": (".py", ".toml"), "src/starter": ()}  # and their suffixes, () for all
+FOLDERS = {"pod": (".py",), "backends": (".py",), "profiles": (".py", ".toml"), "src/starter": ()}  # suffixes; () all
 INSTALL = """\
 Airlift %(version)s, for Python %(python)s on %(platform)s. Compare the SHA-256 of the file that this came in first.
 

@@ -8,12 +8,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import backends
-import pod
 import prepare
 import profiles
 import recipes
 import runs
 import screen
+from pod.failures import FAILURES
 from prepare import Launch, Options, words_of
 from screen import one_line
 from transport import Refusal
@@ -188,7 +188,7 @@ def follow(run: runs.Run, took: tuple[float, float] | None = None) -> int:
     code = status.exit_code
     what = "the job was cancelled" if status.state == "cancelled" else "the job failed" + (
         " with exit code %d" % code if code is not None else ", and its exit code is not known (%s)" % status.detail)
-    why = "%s; %s" % pod.FAILURES[code] if code in pod.FAILURES else "see python launch.py logs " + run.id
+    why = "%s; %s" % FAILURES[code] if code in FAILURES else "see python launch.py logs " + run.id
     screen.complain(what + after.replace(" in ", " after "), why)
     return 1
 

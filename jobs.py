@@ -40,6 +40,7 @@ class Description(TypedDict, total=False):
     folders: list[str]  # made before the recipe starts
     retries: int
     patience: int  # seconds that pods wait for each other
+    cluster: str  # who makes the Ray cluster that it runs on: "pods", "platform", or "" for none
     unpack: str  # "local" or "shared"
     shared: str  # the folder of shared trees
     keep: int  # how many of them stay
@@ -289,6 +290,12 @@ def run_root(settings: dict[str, Any], family: str) -> str | None:
     if settings.get("run_dir"):
         return posixpath.join(base or "/", settings["run_dir"])
     return posixpath.join(base, family) if base else None
+
+
+def ray_cluster(recipe: Recipe, settings: dict[str, Any], executor: str) -> str:
+    """Who makes the Ray cluster that the recipe runs on; "" where it needs none, or starts Ray itself on one node."""
+    several = settings["nodes"] > 1 or (executor == "lepton" and settings.get("existing_ray_cluster"))
+    return "" if recipe.launch != "ray" or not several else "platform" if executor == "lepton" else "pods"
 
 
 def unpacking(settings: dict[str, Any]) -> Description:

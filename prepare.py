@@ -76,7 +76,7 @@ class Launch:
             self.job = self._job(options, notes)
             sent = jobs.secret_values(self.job, dry)
             screen.conceal(*sent.values())
-            transport.pod_program()  # is made here, beside the packing, and kept
+            transport.pod_program(dict(self.job.description))  # its parts are made here, beside the packing, and kept
         finally:
             ahead.thread.join()  # a local launch forks: no thread may hold a lock then
         settings = self.job.settings
@@ -114,7 +114,8 @@ class Launch:
             env=jobs.environment(settings, self.config.run, recipe.name, executor),
             setup=jobs.setup_commands(settings), command=command, tool=tool, workdir=settings.get("workdir"),
             clones=repositories, folders=list(jobs.persistent_caches(settings).values()),
-            retries=settings.get("retries", 0), patience=settings["rendezvous_timeout"])
+            retries=settings.get("retries", 0), patience=settings["rendezvous_timeout"],
+            cluster=jobs.ray_cluster(recipe, settings, executor))
         description |= jobs.unpacking(settings)
         return jobs.Job(
             run_id, recipe.name, executor, settings["nodes"], settings["gpus_per_node"], settings["nproc"],

@@ -85,7 +85,7 @@ def require(job: Job, attached: bool) -> None:
     can = backend(job.executor).CAN
     if not attached and "detach" not in can:
         raise Refusal("--detach is not supported by executor %s" % job.executor, "launch without it")
-    if job.description["launch"] == "ray" and job.nodes > 1 and "ray" not in can:
+    if job.description.get("cluster") and "ray" not in can:
         raise Refusal("a Ray recipe on %d nodes is not supported by executor %s" % (job.nodes, job.executor),
                       "use --nodes 1, or another executor")
 

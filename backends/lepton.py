@@ -61,7 +61,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
 
 def wants_cluster(job: Job) -> bool:
     """Whether the job runs on a Ray cluster of the platform's."""
-    return job.description["launch"] == "ray" and bool(job.nodes > 1 or job.settings.get("existing_ray_cluster"))
+    return bool(job.description.get("cluster") == "platform")
 
 
 def lepton_ray() -> Any:

@@ -26,7 +26,7 @@ import screen
 import transport
 from backends import Finding, Status, ended_already
 from jobs import Job, workspace
-from pod import become_subreaper, end_the_rest
+from pod.process import become_subreaper, end_the_rest
 from runs import Run, home
 from transport import Plan, Refusal
 

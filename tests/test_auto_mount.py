@@ -7,7 +7,7 @@ import pytest
 from support import need, plan, ran
 
 import jobs
-import pod
+from pod.failures import CLONE
 from transport import Refusal
 
 
@@ -67,7 +67,7 @@ def test_the_images_own_copy_is_replaced_whole(repository: Path, tmp_path: Path)
 def test_a_clone_that_fails_ends_the_pod_and_says_both_ways_out(repository: Path, tmp_path: Path, mount: str) -> None:
     source = mount % repository if "%s" in mount else mount
     code, text, _ = launched(tmp_path, "${auto_mount:git+%s,%s/opt/lib}" % (source, tmp_path), {})
-    assert code == pod.CLONE == 88
+    assert code == CLONE == 88
     assert "[git_mirrors]" in text and 'auto_mount = "image"' in text
     assert "Traceback" not in text
 

@@ -285,7 +285,7 @@ time.sleep(300)
 
 
 @pytest.mark.parametrize(("profile", "code", "what"), [
-    ('startup_commands = ["true", "no-such-command"]', 86, "a startup command failed; mend startup_commands"),
+    ('startup_commands = ["true", "no-such-command"]', 86, "a startup command failed; fix startup_commands"),
     ('run_command = "no-such-tool {script}"', 87, "the image lacks what the recipe is started with"),
     ('workdir = "/no/such/folder"', 87, "the image lacks what the recipe is started with"),
     ('workspace = "/proc/nowhere"', 83, "the pod could not put the files in place"),

@@ -17,12 +17,12 @@ from layout import recipe, write
 
 import jobs
 import launch
-import pod
 import prepare
 import profiles
 import runs
 import transport
 from backends.common import http
+from pod import failures
 
 RECIPE = "src/pkg/recipes/nano3/sft"
 
@@ -715,12 +715,12 @@ def cloned(place):
 
 
 def alone(place):
-    plan = support.plan(launch="ray", nodes=2, patience=1)
+    plan = support.plan(launch="ray", nodes=2, cluster="pods", patience=1)
     return plan, {"NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 # (what makes the plan and the pod's environment, exit code, rank, what was seen). What is wrong and what to do about it
-# are those of pod.FAILURES.
+# are those of pod/failures.py.
 POD = [
     (without("AIRLIFT_POD_0000"), 80, "unknown", ""),
     (without("AIRLIFT_POD_CHUNKS"), 80, "?", "AIRLIFT_POD_CHUNKS is ''"),
@@ -760,17 +760,17 @@ def test_a_pod_that_refuses(tmp_path, make, code, rank, seen):
     lines = out.text.splitlines()
     assert found == code, out.text
     assert "Traceback" not in out.text
-    if seen == "":  # the bootstrap's own words: pod.py has not arrived
-        assert lines == ["airlift: " + pod.FAILURES[code][0], "airlift: rank unknown ended with exit code %d" % code]
+    if seen == "":  # the bootstrap's own words: the program has not arrived
+        assert lines == ["airlift: " + failures.FAILURES[code][0], "airlift: rank unknown ended with exit code %d" % code]
         return
-    what, fix = pod.FAILURES[code]
+    what, fix = failures.FAILURES[code]
     assert lines[-2:] == ["airlift: what to do: " + fix, "airlift: rank %s ended with exit code %d" % (rank, code)]
     assert same(lines[-3], "airlift: rank %s: %s: %s" % (rank, what, seen), scratch), lines[-3]
 
 
 def test_every_code_of_a_pod_is_in_the_list():
-    assert {case[1] for case in POD} == set(pod.FAILURES) - {
-        pod.INTERNAL, pod.LOST}  # nothing known provokes the one; the other takes a real cluster: test_ray.py
+    assert {case[1] for case in POD} == set(failures.FAILURES) - {
+        failures.INTERNAL, failures.LOST}  # nothing known provokes the one; the other takes a real cluster: test_ray.py
 
 
 # ---------------------------------------------------------------- what is left out, and said

@@ -16,7 +16,7 @@ import urllib3
 import screen
 from backends import FINAL, Status, await_end, ended_already
 from backends.common.podlog import BEGUN, ECHOES, NOT_WHOLE, codes_in, first_failure
-from pod import POD
+from pod.failures import POD
 from runs import Run
 from transport import Refusal
 

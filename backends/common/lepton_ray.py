@@ -22,7 +22,6 @@ import shlex
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypedDict
 
 from backends import FINAL, GONE, Status
@@ -257,7 +256,7 @@ def stage(client: Any, run: Run, plan: Plan) -> None:
     chunks = {name: value for name, value in plan.env.items() if name.startswith("AIRLIFT_")}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as package:
-        package.writestr("pod.py", Path(__file__).parent.with_name("pod.py").read_bytes())
+        package.writestr("pod.py", plan.program)
         package.writestr("chunks.json", json.dumps(chunks))
     data = buffer.getvalue()
     package_name = "_ray_pkg_%s.zip" % hashlib.sha1(data).hexdigest()
