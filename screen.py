@@ -189,7 +189,7 @@ def show(launch: Launch, refused: str) -> None:
 
 
 def as_json(launch: Launch, refused: str) -> dict[str, Any]:
-    """The dry run as one JSON-able object, whose names DESIGN and README tell."""
+    """The dry run as one JSON-able object; scripts read it, so that its names stay."""
     job, plan = launch.job, launch.plan
     env_bytes, env_limit = plan.budget("environment")
     object_bytes, object_limit = plan.budget("API object")

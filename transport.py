@@ -42,7 +42,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# Where the figures come from: facts/limits.md of the design; "measured" there means run on Linux 6.18.
+# Where the figures come from stands beside each; "measured" means run on Linux 6.18.
 MAX_STRING = 131_072  # bytes of one NAME=VALUE or argv string with its NUL: the kernel's MAX_ARG_STRLEN, measured
 MAX_EXEC = 2_097_152  # bytes of argv and environment of one execve at an 8 MiB stack, measured
 EXEC_RESERVE = 131_072  # bytes left free for what platform, image and shell add to a pod's environment (our choice)
