@@ -80,6 +80,29 @@ def test_a_status_that_cannot_be_read_is_an_error(here):
     assert re.search(first + r"  unknown .*answered 401", table.out) and " local " in table.out
 
 
+@pytest.mark.parametrize("how", ["--verbose", "AIRLIFT_DEBUG"])
+def test_each_request_is_told_with_its_time_where_that_is_asked_for(here, how):
+    """On standard error, before and after; without a secret; and nothing of it on standard output."""
+    here.profile("[secrets]\nHF_TOKEN = 'env'\n")
+    here.monkeypatch.setenv("HF_TOKEN", "hf_4711 secret")
+    quiet = here.launch()
+    assert (quiet.code, quiet.err) == (0, "")
+    seen = len(here.server.requests)
+    if how == "AIRLIFT_DEBUG":
+        here.monkeypatch.setenv(how, "1")
+    told = here.launch(*[how] * (how == "--verbose"))
+    lines = told.err.splitlines()
+    asked = [line[9:] for line in lines if re.match(r"[\d:]{8} [A-Z]+ http://127\.0\.0\.1:%d/" % here.server.port, line)]
+    ended = [line.rpartition(": ")[0] for line in asked if re.search(r": \d+\.\d\d s$", line)]
+    assert sorted(ended) == sorted(line for line in asked if not re.search(r": \d+\.\d\d s$", line))
+    assert len(ended) == len(here.server.requests) - seen
+    for request in here.server.requests[seen:]:
+        assert any(line.startswith(request.method) and request.path in line for line in ended), request
+    assert all(re.match(r"\d\d:\d\d:\d\d \w+ \S", line) for line in lines)
+    assert "hf_4711" not in told.err and secret_of(here) not in told.err
+    assert "hello from 0" in told.out and "http://127" not in told.out
+
+
 TROUBLE = {  # a bad moment, and whether a request that creates survives it by itself
     "429": {"kind": "status", "status": 429, "retry_after": 0.05}, "503": {"kind": "status", "status": 503},
     "500": {"kind": "status", "status": 500}, "drop": {"kind": "drop"}, "reset": {"kind": "reset"},

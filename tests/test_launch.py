@@ -180,6 +180,19 @@ def test_help(here, capsys):
     assert capsys.readouterr().out == launch.detail("launch")
 
 
+@pytest.mark.parametrize("name", launch.COMMANDS)
+def test_help_of_a_command_is_all_one_needs(say, here, monkeypatch, name):
+    """Wherever --help stands and whatever else there is, nothing is done but to tell."""
+    monkeypatch.setattr(launch.COMMANDS[name], "function", lambda options: 1 / 0)
+    code, told, err = say(name, "--help")
+    command = launch.COMMANDS[name]
+    usage = "python launch.py %s" % " ".join(filter(None, ["" if name == "launch" else name, command.words, "[options]"]))
+    assert (code, err, told.splitlines()[:2]) == (0, "", [usage, command.about])
+    assert len(told.splitlines()) <= 24 and max(map(len, told.splitlines())) <= 120
+    for words in ([name, "x", "-h"], ["--help", name], [name, "--help", "--json", "--nodes", "0"], ["-h", name, "--", "x"]):
+        assert say(*words) == (0, told, "")
+
+
 def test_broken_files_are_named_with_their_line(say, here):
     write(here / "src/nemotron/recipes/nano3/stage1_sft/train.py", header(launch="mpi"))
     mend = "src/nemotron/recipes/nano3/stage1_sft/train.py:9: launch mode 'mpi' is not known"
@@ -350,6 +363,15 @@ def test_any_locale_and_odd_words(flat, bare):
         assert (done.returncode, done.stderr) == (0, b"")
         done = subprocess.run([*words[:5], b"a=\xff"], env=bare | locale, capture_output=True, timeout=60)
         assert (done.returncode, done.stderr) == (2, b"airlift: the word 'a=\\udcff' is not UTF-8\nwrite it in UTF-8\n")
+
+
+def test_slow_imports_are_told_where_that_is_asked_for(flat, bare):
+    quiet = launcher(flat, *FAMILY, "--dry-run", env=bare)
+    for words, env in ((["--verbose"], {}), ([], {"AIRLIFT_DEBUG": "1"})):
+        told = launcher(flat, *FAMILY, "--dry-run", *words, env=bare | env)
+        assert (told.returncode, quiet.stderr) == (0, "") and told.stdout == quiet.stdout
+        assert re.fullmatch(r"(\S{8} import omegaconf\n\S{8} import omegaconf: \d+\.\d\d s\n)+", told.stderr)
+    assert "import omegaconf" not in launcher(flat, *FAMILY, "--dry-run", "--", "--verbose", env=bare).stderr
 
 
 def test_ctrl_c_while_it_packs(flat, bare, tmp_path):

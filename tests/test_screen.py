@@ -6,6 +6,7 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import inside
@@ -90,6 +91,49 @@ def test_colour_only_on_a_terminal_and_never_with_no_color(tmp_path: Path) -> No
     assert "\033[32m#" in coloured and "\033[1mnano3/sft on lepton" in coloured
     assert "\033" not in plain + on_a_terminal(tmp_path, TERM="dumb")
     assert re.sub(r"\033\[\d*m", "", coloured) == plain
+
+
+# ---------------------------------------------------------------- --verbose
+
+
+@pytest.fixture
+def verbose() -> Iterator[None]:
+    screen.be_verbose(True)
+    yield
+    screen.be_verbose(False)
+
+
+STEP = r"\d\d:\d\d:\d\d %s\n"
+
+
+def test_a_step_is_told_before_and_after_with_its_time(verbose: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with screen.step("GET https://host/a\n  b"):
+        said = capsys.readouterr()  # a hang shows where
+        assert re.fullmatch(STEP % "GET https://host/a b", said.err) and said.out == ""
+    said = capsys.readouterr()
+    assert re.fullmatch(STEP % r"GET https://host/a b: \d\.\d\d s", said.err) and said.out == ""
+
+
+def test_a_step_that_fails_is_told_with_its_time_too(verbose: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), screen.step("import x"):
+        raise ZeroDivisionError
+    assert re.fullmatch(STEP % "import x" + STEP % r"import x: \d\.\d\d s", capsys.readouterr().err)
+
+
+def test_no_step_shows_a_secret(verbose: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen, "OURS", set())
+    monkeypatch.setenv("MY_TOKEN", "of-the-environment")
+    screen.conceal("of-the-profile", None, "<unset X>")
+    with screen.step("GET https://me:word@host/?a=of-the-environment&b=of-the-profile hf_%s <unset X>" % ("a1" * 17)):
+        pass
+    said = capsys.readouterr().err
+    assert said.count("GET https://***@host/?a=***&b=*** *** <unset X>") == 2
+
+
+def test_without_the_option_a_step_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with screen.step("GET https://host/"):
+        pass
+    assert capsys.readouterr() == ("", "")
 
 
 # ---------------------------------------------------------------- the dry run

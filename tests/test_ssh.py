@@ -1,9 +1,11 @@
 """common/ssh.py: commands on the machine that has sbatch, this one or one behind ssh, which here is a script of ours."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+import screen
 from backends.common import ssh
 from transport import Refusal
 
@@ -79,3 +81,18 @@ def test_the_shared_connection_has_a_private_folder_that_goes(fake, tmp_path):
     ssh.close()
     assert not folder.exists()
     assert (tmp_path / "argv").read_text().splitlines() == ["-o", "ControlPath=%s/socket" % folder, "-O", "exit", "there"]
+
+
+def test_each_command_is_told_where_that_is_asked_for(fake, capsys):
+    fake("exec sh -s\n")
+    FAR.run("true")
+    assert capsys.readouterr() == ("", "")
+    screen.be_verbose(True)
+    try:
+        FAR.run("squeue -h |\n  head -n 1")
+    finally:
+        screen.be_verbose(False)
+    out, err = capsys.readouterr()
+    before, after = err.splitlines()
+    assert out == "" and before.endswith("me@login.example.com:2222: squeue -h | head -n 1")
+    assert re.fullmatch(re.escape(before[9:]) + r": \d\.\d\d s", after[9:])
