@@ -104,8 +104,11 @@ def load_run(run_id: str) -> Run:
     if not re.fullmatch(r"[a-z0-9]+", run_id) or not path.is_file():
         raise Refusal("there is no run %r" % run_id, "python launch.py status lists them")
     try:
-        return Run(**_current(json.loads(path.read_text())))
-    except (ValueError, TypeError, AttributeError):
+        run = Run(**_current(json.loads(path.read_text())))
+        if run.id != run_id or not isinstance(run.started, (int, float)) or not isinstance(run.record, dict):
+            raise ValueError
+        return run
+    except (OSError, ValueError, TypeError, AttributeError):
         raise Refusal("the file of run %s cannot be read: %s" % (run_id, path), "remove it") from None
 
 

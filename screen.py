@@ -145,12 +145,17 @@ def step(doing: str) -> Iterator[None]:
         yield
         return
     begun, shown = time.monotonic(), one_line(hide(doing))
-    print(time.strftime("%H:%M:%S ") + shown, file=sys.stderr, flush=True)
+    _tell(shown)
     try:
         yield
     finally:
-        print("%s %s: %.2f s" % (time.strftime("%H:%M:%S"), shown, time.monotonic() - begun), file=sys.stderr,
-              flush=True)
+        _tell("%s: %.2f s" % (shown, time.monotonic() - begun))
+
+
+def _tell(line: str) -> None:
+    """One write: several logs are read at once, each by its own thread."""
+    sys.stderr.write("%s %s\n" % (time.strftime("%H:%M:%S"), line))
+    sys.stderr.flush()
 
 
 # ---------------------------------------------------------------- the dry run
@@ -189,7 +194,7 @@ def show(launch: Launch, refused: str) -> None:
 
 
 def as_json(launch: Launch, refused: str) -> dict[str, Any]:
-    """The dry run as one JSON-able object, whose names DESIGN and README tell."""
+    """The dry run as one JSON-able object; scripts read it, so that its names stay."""
     job, plan = launch.job, launch.plan
     env_bytes, env_limit = plan.budget("environment")
     object_bytes, object_limit = plan.budget("API object")

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 import zlib
@@ -34,6 +35,9 @@ from tests.emulators import LeptonEmulator, RunaiEmulator, no_pods_because  # no
 
 EMULATED = pytest.mark.skipif(no_pods_because() is not None, reason=str(no_pods_because()))
 PLATFORMS = ("lepton", "dgxcloud")
+SLOW = pytest.mark.slow
+# What starts launchers of their own, at 3 s each: on the other platform with the slow tests.
+ON_BOTH_IN_TIME = pytest.mark.parametrize("here", ["lepton", pytest.param("dgxcloud", marks=SLOW)], indirect=True)
 HELLO = "import os\nprint('hello from', os.environ['NODE_RANK'], flush=True)\n"
 KEEPS_ON = "import time\nprint('up', flush=True)\ntime.sleep(120)\n"
 
@@ -175,6 +179,28 @@ def cloud(kind, tmp_path, monkeypatch, capsys, **options):
     made = (LeptonEmulator if kind == "lepton" else RunaiEmulator)(root=tmp_path / "platform", grace=1.0, **options)
     with made as server:
         yield Cloud(kind, tmp_path, monkeypatch, capsys, server)
+
+
+class Begun:
+    """A launch in a thread, so that the test can meanwhile do harm."""
+
+    def __init__(self, here, *words):
+        self.result, self.thread = None, threading.Thread(target=self.run, args=(here, words))
+        self.thread.start()
+
+    def run(self, here, words):
+        self.result = here.launch(*words)
+
+    def end(self, seconds):
+        begin = time.monotonic()
+        self.thread.join(seconds)
+        assert self.result, "the launcher still runs after %d s" % seconds
+        return self.result, time.monotonic() - begin
+
+
+def secret_of(here):
+    """What no one may see."""
+    return here.server.token if here.kind == "lepton" else here.server.client_secret
 
 
 def wait_for(condition, what="", seconds=20):

@@ -1,4 +1,4 @@
-"""DGX Cloud on run:AI: what only this platform has. The rest is in test_clouds.py."""
+"""DGX Cloud on run:AI, with common/runai_client.py: what only this platform has. The rest is in test_clouds.py."""
 
 import json
 

@@ -677,7 +677,7 @@ def test_nemo_runs_dgxcloud_executor_talks_to_it(runai: RunaiEmulator) -> None:
     job = runai.jobs[answer.json()["workloadId"]]
     job.wait("Running")
     assert str(executor.status(job.id).value) == "Running"
-    executor.cancel(job.id)  # a GET, and of the wrong kind: facts/nemo_run.md, 3
+    executor.cancel(job.id)  # a GET where the API wants a POST, and of the wrong kind
     assert runai.requests[-1] == ("GET", f"/workloads/distributed/{job.id}/suspend", 405)
     assert job.state == "Running" and job.pods[0].alive
 

@@ -1,4 +1,4 @@
-"""DGX Cloud Lepton: what only this platform has. The rest is in test_clouds.py."""
+"""DGX Cloud Lepton, with common/lepton_client.py: what only this platform has. The rest is in test_clouds.py."""
 
 import json
 

@@ -1,5 +1,5 @@
-"""nemo-run's defects that touch the two clouds, by their numbers in the design's facts/nemo_run.md: what the library's
-own method does, on the emulated platform, and what ours does there. And nemo-run's records, read by a fresh process.
+"""common/nemo.py: nemo-run's defects that touch the two clouds, each as what the library's own method does on the
+emulated platform, and what ours does there. And nemo-run's records, read by a fresh process.
 """
 
 import importlib
@@ -95,16 +95,16 @@ def trained(here):
 # ---------------------------------------------------------------- DGX Cloud
 
 
-def test_1_2_4_exit_codes_scripts_and_secrets(runai, naps):
-    """The library: a job that exits 3 succeeds; two jobs of one experiment run one script; secrets lie on the volume,
-    and in the log."""
+def test_exit_codes_scripts_and_secrets(runai, naps):
+    """The library pipes into tee without pipefail, so that a job that exits 3 succeeds; two jobs of one experiment run
+    the script that was written last; secrets lie on the volume, and `set -evx` puts them into the log."""
     experiment(dgx_executor(runai, env_vars={"TOKEN": "secret-4711"}), "pair", one="echo it is one; exit 3",
                two="echo it is two; exit 3")
     jobs = trained(runai)
-    assert {job.state for job in jobs.values()} == {"Completed"}  # 1
+    assert {job.state for job in jobs.values()} == {"Completed"}
     texts = [job.pods[0].output for job in jobs.values()]
-    assert all("scripts/two.sh\n" in text and "it is one\n" not in text for text in texts)  # 2
-    assert "secret-4711" in texts[0] and seen_in([runai.volume], ["secret-4711"])  # 4
+    assert all("scripts/two.sh\n" in text and "it is one\n" not in text for text in texts)
+    assert "secret-4711" in texts[0] and seen_in([runai.volume], ["secret-4711"])
     assert seen_in([runai.volume], [runai.server.client_secret])
 
     runai.profile("[secrets]\nTOKEN = 'env'\n")
@@ -116,8 +116,8 @@ def test_1_2_4_exit_codes_scripts_and_secrets(runai, naps):
     assert "secret-0815" not in result.out and seen_in([runai.volume], ["secret-0815"]) == []
 
 
-def test_5_values_and_names(runai, naps):
-    """The library writes `export LOWER=a b; c`, and its script ends there, as a success (1)."""
+def test_values_and_names(runai, naps):
+    """The library writes `export LOWER=a b; c`, in capitals and unquoted, and its script ends there, as a success."""
     experiment(dgx_executor(runai, env_vars={"lower": "a b; c"}), "alone", task="echo here; exit 0")
     job = trained(runai)["task"]
     assert "export LOWER=a b; c\n" in job.pods[0].output and "here\n" not in job.pods[0].output
@@ -128,7 +128,8 @@ def test_5_values_and_names(runai, naps):
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_3_cancel(runai, nodes):
+def test_cancel(runai, nodes):
+    """The library cancels with a GET, always of a distributed workload: the API wants a POST, and the job goes on."""
     executor = dgx_executor(runai, nodes=nodes)
     run = runai.up("--nodes", nodes)
     executor.cancel(runai.job.id)
@@ -136,7 +137,8 @@ def test_3_cancel(runai, nodes):
     assert runai.main("cancel", run).out.endswith("was stopped\n") and runai.job.state == "Stopped"
 
 
-def test_6_a_bad_secret(runai, naps):
+def test_a_bad_secret(runai, naps):
+    """The library asks again with pauses, gives no reason, and then takes the job for one that waits."""
     executor = dgx_executor(runai, client_secret="wrong")
     assert executor.get_auth_token() is None and naps == [10, 10, 10]  # half a minute, and no reason
     assert executor.status("any") is None  # which reads as pending, for ever
@@ -149,8 +151,8 @@ def test_6_a_bad_secret(runai, naps):
     assert time.monotonic() - begin < 5
 
 
-def test_7_timeouts(runai):
-    """Spied on below both: what each asks of requests' transport."""
+def test_timeouts(runai):
+    """The library's requests have none. Spied on below both: what each asks of requests' transport."""
     from requests.adapters import HTTPAdapter
 
     asked, real = [], HTTPAdapter.send
@@ -168,7 +170,7 @@ def test_7_timeouts(runai):
     assert len(asked) >= 4 and set(asked) <= {(5.0, 30.0), (5.0, 300.0)}
 
 
-def test_8_17_data_that_does_not_fit_one_string(here, naps, tmp_path):
+def test_data_that_does_not_fit_one_string(here, naps, tmp_path):
     """The library: one helper job for each 9.5 kB on DGX Cloud; on Lepton one argument that no kernel takes. No network
     is needed, but an image `busybox:1.37.0`."""
     data = tmp_path / "data"
@@ -196,7 +198,8 @@ def test_8_17_data_that_does_not_fit_one_string(here, naps, tmp_path):
 # ---------------------------------------------------------------- Lepton
 
 
-def test_11_a_scripts_environment(lepton, naps):
+def test_a_scripts_environment(lepton, naps):
+    """The library drops that of a Script: only the executor's is sent."""
     import nemo_run as run
 
     lepton.server.image = type(lepton.server.image)(hide=["wget"])
@@ -208,7 +211,8 @@ def test_11_a_scripts_environment(lepton, naps):
     assert "see=x\n" in lepton.launch().out
 
 
-def test_12_13_names_that_are_taken(lepton, naps, tmp_path):
+def test_names_that_are_taken(lepton, naps, tmp_path):
+    """The library names its data mover by the second, and the job by its task."""
     from leptonai.api.v1.api_resource import ClientError
     from nemo_run.core.execution import lepton as library
 
@@ -230,15 +234,16 @@ def test_12_13_names_that_are_taken(lepton, naps, tmp_path):
         mover.start()
     for mover in movers:
         mover.join(20)
-    assert errors == [409]  # 12: two in one second
+    assert errors == [409]  # two data movers in one second
     executor.create_lepton_job("task")
-    with pytest.raises(ClientError, match="409"):  # 13: a rerun
+    with pytest.raises(ClientError, match="409"):  # a rerun
         executor.create_lepton_job("task")
     lepton.monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0)
     assert [lepton.launch("--detach").code for _ in range(2)] == [0, 0]
 
 
-def test_14_a_name_that_ends_in_a_dash(lepton, tmp_path):
+def test_a_name_that_ends_in_a_dash(lepton, tmp_path):
+    """The library cuts a name to 34 characters, wherever that is."""
     from leptonai.api.v1.api_resource import ClientError
 
     name = "a" * 33 + "-" + "b" * 5
@@ -251,7 +256,8 @@ def test_14_a_name_that_ends_in_a_dash(lepton, tmp_path):
     assert lepton.launch("--detach", stage=stage).code == 0 and "-" + "b" * 21 + "-" in lepton.job.name
 
 
-def test_15_a_mount_without_from(lepton, tmp_path):
+def test_a_mount_without_from(lepton, tmp_path):
+    """The library checks mounts for less than the API wants, and meets it when the submission has begun."""
     executor = lepton_executor(mounts=[{"path": "/", "mount_path": "/shared"}])
     executor.job_dir, executor.lepton_job_dir = str(tmp_path / "home"), "/shared/data"
     (tmp_path / "home").mkdir()
@@ -264,7 +270,8 @@ def test_15_a_mount_without_from(lepton, tmp_path):
     assert lepton.launch().code == 2 and len(lepton.server.requests) == before
 
 
-def test_16_logs_of_a_job_that_has_ended(lepton, naps):
+def test_logs_of_a_job_that_has_ended(lepton, naps):
+    """The library waits for Running, for ever."""
     from nemo_run.core.execution import lepton as library
 
     result = lepton.launch()
@@ -288,9 +295,9 @@ def test_16_logs_of_a_job_that_has_ended(lepton, naps):
 # ---------------------------------------------------------------- both
 
 
-def test_21_lists_of_jobs_without_a_lock(here):
-    """Four writers, each of which has read before any has written: one job is left. That all four of ours stay, from
-    four processes, is shown in test_clouds.py."""
+def test_lists_of_jobs_without_a_lock(here):
+    """The library's list of jobs: four writers, each of which has read before any has written, and one job is left. That
+    all four of ours stay, from four processes, is shown in test_clouds.py."""
     module = importlib.import_module("nemo_run.run.torchx_backend.schedulers." + here.kind)
     executor = lepton_executor() if here.kind == "lepton" else dgx_executor(here)
     name = "LEPTON_JOB_DIRS" if here.kind == "lepton" else "DGX_JOB_DIRS"
@@ -316,7 +323,8 @@ def test_21_lists_of_jobs_without_a_lock(here):
     assert seen_in([here.place], ["secret-4711"])  # values of the environment, too
 
 
-def test_22_a_status_that_cannot_be_read(here):
+def test_a_status_that_cannot_be_read(here):
+    """The library shows it as SUBMITTED."""
     import nemo_run as run
 
     begun = here.up()

@@ -15,7 +15,7 @@ from tests import layout, support
 from tests.cloud import PLATFORMS, cloud
 from tests.emulators import no_pods_because
 from tests.slurm import Cluster, why_not
-from tests.test_slurm import Person
+from tests.slurm.person import Person
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")

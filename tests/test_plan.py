@@ -14,7 +14,7 @@ import pytest
 from tests import layout, support
 from tests.cloud import EMULATED, PLATFORMS, Cloud, cloud
 from tests.slurm import Cluster, why_not
-from tests.test_slurm import Person
+from tests.slurm.person import Person
 
 PLAN = (layout.REPO / "CONTRIBUTING.md").read_text().split("## The test plan")[1].split("\n## ")[0]
 ROWS = re.findall(r"^\| ([^|]+) \| (`tests/[^|]+) \|$", PLAN, re.MULTILINE)

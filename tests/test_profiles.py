@@ -1,4 +1,4 @@
-"""profiles/ and who wins: loading, extends, stages, strict keys; and backends.settle over all layers."""
+"""profiles/: loading, extends, stages, variables and strict keys. Who wins is in test_jobs.py."""
 
 import json
 import re
@@ -8,13 +8,12 @@ import tomllib
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from inside import refusal
 from layout import REPO, recipe, write
 from support import toml
 
-import jobs
 import launch
 import profiles
-import recipes
 from transport import LIMITS, Refusal
 
 SHIPPED = sorted(path.stem for path in (REPO / "profiles").glob("*.toml"))
@@ -39,13 +38,6 @@ def shipped(folder):
     for name in SHIPPED:
         shutil.copy(REPO / "profiles" / (name + ".toml"), folder)
     return folder
-
-
-def refusal(call, *args, **kwargs):
-    with pytest.raises(Refusal) as caught:
-        call(*args, **kwargs)
-    assert caught.value.code == 2
-    return caught.value
 
 
 # ---------------------------------------------------------------- the shipped ones
@@ -357,182 +349,3 @@ def test_any_toml_is_a_profile_or_a_refusal(folder, executor, table, stages):
     except ValueError:
         return  # json.dumps spells some characters in ways that TOML does not have
     load_any(folder, text)
-
-
-# ---------------------------------------------------------------- who wins
-
-# For each key the layers that may set it, lowest first, with the value each one gives.
-NODES = {"header": 1, "profile": 2, "yaml": 3, "stage": 4, "forced": 5, "flag": 6}
-LAYERS = {
-    "nodes": NODES,
-    "gpus_per_node": {"header": 1, "profile": 2, "yaml": 3, "stage": 4, "forced": 5},
-    "nproc_per_node": {"profile": 2, "yaml": 3, "stage": 4, "forced": 5},
-    "container_image": {"header": "h", "profile": "p", "yaml": "y", "stage": "s", "forced": "f"},
-    "workdir": {"header": "h", "yaml": "y", "profile": "p", "stage": "s", "forced": "f"},
-    "run_command": {"yaml": "y", "profile": "p", "stage": "s", "forced": "f"},
-    "node_group": {"yaml": "y", "profile": "p", "stage": "s", "forced": "f"},
-    "startup_commands": {"yaml": ["y"], "profile": ["p"], "stage": ["s"], "forced": ["f"]},
-    "rendezvous_timeout": {"yaml": 1, "profile": 2, "stage": 3, "forced": 4},
-}
-HEADER_FIELDS = {"container_image": "image"}
-CASES = [(key, tuple(layers)[: number + 1]) for key, layers in LAYERS.items() for number in range(len(layers))]
-
-
-def settle(executor="lepton", *, header=None, profile=None, yaml=None, stage=None, forced=None, flag=None, env=None):
-    """settle() over layers that are given as tables; the YAML holds what is forced, as after the overrides."""
-    fields = {HEADER_FIELDS.get(key, key): value for key, value in (header or {}).items()}
-    made = recipes.Recipe("nano3/sft", REPO, "s.py", **{
-        "image": None, "launch": "torchrun", "cmd": None, "workdir": None, "config_dir": REPO, "config_default": "d",
-        "nodes": 1, "gpus_per_node": 8, "env": env or {}, **fields})
-    notes = []
-    found = jobs.settings_for(made, profiles.Profile("p", executor, ("p.toml",), profile or {}, stage or {}, ()), flag,
-                            (yaml or {}) | (forced or {}), forced or {}, notes)
-    return found, notes
-
-
-@pytest.mark.parametrize(("key", "layers"), CASES, ids=["%s-%s" % (key, layers[-1]) for key, layers in CASES])
-def test_the_highest_layer_wins(key, layers):
-    given = {layer: {key: LAYERS[key][layer]} for layer in layers if layer != "flag"}
-    found, notes = settle(**given, flag=NODES["flag"] if "flag" in layers else None)
-    assert found[key] == LAYERS[key][layers[-1]]
-    assert notes == []
-
-
-@pytest.mark.parametrize("alias", ["ntasks_per_node", "nproc_per_node"])
-def test_the_yaml_owns_the_count_under_either_name(alias):
-    assert settle(profile={"nproc_per_node": 2}, yaml={alias: 4})[0]["nproc"] == 4
-
-
-def test_container_is_weaker_than_container_image():
-    header, profile = {"container_image": "header"}, {"container_image": "profile"}
-    assert settle(header=header, yaml={"container": "c"})[0]["container_image"] == "c"
-    assert settle(header=header, yaml={"container": "c", "container_image": "ci"})[0]["container_image"] == "ci"
-    assert settle(header=header, yaml={"container": "c"}, profile=profile)[0]["container_image"] == "profile"
-    assert settle(header=header, yaml={"container_image": None})[0]["container_image"] == "header"
-
-
-def test_env_vars_merge_and_mounts_add_up():
-    found, _ = settle(
-        env={"A": "header", "B": "header", "N": 1, "T": True}, yaml={"env_vars": {"B": "yaml", "C": 3, "F": 0.5}},
-        profile={"env_vars": {"C": "profile", "D": "profile"}}, stage={"env_vars": {"D": "stage", "E": False}},
-        forced={"env_vars": {"E": "forced"}})
-    assert found["env_vars"] == {"A": "header", "B": "header", "N": "1", "T": "true", "C": "profile", "D": "stage",
-                                 "E": "forced"}
-    found, _ = settle("slurm", yaml={"mounts": ["/y:/y"]}, profile={"mounts": ["/p:/p"]})
-    assert found["mounts"] == ["/y:/y", "/p:/p"]
-    assert settle("slurm", yaml={"mounts": ["/y:/y"]}, stage={"mounts": ["/s:/s"]})[0]["mounts"] == ["/s:/s"]
-    assert settle("slurm", yaml={"mounts": ["/y:/y"]}, forced={"mounts": []})[0]["mounts"] == []
-
-
-def test_tables_merge_as_under_extends():
-    profile = {"secrets": {"HF_TOKEN": "lepton:hf"}, "custom_spec": {"a": {"b": 1}, "l": [1]}}
-    stage = {"secrets": {"WANDB_API_KEY": "lepton:wb"}, "custom_spec": {"a": {"c": 2}, "l": [2]}}
-    found, _ = settle(profile=profile, stage=stage)
-    assert found["secrets"] == {"HF_TOKEN": "lepton:hf", "WANDB_API_KEY": "lepton:wb"}
-    assert found["custom_spec"] == {"a": {"b": 1, "c": 2}, "l": [2]}
-
-
-def test_a_table_is_a_mount_of_leptons_wherever_it_stands():
-    storage = {"path": "/d", "mount_path": "/data", "from": "node-nfs:s"}
-    found, notes = settle("lepton", yaml={"mounts": [storage, "/y:/y"]}, profile={"mounts": [storage]})
-    assert found["mounts"] == [storage, storage] and notes == ["/y:/y is not mounted: lepton has no hosts to mount from"]
-    assert settle("dgxcloud", yaml={"mounts": [storage]})[0]["mounts"] == []
-
-
-@pytest.mark.parametrize(("executor", "settings", "said"), [
-    ("lepton", {}, "no workspace is set"), ("lepton", {"nemo_run_dir": "/nemo_run"}, "/nemo_run is on none of"),
-    ("lepton", {"nemo_run_dir": "/nemo_run", "mounts": [{"mount_path": "/nemo"}]}, "/nemo_run is on none of"),
-    ("lepton", {"nemo_run_dir": "/nemo_run/a", "mounts": [{"mount_path": "/nemo_run/"}]}, ""),
-    ("lepton", {"nemo_run_dir": "/nemo_run", "existing_ray_cluster": "c"}, ""),
-    ("docker", {"workspace": "/w", "mounts": ["${auto_mount:git+https://h/w@m,/w}"]}, "/w is on none of"),
-    ("docker", {"mounts": ["~/airlift:/w"]}, ""), ("slurm", {"remote_job_dir": "/lustre"}, ""),
-    ("local", {"workspace": "/w"}, ""), ("dgxcloud", {"workspace": "/w"}, ""),
-])
-def test_where_nothing_is_kept_it_is_said(executor, settings, said):
-    note = jobs.not_kept(settings, executor)
-    assert said in note and bool(note) == bool(said)
-
-
-@pytest.mark.parametrize(("values", "nodes", "gpus", "nproc"), [
-    ({}, 1, 8, 8), ({"nodes": "8"}, 8, 8, 8), ({"gpus_per_node": "4"}, 1, 4, 4), ({"gpus_per_node": 0}, 1, 0, 1),
-    ({"gpus_per_node": "gpu"}, 1, "gpu", "gpu"), ({"nproc_per_node": 2}, 1, 8, 2),
-    ({"nproc_per_node": "gpu"}, 1, 8, "gpu"),
-    ({"nproc_per_node": 0}, 1, 8, 1), ({"gpus_per_node": 0, "ntasks_per_node": 4}, 1, 0, 4)])
-def test_counts(values, nodes, gpus, nproc):
-    found, _ = settle(yaml=values)
-    assert (found["nodes"], found["gpus_per_node"], found["nproc"]) == (nodes, gpus, nproc)
-
-
-@pytest.mark.parametrize(("key", "value"), [
-    ("nodes", 0), ("nodes", -1), ("nodes", "two"), ("nodes", 1.5), ("nodes", True), ("nodes", "gpu"),
-    ("nodes", [1]), ("nodes", {}), ("nodes", "²"), ("nodes", "9" * 5000), ("nodes", "${art:n}"), ("nodes", " 8"),
-    ("gpus_per_node", -1), ("gpus_per_node", "all"), ("gpus_per_node", 0.5), ("nproc_per_node", "auto")])
-def test_bad_counts(key, value):
-    found = refusal(settle, yaml={key: value})
-    assert found.what == "%s is %r" % (key, value) and found.fix.startswith("it must be a whole number")
-
-
-@pytest.mark.parametrize(("executor", "env", "what"), [
-    ("lepton", {"env_vars": "A=1"}, "run.env.env_vars is 'A=1'"),
-    ("lepton", {"env_vars": {"A": [1]}}, "env_vars is ***"),
-    ("lepton", {"env_vars": {"A": None}}, "run.env.env_vars is ***"),
-    ("local", {"env_vars": {1: "x"}}, "env_vars is ***"), ("slurm", {"mounts": "/a:/b"}, "mounts is '/a:/b'"),
-    ("slurm", {"time": 14400}, "run.env.time is 14400"),
-    ("local", {"startup_commands": "ls"}, "startup_commands is 'ls'"),
-    ("local", {"workspace": ["x"]}, "run.env.workspace is ['x']"), ("local", {"secrets": []}, "run.env.secrets is []")])
-def test_the_yamls_settings_have_types_too(executor, env, what):
-    assert what in refusal(settle, executor, yaml=env).what
-
-
-def test_what_the_yaml_holds_for_others_is_said_or_passed_over():
-    found, notes = settle(yaml={"sandbox": 1, "apptainer": {}, "account": "a", "time": 1, 3: 4})
-    assert notes == ["run.env holds 3, apptainer, sandbox, which Airlift does not use"]
-    assert "account" not in found
-    found, notes = settle("local", forced={"node_group": "x"})
-    assert notes == ["run.env holds node_group, which is not for executor local"]
-    assert "node_group" not in found
-
-
-def test_a_workspace_that_the_yaml_names_is_anchored_like_the_profiles(folder):
-    assert settle("local", yaml={"workspace": "out"})[0]["workspace"] == str(folder.parent / "out")
-    assert settle("lepton", yaml={"workspace": "/out"})[0]["workspace"] == "/out"
-
-
-@pytest.mark.parametrize(("executor", "profile", "root"), [
-    ("local", {"workspace": "/w"}, "/w/nano3"), ("local", {}, None),
-    ("local", {"workspace": "/w", "run_dir": "r"}, "/w/r"),
-    ("local", {"workspace": "/w", "run_dir": "/r"}, "/r"), ("local", {"run_dir": "/r"}, "/r"),
-    ("lepton", {"nemo_run_dir": "/n", "mounts": [{"mount_path": "/m"}]}, "/n/nano3"),
-    ("lepton", {"mounts": [{"path": "/", "mount_path": "/m"}]}, "/m/nano3"),
-    ("dgxcloud", {"pvc_nemo_run_dir": "/p", "pvcs": [{"path": "/v"}]}, "/p/nano3"),
-    ("dgxcloud", {"pvcs": [{"path": "/v"}]}, "/v/nano3"), ("slurm", {"remote_job_dir": "/j"}, "/j/nano3"),
-    ("docker", {"mounts": ["~/x:/w:ro"]}, "/w/nano3"), ("docker", {}, None)])
-def test_where_outputs_are_kept(folder, executor, profile, root):
-    assert jobs.run_root(settle(executor, profile=profile)[0], "nano3") == root
-
-
-@pytest.mark.parametrize("executor", ["docker", "lepton", "dgxcloud", "slurm"])
-def test_a_workspace_in_a_pod_is_absolute(executor):
-    found = refusal(jobs.run_root, settle(executor, profile={"workspace": "out"})[0], "nano3")
-    assert str(found) == "the workspace is 'out'\nit must be an absolute path, as the pod sees it"
-
-
-def test_secrets_are_references():
-    assert jobs.check_secrets({"A": "env"}, "local")[0] == {"A": "env"}
-    assert jobs.check_secrets({"A": "lepton:a"}, "lepton")[0] == {"A": "lepton:a"}
-    for executor, value, fix in [
-            ("local", "lepton:a", 'write "env"'), ("local", 3, 'write "env"'), ("lepton", "hf_abc", '"lepton:name"'),
-            ("lepton", "lepton:", '"lepton:name"'), ("dgxcloud", "lepton:a", '"runai:')]:
-        found = refusal(jobs.check_secrets, {"TOKEN": value}, executor)
-        assert found.what == "secrets.TOKEN is not a reference that %s has" % executor
-        assert found.fix.startswith('write "env"') and fix in found.fix and "hf_abc" not in str(found)
-
-
-def test_a_token_that_is_set_but_not_sent_is_mentioned(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_xyz")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("NGC_API_KEY", raising=False)
-    assert jobs.check_secrets({}, "local")[1] == [
-        "HF_TOKEN is set here but not sent; name it under [secrets] to send it"]
-    assert jobs.check_secrets({"HF_TOKEN": "env"}, "local")[1] == [
-        "HF_TOKEN is sent by value, in the job's environment"]

@@ -1,4 +1,5 @@
-"""Ray recipes on several nodes: pods that form a cluster, on every platform. The slow ones run the real Ray."""
+"""Ray recipes on several nodes: pods that form a cluster, on every platform, and common/lepton_ray.py. The slow ones run
+the real Ray."""
 
 import contextlib
 import json

@@ -17,11 +17,12 @@ import pytest
 
 import profiles
 import transport
-from backends import Status, slurm
-from backends.common import slurm_watch, ssh
-from jobs import Job, repository_of
+from backends import slurm
+from backends.common import ssh
+from jobs import Job
 from tests import layout, support
 from tests.slurm import SYSTEM_PATH, Cluster, why_not
+from tests.slurm.person import Person
 from transport import Refusal
 
 # ---------------------------------------------------------------- without a cluster
@@ -54,33 +55,6 @@ def test_what_cannot_work_is_refused_before_anything_is_asked(settings: dict[str
     with pytest.raises(Refusal, match=said) as refusal:
         slurm.check(job(**settings), support.plan(executor="slurm"))
     assert refusal.value.code == 2 and refusal.value.fix
-
-
-@pytest.mark.parametrize("mount, parsed", [
-    ("${auto_mount:git+https://host/org/x.git@main,/opt/x}", ("https://host/org/x.git", "main", "/opt/x")),
-    ("${auto_mount:git+ssh://git@host/org/x.git@feat/y,/opt/x}", ("ssh://git@host/org/x.git", "feat/y", "/opt/x")),
-    ("${auto_mount:git+file:///srv/x@v1.0,/opt/x}", ("file:///srv/x", "v1.0", "/opt/x")),
-    ("${auto_mount:git+https://github.com/org/x.git@main,/opt/x}", ("https://mirror/gh/org/x.git", "main", "/opt/x")),
-])
-def test_auto_mounts_are_read_and_go_by_way_of_mirrors(mount: str, parsed: tuple[str, str, str]) -> None:
-    found = repository_of(mount, {"https://github.com/": "https://mirror/gh/"})
-    assert found and (found.url, found.ref, found.target) == parsed
-    assert repository_of("/lustre:/lustre", {}) is None
-
-
-@pytest.mark.parametrize("text, status", [
-    ("JobId=7 JobState=PENDING Reason=Priority Restarts=0 ExitCode=0:0", Status("waiting", "PENDING: Priority")),
-    ("JobId=7 JobState=RUNNING Reason=None Restarts=1 ExitCode=0:0", Status("running", "RUNNING, attempt 2 of 3")),
-    ("JobId=7 JobState=COMPLETED Reason=None Restarts=0 ExitCode=0:0", Status("done", "COMPLETED", 0)),
-    ("JobId=7 JobState=FAILED Reason=NonZeroExitCode Restarts=0 ExitCode=3:0", Status("failed", "FAILED", 3)),
-    ("JobId=7 JobState=TIMEOUT Reason=TimeLimit Restarts=0 ExitCode=0:15 TimeLimit=00:01:00",
-     Status("failed", "TIMEOUT: it reached its time limit of 00:01:00")),
-    ("FAILED|3:0|04:00:00\n", Status("failed", "FAILED", 3)),
-    ("CANCELLED by 1000|0:0|04:00:00\n", Status("cancelled", "CANCELLED")),
-    ("", Status("failed", "the platform no longer knows it", gone=True)),
-])
-def test_states_are_read_from_scontrol_and_from_sacct(text: str, status: Status) -> None:
-    assert slurm_watch.read_state(text, 3) == status
 
 
 def script_of(changed: Job, attached: bool = True) -> str:
@@ -179,78 +153,6 @@ NAPPER = """
     print("napping", os.environ["NODE_RANK"], flush=True)
     time.sleep(600)
     """
-
-
-class Person:
-    """A person with a folder of Airlift's scripts, on the cluster's login node or at a laptop elsewhere."""
-
-    def __init__(self, cluster: Cluster, tunnel: str) -> None:
-        self.cluster, self.tunnel = cluster, tunnel
-        self.folder = layout.flat_folder(cluster.root / ("scripts-" + tunnel))
-        self.home = cluster.laptop if tunnel == "ssh" else cluster.home
-        self.base = cluster.shared / ("jobs-" + tunnel)
-        layout.write(self.folder / "profiles/here.toml", """\
-            executor = "slurm"
-            tunnel = "%s"
-            host = "%s"
-            user = "%s"
-            port = %d
-            identity = "%s"
-            account = "team"
-            partition = "batch"
-            remote_job_dir = "%s"
-            container_image = ""
-            gpus_per_node = 0
-            nodes = 1
-            [env_vars]
-            PATH = "%s/bin:/usr/bin:/bin"
-            OMP_NUM_THREADS = "1"
-            """ % (tunnel, cluster.host, cluster.user, cluster.port, self.home / ".ssh/id_ed25519", self.base,
-                   sys.prefix))
-        self.recipes = cluster.root / ("recipes-" + tunnel)
-
-    def recipe(self, name: str, body: str, yaml: str = "{}\n") -> None:
-        layout.recipe(self.recipes, "fam/" + name, body, launch="python", yaml=yaml)
-
-    def words(self, *words: str) -> list[str]:
-        return [sys.executable, str(self.folder / "launch.py"), *words]
-
-    def launch(self, stage: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        return self.run("--repo-root", str(self.recipes), "fam", stage, "here", *words, **options)
-
-    def run(self, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        on = self.cluster.on_laptop if self.tunnel == "ssh" else self.cluster.on_login
-        return on(self.words(*words), **options)
-
-    def start(self, stage: str, *words: str, **env: str) -> "subprocess.Popen[str]":
-        """Launch, attached, and go on meanwhile."""
-        command = self.words("fam", stage, "here", "--repo-root", str(self.recipes), *words)
-        enter = self.cluster.laptop_command if self.tunnel == "ssh" else self.cluster.login_command
-        return subprocess.Popen(enter(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                stdin=subprocess.DEVNULL, env=self.cluster.environment(str(self.home), **env))
-
-    def started(self, *words: str, **options: Any) -> str:
-        """Launch detached; gives the run."""
-        done = self.launch(words[0], "--detach", *words[1:], **options)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return re.search(r"python launch.py logs -f (\w+)", done.stdout).group(1)
-
-    def status(self, run: str) -> dict[str, Any]:
-        done = self.run("status", run, "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)[0]
-
-    def until(self, run: str, *states: str, seconds: float = 60) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
-        while (found := self.status(run))["state"] not in states:
-            assert time.monotonic() < deadline, json.dumps(found)
-        return found
-
-    def folder_of(self, run: str) -> Path:
-        return next(self.base.glob("experiments/*-%s/*/*-%s" % (run, run)))
-
-    def log_of(self, run: str) -> str:
-        return "".join(path.read_text() for path in sorted(self.folder_of(run).glob("log-*")))
 
 
 def wait_for(what: Any, seconds: float = 30) -> Any:

@@ -9,8 +9,9 @@ What a run made ends with it: an attached launch deletes its cluster at the end,
 first `status` or `logs` that sees the end does, or `cancel`.
 
 The run is a job of a nemo-run Experiment, as any other. Its LeptonRayCluster and LeptonRayJob are not used: of what
-they do, nothing could stay (18, 19, 20 of the design's facts/nemo_run.md; every failed question is taken for "not there
-yet", no request has a timeout, and a RAY_ADDRESS in the launcher's environment wins over the cluster's address).
+they do, nothing could stay: a name with `_` is created under one name and asked for under another, the client of jobs
+trusts any certificate, a failed wait passes for a cluster, every failed question is taken for "not there yet", no
+request has a timeout, and a RAY_ADDRESS in the launcher's environment wins over the cluster's address.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ pod gets (`pod_spec`), what a pod's end means (`verdict`), and how the phases ar
     queued → starting → running → succeeded | failed       stopping → stopped       deleting → deleted
 
 with `restarting` while a failed pod, or the whole job, waits to be started again. `starting` turns `running` with the
-first pod, as on Lepton (facts/lepton.md). When a job has ended for good, `clean` says which pods are ended with it.
+first pod, as on Lepton, which calls a job Running while not all of its pods are ready. When a job has ended for good, `clean` says which pods are ended with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""An emulated DGX Cloud Lepton: the routes, rules, states and pods of facts/lepton.md, on loopback.
+"""An emulated DGX Cloud Lepton: its routes, rules, states and pods, on loopback, as nemo-run 0.11.1 and the leptonai
+SDK 0.27.3 use them and NVIDIA's documentation tells them.
 
     with LeptonEmulator(root=tmp_path) as server:
         os.environ.update(server.env())         # the real, unmodified leptonai SDK then finds it
@@ -7,7 +8,7 @@
         job.pods[1].kill()                      # a node fails
         server.fault("status", status=429, method="POST", path="/jobs$", retry_after=1)
 
-Where the facts are silent the emulator is on the hostile side, so that a client which relies on luck fails here:
+Where those are silent the emulator is on the hostile side, so that a client which relies on luck fails here:
 
 - Retries that are not given are not zero: a failed worker is started again (`worker_retries` times), then the whole
   job (`job_retries` times). With max_failure_retry and max_job_failure_retry both 0 the first failure ends the job.

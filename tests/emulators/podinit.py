@@ -14,7 +14,7 @@ environment apply, and since the container's description comes over a pipe, to t
 Nothing survives the emulator: the end of standard input kills the child, the child dies with this process
 (PR_SET_PDEATHSIG), and with process 1 goes its PID namespace and with that every mount. Standard library only.
 
-Sources: facts/slurm.md ("A pod that is a real process with its own root"), facts/limits.md.
+Not by bubblewrap: with `/` bound onto `/` it makes the folders that are mounted on, like /nemo_run, on the host.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 `check` refuses what the API does not know, as the servers' strict decoders do. A shape (see fields.py) is a type, a
 set of allowed words, `[shape]` for a list, `{field: shape}` for an object, `{"*": shape}` for a map. Null counts as
-"not given". `expand` is Kubernetes' own rewriting of `$(NAME)` and `$$` in environment values, command and args
-(facts/limits.md). Sizes are of the object as JSON without blanks, which is how it is stored.
+"not given". `expand` is Kubernetes' own rewriting of `$(NAME)` and `$$` in environment values, command and args.
+Sizes are of the object as JSON without blanks, which is how it is stored.
 """
 
 from __future__ import annotations

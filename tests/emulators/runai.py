@@ -1,11 +1,11 @@
-"""An emulated DGX Cloud run:AI: the routes, rules, phases and pods of facts/runai.md, on loopback.
+"""An emulated DGX Cloud run:AI: its routes, rules, phases and pods, on loopback, as its public documentation tells them.
 
     with RunaiEmulator(root=tmp_path, claims=["workspace"]) as server:
         server.url                              # base_url, ends in /api/v1
         server.kube_apiserver_url               # where the logs are, with kube_logs=True
         workload = server.named("my-job")       # .state, .request, .pods, .wait("Completed")
 
-Field names are those of the official client runapy 1.224.0, unknown ones refused. Where facts/runai.md is silent:
+Field names are those of the official client runapy 1.224.0, unknown ones refused. Where neither says a word:
 
 - The Kubeflow rules are training-operator v1.9's, defaults included. restartPolicy OnFailure starts a dead container
   again in its pod, and only then counts: with backoffLimit 0 it has been started once more when the job fails. Never

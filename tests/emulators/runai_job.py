@@ -1,6 +1,7 @@
 """One workload on the emulated run:AI: what its pods get, when it is retried, how its phase is worded.
 
-Sources: facts/runai.md; Kubeflow's training-operator v1.9 for distributed PyTorch (see runai.py).
+Sources: run:AI's public documentation, its official client runapy 1.224.0, and Kubeflow's training-operator v1.9 for
+distributed PyTorch, which run:AI is taken to use as it is (see runai.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two ways to a pod's log on run:AI, each of which a site may lack (facts/runai.md).
+"""The two ways to a pod's log on run:AI, each of which a site may lack; the control plane has no log route.
 
 Kubernetes       GET {kube_apiserver_url}/api/v1/namespaces/runai-<project>/pods/<pod>/log?container=pytorch
                  container may be left out; follow, previous, tailLines. Switched off: 403, as for lack of a right.

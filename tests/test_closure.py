@@ -1,15 +1,14 @@
-"""What ships: scope = "imports", run.train_script, and sources that a config names; on made-up layouts."""
+"""closure.py: what ships with scope = "imports", on made-up layouts."""
 
 import ast
-import json
-import os
 
 import pytest
-from layout import REPO, header, launcher, nemotron, recipe, write
+from inside import shown
+from layout import REPO, header, nemotron, write
 from support import plant
 
 import closure
-from transport import Entry, Refusal, Tree, collect
+from transport import Entry, Tree, collect
 
 SCRIPT = "src/pkg/recipes/fam/sft/train.py"
 CONFIG = "src/pkg/recipes/fam/sft/config"
@@ -176,23 +175,6 @@ def test_our_own_starter_has_no_holes():
 
 # ---------------------------------------------------------------- through the launcher
 
-PROFILE = """
-[mine]
-executor = "lepton"
-node_group = "g"
-resource_shape = "gpu.8xh100-80gb"
-container_image = "image:1"
-workspace = "/shared"
-gpus_per_node = 2
-"""
-
-
-def shown(root, *words, profile="", env=None):
-    write(root / "env.toml", PROFILE + profile)
-    done = launcher(REPO, *words, "--repo-root", root, "--json", cwd=root, env={**os.environ, **(env or {})})
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
 
 def test_the_launcher_narrows_and_lists(tmp_path):
     root = nemotron(tmp_path)
@@ -213,101 +195,3 @@ def test_sources_of_another_family_that_a_config_names(tmp_path):
         listed = shown(root, "files", "nano3", "sft", "mine", "-c", "kin", profile='scope = "%s"' % scope)
         paths = [item["path"] for item in listed["files"]]
         assert blend.relative_to(root).as_posix() in paths and not any("other.json" in path for path in paths)
-
-
-def swapped(tmp_path, yaml, body=None):
-    root = nemotron(tmp_path)
-    folder = root / "src/nemotron/recipes/nano3/stage1_sft"
-    other = header("nano3/sft-test", launch="python", nodes=2, gpus=1)
-    (folder / "test_train.py").write_text(other if body is None else body)
-    write(folder / "config/test.yaml", yaml)
-    return root
-
-
-TEST_SCRIPT = "src/nemotron/recipes/nano3/stage1_sft/test_train.py"
-
-
-@pytest.mark.parametrize("scope", ["family", "imports"])
-@pytest.mark.parametrize("spelled", [TEST_SCRIPT, "./" + TEST_SCRIPT, "${oc.env:PWD}/" + TEST_SCRIPT])
-def test_train_script_swaps_the_script(tmp_path, scope, spelled):
-    root = swapped(tmp_path, "run: {train_script: '%s'}\nx: 1\n" % spelled)
-    found = shown(root, "nano3", "sft", "mine", "-c", "test", "gpus=1", profile='scope = "%s"' % scope)
-    assert found["recipe"] | {"gpus_per_node": 0, "nproc_per_node": 0} == {
-        "name": "nano3/sft", "script": TEST_SCRIPT, "launch": "python", "nodes": 2, "gpus_per_node": 0,
-        "nproc_per_node": 0, "image": "image:1"}
-    assert found["command"] == 'python "$AIRLIFT_CODE"/%s --config "$AIRLIFT_CONFIG"' % TEST_SCRIPT
-    assert "train_script" not in found["config"]["text"]
-    listed = shown(root, "files", "nano3", "sft", "mine", "-c", "test", profile='scope = "%s"' % scope)
-    assert TEST_SCRIPT in [item["path"] for item in listed["files"]]
-
-
-def test_train_script_without_a_header_keeps_the_recipes(tmp_path):
-    root = swapped(tmp_path, "x: 1\n", body="print('no header')\n")
-    found = shown(root, "nano3", "sft", "mine", "run.train_script=" + TEST_SCRIPT)
-    assert (found["recipe"]["script"], found["recipe"]["launch"]) == (TEST_SCRIPT, "torchrun")
-    assert TEST_SCRIPT in found["command"] and found["command"].startswith("torchrun ")
-
-
-@pytest.mark.parametrize("value", ["src/no/such.py", "/etc/passwd", "../x.py", "[1]", "setup.py"])
-def test_train_script_that_is_not_in_the_tree(tmp_path, value):
-    root = swapped(tmp_path, "run: {train_script: %s}\n" % value)
-    write(root / "env.toml", PROFILE)
-    done = launcher(REPO, "nano3", "sft", "mine", "-c", "test", "--repo-root", root, "--dry-run", cwd=root)
-    assert done.returncode == 2 and "run.train_script" in done.stderr and len(done.stderr.splitlines()) == 2
-
-
-def test_run_env_reads_the_environment(tmp_path):
-    """As NVIDIA's launcher does, which reads run.env by way of OmegaConf."""
-    root = swapped(tmp_path, """\
-        run:
-          nproc_per_node: 8
-          env:
-            nodes: ${oc.env:MY_NODES,8}
-            container_image: /home/${oc.env:MY_USER}/x.sqsh
-            executor: slurm
-            env_vars: {A: "${oc.env:MY_A,fallback}", B: "${oc.env:PWD}/x", C: "${art:data,path}"}
-        """)
-    found = shown(root, "nano3", "sft", "mine", "-c", "test", env={"MY_NODES": "3"})
-    assert (found["recipe"]["nodes"], found["recipe"]["image"]) == (3, "/home/<unset MY_USER>/x.sqsh")
-    assert (found["env"]["A"], found["env"]["B"]) == ("fallback", "/nemo_run/code/x")
-    notes = "\n".join(found["notes"])
-    for words in ("run.env reads MY_USER", "run.nproc_per_node is not read", "executor, which only a profile can set",
-                  "env_vars.C is sent as it is written"):
-        assert words in notes, notes
-
-
-def test_a_secret_under_a_harmless_name_is_not_shown(tmp_path):
-    root, secret = nemotron(tmp_path), "s3cret-" + "x" * 20
-    text = 'run_command = "login ${env:MY_TOKEN} && python {script}"\n' \
-        '[mine.env_vars]\nPLAIN = "${env:MY_TOKEN}"\nURL = "//u:${env:MY_TOKEN}@h"\n'
-    found = shown(root, "nano3", "sft", "mine", profile=text,
-                  env={"MY_TOKEN": secret, "TOKENIZERS_PARALLELISM": "false"})
-    assert secret not in json.dumps(found)
-    assert (found["env"]["PLAIN"], found["env"]["URL"]) == ("***", "//u:***@h") and "login ***" in found["command"]
-
-
-def test_recipes_outside_of_src_are_no_scripts(tmp_path):
-    from configs import with_script
-    from recipes import find
-
-    root = nemotron(tmp_path)
-    with pytest.raises(Refusal):
-        with_script(find(root, "nano3/sft"), "nowhere.py", root / "x.yaml")
-
-
-def test_resources_of_the_header_on_every_executor(tmp_path):
-    """gpus_per_node = "gpu", launch = "python", env and workdir."""
-    root = tmp_path / "repo"
-    recipe(root, "nano3/sft", launch="python", gpus="gpu", nodes=2, env={"A": 1}, workdir="/opt/x")
-    tables = {"local": "", "docker": 'container_image = "i"',
-              "slurm": 'account = "a"\npartition = "p"\nremote_job_dir = "/l"',
-              "lepton": 'node_group = "g"\nresource_shape = "s"\ncontainer_image = "i"',
-              "dgxcloud": 'base_url = "u"\nclient_id = "c"\nclient_secret = "s"\nproject_name = "p"\n'
-                          'container_image = "i"'}
-    text = "".join('[my-%s]\nexecutor = "%s"\n%s\n' % (name, name, rest) for name, rest in tables.items())
-    for name in tables:
-        found = shown(root, "nano3", "sft", "my-" + name, profile=text)
-        assert found["recipe"] | {"image": None} == {
-            "name": "nano3/sft", "script": "src/nemotron/recipes/nano3/sft/train.py", "launch": "python", "nodes": 2,
-            "gpus_per_node": "gpu", "nproc_per_node": "gpu", "image": None}
-        assert found["env"]["A"] == "1" and found["command"].startswith('python "$AIRLIFT_CODE"/src/')

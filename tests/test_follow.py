@@ -1,0 +1,147 @@
+"""common/follow.py: a job of a cloud is followed to its end, whatever that is; and what pods say in their logs
+(podlog.py) gives the exit code."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from cloud import EMULATED, KEEPS_ON, ON_BOTH_IN_TIME, PLATFORMS, SLOW, Begun, cloud, wait_for
+
+import backends
+import runs
+from backends.common import follow, http
+
+pytestmark = EMULATED
+
+
+@pytest.fixture(params=PLATFORMS)
+def here(request, tmp_path, monkeypatch, capsys):
+    yield from cloud(request.param, tmp_path, monkeypatch, capsys)
+
+
+# ---------------------------------------------------------------- exit codes, and ranks that die
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_exit_code_is_the_recipes(here, nodes):
+    here.recipe("import os, sys, time\nif os.environ['NODE_RANK'] != '%d': time.sleep(60)\nprint('bye')\nsys.exit(37)"
+                % (nodes - 1))
+    result = here.launch("--nodes", nodes)
+    assert (result.code, "the job failed with exit code 37 after" in result.err) == (1, True), result.err
+    assert runs.load_run(result.run).job_exit_code == 37
+    assert json.loads(here.main("status", result.run, "--json").out)[0]["job_exit_code"] == 37
+
+
+def test_a_failure_of_our_own_is_told_in_words(here):
+    here.server.image = type(here.server.image)(hide=["bash"])
+    result = here.launch()
+    assert result.code == 1 and "with exit code 87" in result.err and "the image lacks" in result.err
+
+
+def unpacking(pod):
+    return any(Path(pod.root, "tmp").glob("airlift-*/code.*"))
+
+
+BEFORE = {  # when a pod is killed: what the test waits for
+    "before unpacking": lambda pod: pod.pid and pod.state == "Running",
+    "while unpacking": lambda pod: pod.pid and unpacking(pod),
+    "after unpacking": lambda pod: "up\n" in pod.output,
+}
+
+
+@pytest.mark.parametrize("moment", BEFORE)
+@pytest.mark.parametrize(("nodes", "victim"), [(1, 0), pytest.param(2, 0, marks=SLOW), (2, 1)])
+def test_a_killed_rank_ends_the_job(here, moment, nodes, victim):
+    here.recipe(KEEPS_ON)
+    if moment == "while unpacking":
+        for number in range(2500):
+            (here.root / ("src/many%02d" % (number % 40))).mkdir(exist_ok=True)
+            (here.root / ("src/many%02d/f%d.py" % (number % 40, number))).write_text("x")
+    begun = Begun(here, "--nodes", nodes)
+    wait_for(lambda: here.jobs and len(here.job.pods) == nodes and BEFORE[moment](here.job.pods[victim]), moment)
+    pod = here.job.pods[victim]
+    pod.kill()
+    result, took = begun.end(10)
+    assert pod.wait() == 137 and ("files in" in pod.output) == (moment == "after unpacking")
+    assert result.code == 1 and "the job failed, and its exit code is not known" in result.err
+    silent = re.search(r"rank ([\d, ]+) ended without a word", result.err).group(1).split(", ")
+    assert str(victim) in silent  # TERM may find the others before they can say a word, too
+    assert len(here.jobs) == 1 and all(len(replica.runs) == 1 for replica in here.job.replicas)  # nothing was retried
+    assert not any(pod.alive for pod in here.job.pods)
+    print("ended %.1f s after the kill" % took)
+
+
+def test_an_image_that_cannot_be_pulled(here):
+    here.server.missing_images.add("registry.test/nemo:1")
+    result = here.launch()
+    assert result.code == 4 and "the image cannot be pulled: " in result.err and "ErrImagePull" in result.err
+    assert "python launch.py cancel " in result.err
+
+
+# ---------------------------------------------------------------- later, and from another shell
+
+
+def test_detached_then_followed_from_another_shell(here):
+    here.recipe("import os, time\nprint('hello from', os.environ['NODE_RANK'], flush=True)\n"
+                "while not os.path.exists('/shared/go'): time.sleep(0.02)\nprint('went', flush=True)")
+    begun = here.launch("--nodes", "2", "--detach")
+    assert begun.code == 0 and "started; to follow it: python launch.py logs -f " + begun.run in begun.out
+    wait_for(lambda: here.job.pods and all("hello" in pod.output for pod in here.job.pods))
+    assert re.fullmatch(r"%s  running  \d+ s +nano3/sft  %s +2      Running" % (begun.run, here.kind),
+                        here.main("status").out.splitlines()[1])
+    now = here.main("logs", begun.run, "--rank", "1")  # of a job that still runs: what there is
+    assert now.code == 0 and now.out.splitlines()[1:] == ["hello from 1"]
+    reader = here.process("logs", "-f", begun.run, "--all-ranks")
+    first = reader.stdout.readline()
+    (here.volume / "go").write_text("")
+    out = first + reader.stdout.read()
+    assert (reader.wait(10), reader.stderr.read()) == (0, "")
+    assert {"[0] hello from 0", "[1] hello from 1", "[0] went", "[1] went"} <= set(out.splitlines())
+    assert re.search(r"-- done \(Completed\) after \d+ s", out)
+    again = here.main("logs", begun.run)  # a finished job's log prints and returns
+    assert again.code == 0 and again.out.splitlines()[1:3] == ["hello from 0", "went"]
+    assert json.loads(here.main("status", begun.run, "--json").out)[0]["state"] == "done"
+    seen = len(here.server.requests)
+    assert " done " in here.main("status").out and len(here.server.requests) == seen  # how it ended is remembered
+
+
+@ON_BOTH_IN_TIME
+def test_ctrl_c_detaches(here):
+    here.recipe(KEEPS_ON)
+    launcher = here.process("nano3", "sft", here.kind, "--repo-root", here.root)
+    while "up\n" not in launcher.stdout.readline():
+        pass
+    launcher.send_signal(signal.SIGINT)
+    run = here.job.pods[0].output.split("airlift-")[1][:6]
+    assert launcher.wait(20) == 0
+    assert launcher.stderr.read() == "\nthe job goes on; to follow it again: python launch.py logs -f %s\n" % run
+    assert here.main("status", run).out.splitlines()[1].split()[1] == "running"
+
+
+def test_a_cancelled_job_ends_the_launcher(here):
+    here.recipe(KEEPS_ON)
+    begun = Begun(here)
+    wait_for(lambda: here.jobs and here.job.pods and "up" in here.job.pods[0].output)
+    run = here.job.pods[0].output.split("airlift-")[1][:6]
+    assert backends.backend(here.kind).cancel(runs.load_run(run)).endswith("was stopped")
+    result, _ = begun.end(10)
+    assert result.code == 1 and "the job was cancelled" in result.err
+
+
+def test_a_platform_that_is_out_of_reach_for_a_while_does_not_end_the_following(here):
+    here.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
+    here.recipe("import os, time\nprint('up', flush=True)\nwhile not os.path.exists('/shared/go'): time.sleep(0.02)")
+    begun = Begun(here)
+    wait_for(lambda: here.jobs and here.job.pods and "up" in here.job.pods[0].output)
+    here.server.fault("status", status=503, times=8, path=r"/(jobs|trainings)/[\w-]+$")
+    wait_for(lambda: not here.server._faults[-1].times)
+    (here.volume / "go").write_text("")
+    result, _ = begun.end(20)
+    assert result.code == 0 and result.out.count("trying again for 10 minutes") == 1
+    here.monkeypatch.setattr(follow, "PATIENCE_S", 0)
+    run = here.up()
+    here.server.fault("status", status=503, times=99, path=r"/(jobs|trainings)/[\w-]+$")
+    result = here.main("logs", run)
+    assert result.code == 5 and "503" in result.err

@@ -1,0 +1,129 @@
+"""prepare.py: from the words of a launch to profile, recipe, config, job, tree and plan; and the notes on the way."""
+
+import functools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import inside
+import pytest
+from inside import FAMILY, check_shape, plan_of
+from layout import recipe, write
+
+import recipes
+import transport
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    return inside.checkout(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def say(here, capsys):
+    return inside.speaker(capsys)
+
+
+@pytest.mark.parametrize("profile", ["local", "docker", "slurm", "lepton", "lepton_gcp", "dgxcloud"])
+def test_every_profile_plans_a_nemotron_layout(say, profile):
+    for family, stage in [("nano3", "sft"), ("nano3", "data/prep/rl"), ("super3", "rl/stage1_rlvr"), ("steps", "eval")]:
+        assert plan_of(say, family, stage, profile, "--nodes", "1")["payload"]["fits"]
+
+
+def test_the_same_tree_has_the_same_digest_from_anywhere(say, here, tmp_path):
+    first = plan_of(say, *FAMILY, "lepton")["payload"]["sha256"]
+    assert plan_of(say, *FAMILY, "dgxcloud")["payload"]["sha256"] == first
+    shutil.copytree(here, tmp_path / "copy")
+    assert plan_of(say, *FAMILY, "--repo-root", tmp_path / "copy")["payload"]["sha256"] == first
+    with open(here / "src/nemotron/kit/io.py", "a") as file:
+        file.write("# uncommitted\n")
+    assert plan_of(say, *FAMILY, "lepton")["payload"]["sha256"] != first
+
+
+def test_notes_are_said(say, here, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "x")
+    write(here / "src/nemotron/kit/.env", "A=1\n")
+    write(here / "src/nemotron/kit/model.safetensors", "x")
+    write(here / "src/nemotron/kit/big.bin", "x")
+    recipe(here, path="src/nemotron/recipes/nano3/stage1_sft/train.py",
+           yaml="run: {env: {sandbox: 1, node_group: x}}\na: ${run.wandb.project}\n")
+    notes = plan_of(say, *FAMILY, "docker", "run.env.mounts=[]")["notes"]
+    assert "run.env holds sandbox, which Airlift does not use" in notes
+    assert "HF_TOKEN is set here but not sent; name it under [secrets] to send it" in notes
+    assert "the config still holds ${run.wandb.project}, which nothing sets here" in notes
+    assert "left out, as they look like credentials: src/nemotron/kit/.env" in notes
+    assert "left out, data or model file: 2, like src/nemotron/kit/big.bin" in notes
+    write(here / "profiles/bare.toml", 'executor = "docker"')
+    stays = "no workspace is set: what the job writes stays in the pod and goes with it"
+    assert stays in plan_of(say, *FAMILY, "bare")["notes"]
+    assert "note     " + stays in say(*FAMILY, "bare", "--dry-run")[1]
+
+
+def test_a_stage_of_the_profile_counts(say):
+    plan = plan_of(say, "nano3", "data/prep/rl", "lepton")
+    assert plan["recipe"]["gpus_per_node"] == 0 and plan["recipe"]["nproc_per_node"] == 1
+    assert plan["command"].startswith("python ") and "needs a project and the network" in "\n".join(plan["notes"])
+    assert plan_of(say, "nano3", "data/prep/rl", "slurm")["command"].startswith("uv run --extra xenna python ")
+
+
+def test_repo_root_of_the_command_line_of_the_profile_and_of_the_launcher(say, here, tmp_path):
+    for name in ("one", "two"):
+        recipe(tmp_path / name, "fam/" + name, path="src/p/recipes/fam/x.py")
+    write(here / "profiles/mine.toml", 'executor = "local"\nrepo_root = "../one"\n')
+    assert plan_of(say, "fam", "one", "mine")["recipe"]["name"] == "fam/one"
+    assert plan_of(say, "fam", "two", "mine", "--repo-root", tmp_path / "two")["recipe"]["name"] == "fam/two"
+    assert plan_of(say, "nano3", "sft")["recipe"]["name"] == "nano3/sft"
+
+
+def test_words_may_stand_in_any_order(say):
+    want = plan_of(say, "nano3", "sft", "docker", "a=1", "--nodes", "3")
+    got = plan_of(say, "--nodes", "3", "nano3", "a=1", "sft", "-c", "default", "docker")
+    assert (got["recipe"], got["config"], got["profile"]) == (want["recipe"], want["config"], want["profile"])
+    assert "a: 1" in got["config"]["text"] and got["recipe"]["nodes"] == 3
+    assert plan_of(say, "nano3", "/data/prep/rl/")["recipe"]["name"] == "nano3/data/prep/rl"
+
+
+def test_a_dry_run_says_what_a_launch_would_be_refused_for(say, here):
+    write(here / "profiles/mine.toml", """\
+        executor = "dgxcloud"
+        base_url = "http://h/api/v1"
+        client_id = "i"
+        client_secret = "s"
+        project_name = "p"
+        container_image = "i"
+        gpus_per_node = 1
+        """)
+    assert not [note for note in plan_of(say, *FAMILY, "mine")["notes"] if "refused" in note]
+    notes = plan_of(say, *FAMILY, "mine", "--nodes", "2", "run.env.retries=1")["notes"]
+    assert ("a launch would be refused: retries is 1, and the job has 2 nodes; run:AI starts one pod again without the "
+            "others; take it out, and launch again: it resumes") in notes
+    notes = plan_of(say, *FAMILY, "mine", "run.env.custom_spec.args=x")["notes"]
+    assert [note for note in notes if note.startswith("a launch would be refused: custom_spec")], notes
+    assert say(*FAMILY, "mine", "run.env.custom_spec.args=x")[0] == 2
+
+
+# ---------------------------------------------------------------- a real checkout
+
+
+@pytest.mark.skipif("NEMOTRON_ROOT" not in os.environ, reason="needs a Nemotron checkout in NEMOTRON_ROOT")
+def test_every_recipe_of_a_real_checkout_plans_on_every_executor(say, monkeypatch):
+    monkeypatch.setattr(transport, "compress", functools.lru_cache(None)(transport.compress))  # one tree, many plans
+    root = os.environ["NEMOTRON_ROOT"]
+    rows = json.loads(say("list", "--json", "--repo-root", root)[1])
+    found, _ = recipes.scan(Path(root))
+    assert len(rows) == len(found) >= 84
+    failed = {}
+    for row in rows:
+        family, stage = row["name"].split("/", 1)
+        for profile in ("local", "docker", "slurm", "lepton", "dgxcloud"):
+            code, out, err = say(family, stage, profile, "--json", "--repo-root", root)
+            if code:
+                failed[row["name"], profile] = err
+                continue
+            plan = json.loads(out)
+            check_shape(plan)
+            assert plan["recipe"]["name"] == row["name"]
+            if plan["recipe"]["launch"] == "torchrun" and not found[row["name"]].cmd:
+                assert plan["command"].startswith("torchrun ")
+    assert failed == {}

@@ -1,0 +1,98 @@
+"""common/ssh.py: commands on the machine that has sbatch, this one or one behind ssh, which here is a script of ours."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import screen
+from backends.common import ssh
+from transport import Refusal
+
+FAR = ssh.Host("login.example.com", "me", 2222, "/home/me/.ssh/key")
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Has `ssh` be a script: it notes its arguments and its input, and then does what the test says."""
+    monkeypatch.setenv("PATH", "%s:/usr/bin:/bin" % tmp_path)
+
+    def make(body):
+        (tmp_path / "ssh").write_text('#!/bin/sh\nprintf "%%s\\n" "$@" > %s/argv\n%s' % (tmp_path, body))
+        (tmp_path / "ssh").chmod(0o755)
+
+    yield make
+    make("true\n")
+    ssh.close()
+
+
+def test_ssh_never_asks_and_the_script_is_in_no_argument_list(fake, tmp_path):
+    fake("exec sh -s\n")
+    assert FAR.ask("echo 's3cret'; cat", "look") == "s3cret\n"
+    argv = (tmp_path / "argv").read_text().splitlines()
+    assert argv[-3:] == ["--", "me@login.example.com", "sh -s"] and "s3cret" not in "".join(argv)
+    for words in (["-o", "BatchMode=yes"], ["-p", "2222"], ["-o", "IdentitiesOnly=yes", "-i", "/home/me/.ssh/key"]):
+        assert " ".join(words) in " ".join(argv)
+    bare = ssh.Host("alias").command()
+    assert bare[-3:] == ["--", "alias", "sh -s"] and "-p" not in bare and "-i" not in bare
+
+
+@pytest.mark.parametrize("host", [ssh.Host(), FAR], ids=["here", "far"])
+def test_what_a_login_script_prints_is_not_the_answer(fake, host):
+    fake("echo Welcome; echo to the cluster; exec sh -s\n")
+    done = host.run("printf 'a\\nb'; exit 3")
+    assert (done.returncode, done.stdout) == (3, b"a\nb")
+
+
+def test_a_script_that_ends_with_255_is_no_broken_connection(fake):
+    fake("exec sh -s\n")
+    assert FAR.run("exit 255").returncode == 254
+
+
+@pytest.mark.parametrize(("said", "code"), [
+    ("me@login.example.com: Permission denied (publickey).", 4), ("Host key verification failed.", 4),
+    ("ssh: connect to host login.example.com port 2222: Connection refused", 5)])
+def test_a_host_that_refuses_us_and_one_that_is_not_there(fake, said, code):
+    fake("echo %s >&2; exit 255\n" % repr(said))
+    with pytest.raises(Refusal) as caught:
+        FAR.run("true")
+    assert caught.value.code == code and said.rstrip(".") in caught.value.what and caught.value.fix
+
+
+def test_a_host_that_does_not_answer_in_time(fake):
+    fake("exec sleep 30\n")
+    with pytest.raises(Refusal, match=r"me@login.example.com:2222 did not answer in") as caught:
+        FAR.run("true", 0.2)
+    assert caught.value.code == 5
+
+
+def test_a_command_that_fails_is_told_in_its_own_words():
+    with pytest.raises(Refusal, match="this machine: cannot make a folder: one; two") as caught:
+        ssh.Host().ask("echo one >&2; echo two >&2; exit 1", "make a folder")
+    assert caught.value.code == 4
+
+
+def test_the_shared_connection_has_a_private_folder_that_goes(fake, tmp_path):
+    fake("exec sh -s\n")
+    option = next(word for word in FAR.command() if word.startswith("ControlPath="))
+    folder = Path(option.partition("=")[2]).parent
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (folder / "socket").write_text("")
+    ssh.close()
+    assert not folder.exists()
+    assert (tmp_path / "argv").read_text().splitlines() == ["-o", "ControlPath=%s/socket" % folder, "-O", "exit", "there"]
+
+
+def test_each_command_is_told_where_that_is_asked_for(fake, capsys):
+    fake("exec sh -s\n")
+    FAR.run("true")
+    assert capsys.readouterr() == ("", "")
+    screen.be_verbose(True)
+    try:
+        FAR.run("squeue -h |\n  head -n 1")
+    finally:
+        screen.be_verbose(False)
+    out, err = capsys.readouterr()
+    before, after = err.splitlines()
+    assert out == "" and before.endswith("me@login.example.com:2222: squeue -h | head -n 1")
+    assert re.fullmatch(re.escape(before[9:]) + r": \d\.\d\d s", after[9:])
