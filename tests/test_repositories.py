@@ -104,7 +104,7 @@ def test_image_uses_what_the_image_has(repository: Path, tmp_path: Path) -> None
     mount = "${auto_mount:git+https://github.com/org/lib.git@main,%s/opt/lib}" % tmp_path
     code, text, notes = launched(tmp_path, mount, {}, auto_mount="image")
     assert code == 0 and "of the image" in text
-    assert notes == ["%s/opt/lib is used as the image has it" % tmp_path]
+    assert notes == ["%s/opt/lib: the copy inside the image is used" % tmp_path]
 
 
 # ---------------------------------------------------------------- on a cluster
