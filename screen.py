@@ -127,9 +127,6 @@ def one_line(text: str) -> str:
 
 # ---------------------------------------------------------------- --verbose
 
-VERBOSE = False
-
-
 VERBOSE = False  # set by --verbose
 
 

@@ -98,9 +98,9 @@ def test_colour_only_on_a_terminal_and_never_with_no_color(tmp_path: Path) -> No
 
 @pytest.fixture
 def verbose() -> Iterator[None]:
-    screen.be_verbose(True)
+    screen.VERBOSE = True
     yield
-    screen.be_verbose(False)
+    screen.VERBOSE = False
 
 
 STEP = r"\d\d:\d\d:\d\d %s\n"

@@ -87,11 +87,11 @@ def test_each_command_is_told_where_that_is_asked_for(fake, capsys):
     fake("exec sh -s\n")
     FAR.run("true")
     assert capsys.readouterr() == ("", "")
-    screen.be_verbose(True)
+    screen.VERBOSE = True
     try:
         FAR.run("squeue -h |\n  head -n 1")
     finally:
-        screen.be_verbose(False)
+        screen.VERBOSE = False
     out, err = capsys.readouterr()
     before, after = err.splitlines()
     assert out == "" and before.endswith("me@login.example.com:2222: squeue -h | head -n 1")
