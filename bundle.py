@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Carry Airlift into an air gap as one file, and set it up there without a network.
+"""Pack Airlift into one file for an air gap, and set it up there without a network.
 
     python bundle.py make [--torch] [--python 3.12] [--platform x86_64] [--wheels DIR]    (make bundle)
     python bundle.py install                                        (make install, in the unpacked bundle)
 
 A bundle is dist/airlift-<version>.tar.gz: the scripts, the profiles, the starter recipes, a wheel of every pinned
-dependency, SHA256SUMS and INSTALL. The same inputs give the same bytes (names sorted, no times, no owners; wheels are
-as their index has them, by the hashes that requirements*.txt pin). Standard library and pip only.
+dependency, SHA256SUMS and INSTALL. The same inputs give the same bytes: sorted names, no times, no owners, and wheels
+by the hashes that requirements*.txt pin. It needs only the standard library and pip.
 """
 
 import argparse
 import gzip
 import hashlib
+import io
 import json
 import os
 import platform
@@ -28,13 +29,13 @@ HERE = Path(__file__).resolve().parent
 VERSION = "1.0"
 LISTS = {"launcher": "requirements.txt", "recipes": "requirements-recipes.txt", "torch": "requirements-torch.txt"}
 FILES = ("launch.py", "commands.py", "prepare.py", "recipes.py", "configs.py", "jobs.py", "runs.py", "screen.py",
-         "transport.py", "closure.py", "pod.py", "bundle.py", "Makefile", "README.md", "how.svg",
+         "transport.py", "closure.py", "bundle.py", "Makefile", "README.md", "how.svg",
          "LICENSE", *LISTS.values())
-# The lists of launcher and recipes are whole and pinned by hash; what torch asks for besides is its build's own affair.
+# The lists of launcher and recipes are complete and pinned by hash; the dependencies of torch depend on its build.
 STRICT = {"launcher": ("--no-deps", "--require-hashes"), "recipes": ("--no-deps", "--require-hashes"), "torch": ()}
-FOLDERS = {"backends": (".py",), "profiles": (".py", ".toml"), "src/starter": ()}  # and their suffixes, () for all
+FOLDERS = {"pod": (".py",), "backends": (".py",), "profiles": (".py", ".toml"), "src/starter": ()}  # suffixes; () all
 INSTALL = """\
-Airlift %(version)s, for Python %(python)s on %(platform)s. Compare the SHA-256 of the file that this came in first.
+Airlift %(version)s, for Python %(python)s on %(platform)s. First compare the SHA-256 of the file that this came in.
 
     make install                     verifies every file, then sets up .venv without a network
 
@@ -42,16 +43,13 @@ or by hand:
 
     sha256sum --check --quiet SHA256SUMS
     python%(python)s -m venv .venv
-    .venv/bin/pip install --no-index %(words)s
+    .venv/bin/pip install --no-index %(lists)s
 %(more)s
-Then: python launch.py list, python launch.py nano3 sft local, python launch.py check PROFILE. README.md tells the rest.
+Then: python launch.py list, python launch.py nano3 sft local, python launch.py check PROFILE. See README.md.
 %(torch)s"""
 BY_HAND_TORCH = ("    .venv/bin/pip install --no-index -f wheels/launcher -f wheels/recipes -f wheels/torch "
                  "-r requirements-torch.txt\n")
 WITHOUT_TORCH = "This bundle has no torch: launches need none, but the local profile trains with the torch in .venv.\n"
-
-
-# ---------------------------------------------------------------- make
 
 
 def make(options: argparse.Namespace) -> None:
@@ -63,9 +61,9 @@ def make(options: argparse.Namespace) -> None:
             download(options, wheels)
         members = dict(scripts()) | {"wheels/%s" % path.relative_to(wheels).as_posix(): path
                                      for name in lists(options.torch) for path in (wheels / name).glob("*.whl")}
-        words = target | {"torch": "" if options.torch else WITHOUT_TORCH, "more": BY_HAND_TORCH * options.torch,
-                          "words": " ".join("-f wheels/%s -r %s" % (name, LISTS[name]) for name in lists(False))}
-        texts = {"INSTALL": INSTALL % words, "TARGET": json.dumps(target, sort_keys=True) + "\n"}
+        values = target | {"torch": "" if options.torch else WITHOUT_TORCH, "more": BY_HAND_TORCH * options.torch,
+                           "lists": " ".join("-f wheels/%s -r %s" % (name, LISTS[name]) for name in lists(False))}
+        texts = {"INSTALL": INSTALL % values, "TARGET": json.dumps(target, sort_keys=True) + "\n"}
         sums = {name: digest(path) for name, path in members.items()}
         sums |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
         texts["SHA256SUMS"] = "".join("%s  %s\n" % (sums[name], name) for name in sorted(sums))
@@ -78,7 +76,7 @@ def make(options: argparse.Namespace) -> None:
 
 
 def scripts() -> Iterator[tuple[str, Path]]:
-    """(name in the bundle, path) of everything but wheels. Raises Refusal for what looks like a credential."""
+    """(name in the bundle, path) of all files but wheels. Raises Refusal for what looks like a credential."""
     paths = [HERE / name for name in FILES]
     for folder, suffixes in FOLDERS.items():
         paths += [path for path in sorted((HERE / folder).rglob("*")) if path.is_file()
@@ -88,7 +86,8 @@ def scripts() -> Iterator[tuple[str, Path]]:
         if not path.is_file():
             raise Refusal("%s is missing" % name, "make a bundle from a whole checkout")
         if CREDENTIAL_SHAPE.search(path.read_bytes()):
-            raise Refusal("%s holds what looks like a credential" % name, "read it from the environment: ${env:NAME}")
+            raise Refusal("%s contains what looks like a credential" % name,
+                          "read it from the environment: ${env:NAME}")
         yield name, path
 
 
@@ -97,27 +96,27 @@ def lists(torch: bool) -> list[str]:
 
 
 def download(options: argparse.Namespace, wheels: Path) -> None:
-    """Every pinned wheel, for this Python and machine or for those that are asked for, in a folder for each list; what
-    an earlier one has is not doubled. Raises Refusal."""
-    words = ["--only-binary", ":all:"]
+    """Download every pinned wheel, for this Python and machine or those of the options, into a folder for each list,
+    without those of an earlier list. Raises Refusal."""
+    target = ["--only-binary", ":all:"]
     if options.python:
         tag = "cp" + options.python.replace(".", "")
-        words += ["--python-version", options.python, "--implementation", "cp", "--abi", tag, "--abi", "abi3",
-                  "--abi", "none"]
+        target += ["--python-version", options.python, "--implementation", "cp", "--abi", tag, "--abi", "abi3",
+                   "--abi", "none"]
     if options.platform:
         tags = ["manylinux2014", "manylinux2010", "manylinux1", *("manylinux_2_%d" % minor for minor in range(5, 36))]
-        words += [word for tag in [*tags, "linux"] for word in ("--platform", "%s_%s" % (tag, options.platform))]
+        target += [item for tag in [*tags, "linux"] for item in ("--platform", "%s_%s" % (tag, options.platform))]
     have: set[str] = set()
     for name in lists(options.torch):
         wanted = wheels / LISTS[name]
         wanted.write_text(needed((HERE / LISTS[name]).read_text(), options))
-        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", *words, *STRICT[name]]
+        pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "download", *target, *STRICT[name]]
         done = subprocess.run([*pip, "--dest", str(wheels / name), "-r", str(wanted)],
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
             raise Refusal("pip cannot get the wheels of %s: %s" % (LISTS[name], " ".join(errors[-1:])),
-                          "look whether this machine reaches its package index", 5)
+                          "check that this machine can reach its package index", 5)
         for path in (wheels / name).glob("*.whl"):
             if path.name in have:
                 path.unlink()
@@ -125,9 +124,9 @@ def download(options: argparse.Namespace, wheels: Path) -> None:
 
 
 def needed(text: str, options: argparse.Namespace) -> str:
-    """A list without what the other side's Python and machine do not need, and without the conditions that say so: pip
-    would hold them against the Python that it runs on."""
-    from pip._vendor.packaging.markers import Marker  # there wherever pip is; this script runs before all else
+    """A list with only what the target's Python and machine need, without conditions, which pip would apply to its own
+    Python."""
+    from pip._vendor.packaging.markers import Marker  # this script runs before any package is installed
 
     python = options.python and {"python_version": options.python, "python_full_version": options.python + ".0"}
     other = (python or {}) | ({"platform_machine": options.platform} if options.platform else {})
@@ -149,10 +148,7 @@ def write(made: Path, members: dict[str, Path], texts: dict[str, str]) -> None:
             info.mode = 0o644
             path = members.get(name)
             info.size = path.stat().st_size if path else len(texts[name].encode())
-            with open(path, "rb") if path else tempfile.TemporaryFile() as source:
-                if not path:
-                    source.write(texts[name].encode())
-                    source.seek(0)
+            with open(path, "rb") if path else io.BytesIO(texts[name].encode()) as source:
                 tar.addfile(info, source)
 
 
@@ -184,11 +180,11 @@ def install(options: argparse.Namespace) -> None:
 
 
 def verify(folder: Path) -> dict:
-    """The bundle's TARGET. Raises Refusal that names what is missing, changed, or not of the bundle."""
+    """The bundle's TARGET. Raises Refusal that names the files that are missing, changed, or not of the bundle."""
     try:
         lines = (folder / "SHA256SUMS").read_text().splitlines()
     except FileNotFoundError:
-        raise Refusal("SHA256SUMS is missing: this is no bundle", "in a checkout use make setup") from None
+        raise Refusal("SHA256SUMS is missing: this is not a bundle", "in a checkout, use make setup") from None
     sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
     missing = [name for name in sums if not (folder / name).is_file()]
     changed = [name for name in sums if name not in missing and digest(folder / name) != sums[name]]
@@ -204,17 +200,17 @@ def verify(folder: Path) -> dict:
 def run(command: list[str], doing: str) -> None:
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise Refusal("cannot %s: %s" % (doing, " ".join(done.stderr.split())[-300:]), "mend what it names")
+        raise Refusal("cannot %s: %s" % (doing, " ".join(done.stderr.split())[-300:]), "fix what it names")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bundle.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     making = commands.add_parser("make")
-    making.add_argument("--torch", action="store_true", help="with torch, for the local profile")
-    making.add_argument("--python", help="of the other side, like 3.12 (this one)")
-    making.add_argument("--platform", help="of the other side: x86_64 or aarch64 (this one)")
-    making.add_argument("--wheels", help="a folder that has the wheels already")
+    making.add_argument("--torch", action="store_true", help="include torch, for the local profile")
+    making.add_argument("--python", help="the target's Python version, like 3.12 (default: this one's)")
+    making.add_argument("--platform", help="the target's machine: x86_64 or aarch64 (default: this one's)")
+    making.add_argument("--wheels", help="a folder of wheels to use, instead of a download")
     making.add_argument("--out", default=str(HERE / "dist"))
     commands.add_parser("install")
     options = parser.parse_args()

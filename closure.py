@@ -1,17 +1,17 @@
-"""scope = "imports": of a collected tree, what the script reaches. Nothing is imported or run; the source is read.
+"""scope = "imports": the part of a collected tree that the script reaches. The source is read, never imported or run.
 
-From the script on, to the end:
+Starting with the script, transitively:
 
-  - its own folder and its config folder: every file that is not Python, and the Python beside the script
-    that is no recipe of its own
+  - its own folder and its config folder: all files that are not Python, and the Python beside the script except
+    other recipes
   - `import a.b`, `from a import b` (module or attribute), relative imports, and each package's __init__ on the way;
     also from the folder of a script, which is first on its sys.path
   - modules named in text: import_module("a.b"), "a.b:Class", `_target_: a.b.Class`, `python -m a.b`; an import_module
-    whose name is only begun in the source (f"a.b.{kind}") reaches all of that package
-  - files and folders of the tree that are named in text or put together with `/` from a Path
-  - what lies beside a module that is reached and is not Python: templates, tables, shell scripts
+    of which only the beginning is in the source (f"a.b.{kind}") reaches the whole package
+  - files and folders of the tree that are named in text, or joined with `/` to a Path
+  - the files beside such a module that are not Python: templates, tables, shell scripts
 
-A module whose name is put together at run time from elsewhere cannot be seen; `files` lists what stays here.
+A module whose name is computed at run time cannot be seen; `files` lists what is not sent.
 """
 
 import ast
@@ -35,8 +35,8 @@ LOADERS = {"import_module", "__import__", "find_spec", "run_module", "files", "g
 
 
 def narrow(tree: Tree, script: str, configs: Iterable[str], texts: Iterable[str] = ()) -> tuple[Tree, set[str]]:
-    """(The tree without what the script does not reach, what it names that is not in the tree). `configs` are folders
-    and files of the tree, `texts` are compiled configs."""
+    """(the part of the tree that the script reaches, the paths that it names and the tree does not have). `configs` are
+    folders and files of the tree, `texts` are compiled configs."""
     walk = _Closure({entry.path: entry for entry in tree.entries}, script)
     walk.start(configs, texts)
     kept = tuple(entry for entry in tree.entries if entry.path in walk.reached)
@@ -61,21 +61,21 @@ class _Closure:
     entries: dict[str, Entry]
     script: str
     reached: set[str] = field(default_factory=set)
-    absent: set[str] = field(default_factory=set)  # paths, without a suffix or with one, that are named and not there
+    absent: set[str] = field(default_factory=set)  # paths, with or without a suffix, that are named but do not exist
     todo: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.links = {path: entry.data.decode() for path, entry in self.entries.items() if entry.link}
         self.folders = {folder for path in self.entries for folder in _above(path)}
         self.tops = {path.split("/")[1].removesuffix(".py") for path in self.entries if path.startswith("src/")}
-        self.roots = ["src"]  # of modules
+        self.roots = ["src"]  # folders that modules are imported from
 
     def start(self, configs: Iterable[str], texts: Iterable[str]) -> None:
         self.run(self.script)
         folder = posixpath.dirname(self.script)
         for path in configs:
             self.add_all(path)
-        if folder.count("/") > 1:  # else it is a package's root, or src itself
+        if folder.count("/") > 1:  # not a package's root, or src itself
             self.add_all(folder, beside=True)
         for text in texts:
             self.read_text(text, folder)
@@ -90,14 +90,14 @@ class _Closure:
     # ------------------------------------------------------------ what is reached
 
     def find(self, path: str) -> str | None:
-        """The file or folder of the tree that a path leads to."""
+        """The file or folder of the tree that a path leads to, or None."""
         path = posixpath.normpath(path)
         if self.links:
             path = resolve_link(path, self.links)
         return path if path in self.entries or path in self.folders else None
 
     def add(self, path: str) -> bool:
-        """Reach a file, and the links on the way to it. Whether there is such a file."""
+        """Reach a file, and the links on the way to it. Returns whether it exists."""
         found = self.find(path)
         for link in [link for link in self.links if (posixpath.normpath(path) + "/").startswith(link + "/")]:
             new = link not in self.reached
@@ -115,22 +115,20 @@ class _Closure:
         return True
 
     def add_all(self, folder: str, beside: bool = False) -> None:
-        """Reach what lies below a folder (or that file); `beside`: of Python only what lies in the folder itself
-        and is no recipe of its own."""
+        """Reach a file, or all files below a folder; with `beside`, of Python only files in the folder itself that are
+        not recipes."""
         found = self.find(folder)
         if found is None or found in self.entries:
             self.add(folder)
             return
         for path in [path for path in self.entries if path.startswith(found + "/")]:
-            if not (beside and path.endswith(".py") and (posixpath.dirname(path) != found or self.is_recipe(path))):
+            is_recipe = b"[tool.runspec" in self.entries[path].data
+            if not (beside and path.endswith(".py") and (posixpath.dirname(path) != found or is_recipe)):
                 self.add(path)
 
-    def is_recipe(self, path: str) -> bool:
-        return b"[tool.runspec" in self.entries[path].data
-
     def add_data(self, folder: str) -> None:
-        """Reach what is not Python in the folder of a module, and below it in folders without any Python; of packages
-        that hold recipes only the first."""
+        """Reach the files that are not Python in the folder of a module, and below it in folders without Python, but
+        not below in packages of recipes."""
         recipes = folder.split("/")[2:3] in [[name] for name in COLLECTIONS]
         python = {above for path in self.entries if path.endswith(".py") for above in _above(path)}
         for path in [path for path in self.entries if path.startswith(folder + "/") and not path.endswith(".py")]:
@@ -141,7 +139,7 @@ class _Closure:
                 self.add(path)
 
     def run(self, path: str) -> None:
-        """Reach a script that is started by its path: its folder is on its sys.path, and it may be run as a module."""
+        """Reach a script that is started by its path, so that its folder is on its sys.path, or as a module."""
         if self.add(path):
             folder = posixpath.dirname(self.find(path) or path)
             if folder not in self.roots:
@@ -153,7 +151,7 @@ class _Closure:
             self.add(folder + "/__init__.py")
 
     def module(self, name: str) -> bool:
-        """Reach a module by its dotted name, with its packages. Whether there is one; a namespace counts."""
+        """Reach a module by its dotted name, with its packages. Returns whether it, or a namespace, exists."""
         there = False
         for root in self.roots:
             path = root + "/" + name.replace(".", "/")
@@ -164,7 +162,7 @@ class _Closure:
         return there
 
     def longest(self, name: str) -> None:
-        """Reach the module that a dotted name begins with: a.b.Class reaches a.b."""
+        """Reach the longest module that a dotted name begins with: a.b.Class reaches a.b."""
         parts = name.split(".")
         if parts[0] in self.tops:
             whole = self.module(name)
@@ -173,10 +171,6 @@ class _Closure:
                 whole = self.module(".".join(parts))
             if ".".join(parts) != name:
                 self.absent.add("src/" + name.replace(".", "/"))
-
-    def whole_package(self, name: str) -> None:
-        if self.module(name):
-            self.add_all("src/" + name.replace(".", "/"))
 
     # ------------------------------------------------------------ reading
 
@@ -192,34 +186,38 @@ class _Closure:
     def place(self, text: str, folder: str) -> None:
         """Reach a file or folder that a text names, from the tree's root, the text's folder or the script's."""
         text = text.removeprefix("/nemo_run/code")
-        if not re.search(r"\w", posixpath.normpath(text)):  # "." or "../.."
-            return
-        for base in ("", folder, posixpath.dirname(self.script)):
-            path = posixpath.normpath(posixpath.join(base, text.lstrip("/")))
-            found = self.find(path) if path.startswith("src/") else None
-            if found in self.entries and found is not None:
-                self.run(path) if path.endswith(".py") else self.add(path)
-            elif found in self.folders and found is not None and self.small(found, folder):
-                self.add_all(path)
-            elif path.startswith("src/"):
-                self.absent.add(path)
+        if re.search(r"\w", posixpath.normpath(text)):  # not "." or "../.."
+            for base in ("", folder, posixpath.dirname(self.script)):
+                path = posixpath.normpath(posixpath.join(base, text.lstrip("/")))
+                if not self.reach(path, folder) and path.startswith("src/"):
+                    self.absent.add(path)
 
-    def small(self, folder: str, here: str) -> bool:
-        """Whether a folder that is named is meant with all that lies in it: not one that holds who names it, not a
-        package's root, not a collection."""
-        parts = folder.split("/")
-        above = (here + "/").startswith(folder + "/")
-        return len(parts) > 2 and not (len(parts) == 3 and parts[2] in COLLECTIONS) and not above
+    def reach(self, path: str, here: str) -> bool:
+        """Reach a file, or a folder with all files below it, that is named in the folder `here`: but not a folder above
+        `here`, a package's root or a collection. Returns whether it was reached."""
+        found = self.find(path) if path.startswith("src/") else None
+        if found is None:
+            return False
+        if found in self.entries:
+            self.run(path) if path.endswith(".py") else self.add(path)
+            return True
+        parts = found.split("/")
+        meant = len(parts) > 2 and not (len(parts) == 3 and parts[2] in COLLECTIONS)
+        if meant and not (here + "/").startswith(found + "/"):
+            self.add_all(path)
+            return True
+        return False
 
     def read_module(self, path: str, data: bytes) -> None:
         try:
             top = ast.parse(data)
-        except (SyntaxError, ValueError):  # a template, or Python of another age: nothing to follow
+        except (SyntaxError, ValueError):  # a template, or Python of another version
             return
         folder = posixpath.dirname(path)
         package = folder.removeprefix("src").replace("/", ".").strip(".")
         nodes = list(ast.walk(top))
-        loose = any(_called(node) in ("import_module", "__import__") and not _literal(node) for node in nodes)
+        loose = any(isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__")
+                    and not (node.args and isinstance(node.args[0], ast.Constant)) for node in nodes)
         docstrings = {id(node.body[0].value) for node in nodes
                       if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
                       and node.body and isinstance(node.body[0], ast.Expr)}
@@ -235,11 +233,11 @@ class _Closure:
             elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and id(node) not in inner:
                 self.joined(_parts(node), folder)
             elif isinstance(node, (ast.List, ast.Tuple)):
-                words = [item.value if isinstance(item, ast.Constant) else None for item in node.elts]
-                for flag, word in itertools.pairwise(words):
-                    if flag == "-m" and isinstance(word, str):
-                        self.module(word)
-                        self.module(word + ".__main__")
+                items = [item.value if isinstance(item, ast.Constant) else None for item in node.elts]
+                for flag, module in itertools.pairwise(items):
+                    if flag == "-m" and isinstance(module, str):
+                        self.module(module)
+                        self.module(module + ".__main__")
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
                 self.read_text(node.value, folder)
                 if loose and re.fullmatch(r"\.+[A-Za-z_][\w.]*|[A-Za-z_]\w*" if path.endswith("/__init__.py") else
@@ -253,20 +251,16 @@ class _Closure:
             base = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [base])])
         self.longest(base) if "." in base else self.module(base)
         for name in node.names:
-            if name.name == "*":
-                for path in [self.find("src/%s/__init__.py" % base.replace(".", "/"))]:
-                    self.star(path, base)
+            if name.name == "*":  # it imports the modules in the package's __all__
+                init = self.entries.get(self.find("src/%s/__init__.py" % base.replace(".", "/")) or "")
+                text = init.data.decode("utf-8", "replace") if init else ""
+                for member in re.findall(r"[\"']([A-Za-z_]\w*)[\"']", text):
+                    self.module(base + "." + member)
             elif base.split(".")[0] in self.tops or len(self.roots) > 1:
                 self.module(base + "." + name.name)
 
-    def star(self, path: str | None, base: str) -> None:
-        """`from package import *` imports the modules that its __all__ names."""
-        if path in self.entries and path is not None:
-            for word in re.findall(r"[\"']([A-Za-z_]\w*)[\"']", self.entries[path].data.decode("utf-8", "replace")):
-                self.module(base + "." + word)
-
     def relative(self, name: str, package: str) -> None:
-        """A name that some import_module of this file may get: `.writers`, or in an __init__ a plain `writers`."""
+        """Reach the name that an import_module of this file may get: `.writers`, or in an __init__ just `writers`."""
         dots = len(name) - len(name.lstrip("."))
         parts = package.split(".")
         base = parts[: len(parts) - max(dots, 1) + 1]
@@ -280,27 +274,22 @@ class _Closure:
                 name = argument.value
                 self.relative(name, package) if name.startswith(".") else self.module(name)
             begun = _begun(argument)
-            if begun.strip(".") and begun.endswith("."):
-                self.whole_package(begun.rstrip("."))
+            if begun.strip(".") and begun.endswith(".") and self.module(begun.rstrip(".")):
+                self.add_all("src/" + begun.rstrip(".").replace(".", "/"))
         if len(node.args) > 1 and _called(node) != "import_module":
-            words = [item.value if isinstance(item, ast.Constant) else None for item in node.args[:2]]
-            if isinstance(words[0], str) and isinstance(words[1], str):
-                self.place("src/%s/%s" % (words[0].replace(".", "/"), words[1]), "src")
+            values = [item.value if isinstance(item, ast.Constant) else None for item in node.args[:2]]
+            if isinstance(values[0], str) and isinstance(values[1], str):
+                self.place("src/%s/%s" % (values[0].replace(".", "/"), values[1]), "src")
 
     def joined(self, parts: list[str], folder: str) -> None:
-        """Path(__file__).parent / "templates" / "x.j2": from any folder above the one of the module."""
+        """Path(__file__).parent / "templates" / "x.j2": in the module's folder or any folder above it."""
         text = "/".join(parts)
         for base in [folder, *_above(folder), ""] if text else []:
-            path = posixpath.normpath(posixpath.join(base, text))
-            found = self.find(path) if path.startswith("src/") else None
-            if found in self.entries:
-                self.run(path) if path.endswith(".py") else self.add(path)
-            elif found in self.folders and found is not None and self.small(found, folder):
-                self.add_all(path)
+            self.reach(posixpath.normpath(posixpath.join(base, text)), folder)
 
 
 def _above(path: str) -> Iterator[str]:
-    """The folders that a path lies in, the nearest first, up to src."""
+    """The folders that contain a path, the nearest first, up to src."""
     while "/" in path:
         path = path.rpartition("/")[0]
         yield path
@@ -313,12 +302,8 @@ def _called(node: ast.AST) -> str:
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
-def _literal(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and bool(node.args) and isinstance(node.args[0], ast.Constant)
-
-
 def _begun(node: ast.AST) -> str:
-    """What a name that is put together begins with: "a.b." of f"a.b.{kind}" and of "a.b." + kind."""
+    """What a computed name begins with: "a.b." of f"a.b.{kind}" and of "a.b." + kind."""
     first = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else \
         node.left if isinstance(node, ast.BinOp) else None
     return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""

@@ -1,5 +1,5 @@
-"""The commands besides launching: of recipes, of profiles, and of runs. Each takes the options of the command line
-(launch.py), prints, and gives the exit code."""
+"""The commands other than launching. Each takes the options of the command line (launch.py), prints, and returns the
+exit code."""
 
 import json
 import sys
@@ -8,27 +8,20 @@ from argparse import Namespace
 from pathlib import Path
 
 import backends
-import pod
 import prepare
 import profiles
 import recipes
 import runs
 import screen
-from prepare import Launch, Options, words_of
+from pod.failures import FAILURES
+from prepare import Launch, words_of
 from screen import one_line
 from transport import Refusal
-
-# ---------------------------------------------------------------- before a launch
-
-
-def wishes(options: Namespace) -> Options:
-    """The options that say what is launched."""
-    return Options(options.config, options.nodes, options.repo_root, tuple(options.args))
 
 
 def list_recipes(options: Namespace) -> int:
     if len(options.words) > 1:
-        raise Refusal("%r is one word too many" % options.words[1], "list takes a family at most")
+        raise Refusal("unexpected word %r" % options.words[1], "list takes only a family")
     root = Path(options.repo_root or prepare.HERE).resolve()
     found, problems = recipes.scan(root)
     wanted = [r for r in found.values() if not options.words or r.family == options.words[0]]
@@ -54,7 +47,7 @@ def list_recipes(options: Namespace) -> int:
 
 def list_profiles(options: Namespace) -> int:
     if options.words:
-        raise Refusal("%r is one word too many" % options.words[0], "profiles takes none")
+        raise Refusal("unexpected word %r" % options.words[0], "profiles takes no words")
     rows = list(profiles.overview())
     if options.json:
         print(json.dumps([{"name": row[0], "executor": row[1], "about": row[2]} for row in rows], indent=1))
@@ -65,11 +58,11 @@ def list_profiles(options: Namespace) -> int:
 
 
 def one_launch(name: str, options: Namespace) -> Launch:
-    """The Launch that the words of a command name, which takes one stage. Nothing is required to be set."""
+    """The dry Launch of a command's words, which name one stage."""
     words = words_of(options.words)
     if len(words.stages) > 1:
         raise Refusal("%s takes one stage at a time" % name, "name one of " + ", ".join(words.stages))
-    return Launch(words, words.stages[0], wishes(options), True)
+    return Launch(words, words.stages[0], options, True)
 
 
 def files(options: Namespace) -> int:
@@ -88,7 +81,7 @@ def files(options: Namespace) -> int:
 
 
 def check(options: Namespace) -> int:
-    """What can be known before a launch of the profile, or of a recipe on it. 0 only if one can be expected to work."""
+    """Check a profile, or a recipe on it, before a launch. 0 only if a launch can be expected to work."""
     if len(options.words) < 2:
         if not options.words or "=" in options.words[0]:
             raise Refusal("check takes PROFILE, or FAMILY STAGE PROFILE", "python launch.py profiles lists them")
@@ -99,22 +92,20 @@ def check(options: Namespace) -> int:
     from backends.common import checks
 
     found = []
-    for finding in checks.look(profile, launch):
+    for finding in checks.findings(profile, launch):
         found.append(finding)
         if not options.json:
             print("%s  %-14s  %s" % (screen.state(finding.state, 7), finding.what, one_line(screen.hide(finding.said))))
             if finding.state != "ok" and finding.fix:
                 print(" " * 25 + screen.paint(one_line(finding.fix), "dim"), flush=True)
+    failures = [finding for finding in found if finding.state == "failure"]
     if options.json:
         print(json.dumps([dict(vars(finding), said=screen.hide(finding.said)) for finding in found], indent=1))
-    failures = [finding for finding in found if finding.state == "failure"]
-    if not options.json:
+    else:
         print("a launch cannot be expected to work: %s" % ", ".join(finding.what for finding in failures) if failures
               else "a launch can be expected to work")
     return failures[0].code or 2 if failures else 0
 
-
-# ---------------------------------------------------------------- of runs
 
 
 def find_run(options: Namespace) -> runs.Run:
@@ -123,15 +114,15 @@ def find_run(options: Namespace) -> runs.Run:
     return runs.load_run(options.words[0])
 
 
-NEWEST = 20  # runs that the table shows
+NEWEST = 20  # how many runs the table shows
 
 
 def status(options: Namespace) -> int:
-    """One run, or all: a run whose state cannot be read is an error, but does not hide the others."""
+    """One run, or all. The exit code is the worst of those whose state cannot be read."""
     found, problems = ([find_run(options)], list[Refusal]()) if options.words else runs.all_runs()
     rows, worst = [], 2 if problems else 0
     shown = found if options.json else found[:NEWEST]
-    silent: dict[str, Refusal] = {}  # by profile: why its platform cannot be reached; waited for once
+    silent: dict[str, Refusal] = {}  # by profile: why its platform cannot be reached, so that it is tried only once
     for run in shown:
         try:
             if run.profile in silent and not run.ended:
@@ -149,7 +140,7 @@ def status(options: Namespace) -> int:
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
-        print(screen.run_table(rows) if rows else "no run was launched from here")
+        print(screen.run_table(rows) if rows else "there are no runs yet")
         if len(found) > len(shown):
             print("%d older runs: python launch.py status --json" % (len(found) - len(shown)))
     for problem in problems:
@@ -158,7 +149,7 @@ def status(options: Namespace) -> int:
 
 
 def chosen(options: Namespace, nodes: int) -> list[int]:
-    """The ranks whose logs are to be shown: rank 0, unless others are asked for. Raises Refusal."""
+    """The ranks whose logs are shown, by --rank and --all-ranks: rank 0 without them. Raises Refusal."""
     if options.rank is not None and not 0 <= options.rank < nodes:
         raise Refusal("there is no rank %d" % options.rank, "the job has %s" % (
             "only rank 0" if nodes == 1 else "ranks 0 to %d" % (nodes - 1)))
@@ -166,12 +157,12 @@ def chosen(options: Namespace, nodes: int) -> list[int]:
 
 
 def follow(run: runs.Run, took: tuple[float, float] | None = None) -> int:
-    """Follow a job to its end; gives the exit code. `took` are the seconds for packing and submitting, if known."""
+    """Follow a job to its end; returns the exit code. `took`: seconds for packing and for submitting, if known."""
     backend = backends.backend(run.executor)
     try:
         status = backend.follow(run)
     except (KeyboardInterrupt, BrokenPipeError):
-        if run.executor == "local" and took:  # these are our own pods; a job elsewhere, or of another shell, goes on
+        if run.executor == "local" and took:  # only pods that this launcher started end with it
             print("\nending the pods: %s" % backend.cancel(run), file=sys.stderr)
             return 1
         print("\nthe job goes on; to follow it again: python launch.py logs -f %s" % run.id, file=sys.stderr)
@@ -188,7 +179,7 @@ def follow(run: runs.Run, took: tuple[float, float] | None = None) -> int:
     code = status.exit_code
     what = "the job was cancelled" if status.state == "cancelled" else "the job failed" + (
         " with exit code %d" % code if code is not None else ", and its exit code is not known (%s)" % status.detail)
-    why = "%s; %s" % pod.FAILURES[code] if code in pod.FAILURES else "see python launch.py logs " + run.id
+    why = "%s; %s" % FAILURES[code] if code in FAILURES else "see python launch.py logs " + run.id
     screen.complain(what + after.replace(" in ", " after "), why)
     return 1
 
@@ -204,8 +195,7 @@ def logs(options: Namespace) -> int:
 
 def cancel(options: Namespace) -> int:
     run = find_run(options)
-    said = backends.backend(run.executor).cancel(run)
-    print("%s, %s on %s: %s" % (run.id, run.recipe, run.profile, said))
+    print("%s, %s on %s: %s" % (run.id, run.recipe, run.profile, backends.backend(run.executor).cancel(run)))
     return 0
 
 
@@ -213,15 +203,16 @@ DIFFERENCES = {"changed": "yellow", "only in the run": "red", "only here": "gree
 
 
 def diff(options: Namespace) -> int:
-    """How the tree that a run carries differs from what a launch from here would carry now, by path and SHA-256."""
+    """Compare the tree that a run carries with what a launch would carry now, by path and SHA-256."""
     run = find_run(options)
     carried, origin = run.files(), run.origin
     assert origin  # each run that has files has one
     family, _, stage = run.recipe.partition("/")
     words = words_of([family, stage, run.profile] + origin["overrides"])
-    asked = Options(origin["config"], None, options.repo_root or Path(origin["repo_root"]))
+    again = Namespace(config=origin["config"], nodes=None, args=[],
+                      repo_root=options.repo_root or Path(origin["repo_root"]))
     with profiles.pinned(origin["env_file"]):
-        launch = Launch(words, stage, asked, True)
+        launch = Launch(words, stage, again, True)
     here = runs.fingerprints(launch.tree)
     kinds = {"changed": [path for path in carried if path in here and carried[path] != here[path]],
              "only in the run": [path for path in carried if path not in here],
@@ -236,5 +227,5 @@ def diff(options: Namespace) -> int:
         for path in sorted(paths):
             print("%s  %s" % (screen.paint("%-15s" % kind, DIFFERENCES[kind]), path))
     if not any(kinds.values()):
-        print("they are the same")
+        print("the files are the same")
     return 0

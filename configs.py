@@ -1,7 +1,8 @@
 """Compile a recipe's config: YAML, read with OmegaConf as NVIDIA's launcher does.
 
-`defaults:` merges parents, KEY=VALUE overrides, `${run.…}` is replaced as text, paths of this machine become places in
-the pod, and the script gets what is left without `run`. Interpolations other than those are for the pod.
+`defaults:` merges parents, KEY=VALUE overrides are applied, `${run.…}` is replaced as text, paths of this machine
+become places in the pod, and the rest, without `run`, is what the script gets. Other interpolations are left to the
+pod.
 """
 
 import os
@@ -18,14 +19,13 @@ from transport import Refusal
 
 @dataclass(frozen=True)
 class Config:
-    """A compiled config: the YAML's path, the text that the script reads, its run section, things to say, and the
-    recipe, with the script that run.train_script names in the place of its own."""
+    """A compiled config."""
 
-    path: Path
-    text: str
-    run: dict[str, Any]
+    path: Path  # of the YAML
+    text: str  # what the script reads
+    run: dict[str, Any]  # its run section
     notes: tuple[str, ...]
-    recipe: Recipe
+    recipe: Recipe  # with the script of run.train_script, if that is set
 
 
 def is_path(name: str) -> bool:
@@ -35,35 +35,34 @@ def is_path(name: str) -> bool:
 
 def config_file(recipe: Recipe, name: str | None) -> Path:
     """The YAML for `-c name`: a path if it holds `/` or ends in .yaml or .yml, else a file of the config folder."""
-    if not name:  # the header's own may be a file's name too, beside the others
+    if not name:  # the header's default may be a file name, too
         name = recipe.config_default
         if (recipe.config_dir / name).is_file():
             return recipe.config_dir / name
     if is_path(name):
         if not Path(name).is_file():
-            raise Refusal("there is no config file %s" % name, "name a file, or a config of %s" % recipe.config_dir)
+            raise Refusal("there is no config file %s" % name,
+                          "give the path of a file, or the name of a config in %s" % recipe.config_dir)
         return Path(name)
     for suffix in (".yaml", ".yml"):
         if (recipe.config_dir / (name + suffix)).is_file():
             return recipe.config_dir / (name + suffix)
     known = [path.stem for path in recipe.config_dir.glob("*.y*ml")]
     raise Refusal("%s has no config %r in %s" % (recipe.name, name, recipe.config_dir),
-                  "did you mean %s?" % nearest(name, known) if known else "write one there")
+                  "did you mean %s?" % nearest(name, known) if known else "create one there")
 
 
 def known_keys(recipe: Recipe, name: str | None) -> set[str]:
-    """The first words of a config's settings, before any override. Raises Refusal as compile_config does."""
+    """The top-level keys of a config, before any override. Raises Refusal as compile_config does."""
     return set(map(str, _load(_omegaconf(), config_file(recipe, name), ())))
 
 
 def compile_config(recipe: Recipe, name: str | None, overrides: list[str], settings: Any,
                    wandb: dict[str, Any] | None = None, artifacts: dict[str, Any] | None = None) -> Config:
-    """Read, merge and override the YAML. `settings(recipe, env, forced)` merges the profile over its run.env and gives
-    the result; `forced` is what KEY=VALUE says of run.env. `wandb` replaces run.wandb, `artifacts` goes below those of
-    the YAML.
-
-    Raises Refusal for a file that is not YAML, a cycle in `defaults:`, or an override that does not parse.
-    """
+    """Read, merge and override the YAML. `settings(recipe, env, forced)` returns its run.env merged with the profile;
+    `forced` are the KEY=VALUE overrides of run.env. `wandb` replaces run.wandb; the YAML's artifacts win over
+    `artifacts`. Raises Refusal for a file that is not YAML, a cycle in `defaults:`, or an override that cannot be
+    parsed."""
     omegaconf = _omegaconf()
     path = config_file(recipe, name)
     config = _override(omegaconf, _load(omegaconf, path, ()), overrides)
@@ -78,28 +77,28 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
     if artifacts:
         plain["artifacts"] = artifacts | _table(plain.get("artifacts"), "artifacts", path)
     run = run | {"env": env, "recipe": {"name": recipe.name, "script": recipe.script}}
-    known = run | {"env": yaml_env | env}  # what a config may name also holds what this executor has no use for
+    known = run | {"env": yaml_env | env}  # ${run.env.KEY} may also name keys that this executor does not use
     plain = places(_replace_run(plain, _replace_run(known, known)), recipe.root)
     kept = {key: value for key, value in run.items() if is_artifact(value)}
     text = dump(plain | {"run": kept} if kept else plain)
     missing = sorted(set(re.findall(r"\$\{(run\.[^}:]+)\}", text)))
-    notes = ["the config still holds ${%s}, which nothing sets here" % reference for reference in missing]
-    notes += ["run.%s is not read; write run.env.%s" % (key, key) for key in ENV_KEYS if key in run]
+    notes = ["the config refers to ${%s}, which is not set anywhere" % reference for reference in missing]
+    notes += ["run.%s has no effect; write run.env.%s" % (key, key) for key in ENV_KEYS if key in run]
     return Config(path, text, run, tuple(notes), recipe)
 
 
 ENV_KEYS = ("container_image", "container", "nodes", "gpus_per_node", "nproc_per_node", "ntasks_per_node", "mounts",
-            "env_vars", "startup_commands", "run_command", "workdir")  # of run.env; some write them a level too high
+            "env_vars", "startup_commands", "run_command", "workdir")  # of run.env, often written one level too high
 
 
 def with_script(recipe: Recipe, script: Any, path: Path) -> Recipe:
-    """The recipe with another script: that one's header says how it is launched, and its name and configs stay. Raises
-    Refusal for a script that is not in the tree."""
+    """The recipe with another script, whose header then says how it is launched; name and configs stay. Raises Refusal
+    for a script that is not in the tree."""
     if script is None:
         return recipe
     place = posixpath.normpath(str(script).replace("${oc.env:PWD}/", "").removeprefix(str(recipe.root) + "/"))
     if not isinstance(script, str) or not place.startswith("src/") or not (recipe.root / place).is_file():
-        raise Refusal("%s: run.train_script is %r, which is not there" % (path, script),
+        raise Refusal("%s: run.train_script is %r, which does not exist" % (path, script),
                       "name a script below %s/src, like %s" % (recipe.root, recipe.script))
     other = read_header(recipe.root, recipe.root / place)
     if other is None:
@@ -111,7 +110,7 @@ def with_script(recipe: Recipe, script: Any, path: Path) -> Recipe:
 def _table(value: Any, name: str, path: Path) -> dict[str, Any]:
     if value is not None and not isinstance(value, dict):
         raise Refusal("%s: %s is %r, not a table" % (path, name, value),
-                      "mend the config's %s section" % name.split(".")[0])
+                      "fix the config's %s section" % name.split(".")[0])
     return value or {}
 
 
@@ -120,26 +119,26 @@ def _omegaconf() -> Any:
         with screen.step("import omegaconf"):
             import omegaconf
     except ImportError:
-        raise Refusal("configs are read with omegaconf, which this Python does not have",
+        raise Refusal("omegaconf, which reads the configs, is not installed for this Python",
                       "run `make setup`, or pip install -r requirements.txt") from None
     return omegaconf
 
 
 def _load(omegaconf: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     if path.resolve() in seen:
-        raise Refusal("defaults: leads in a circle: " + " -> ".join(p.name for p in (*seen, path.resolve())),
-                      "take one of them out of its defaults:")
+        raise Refusal("the defaults: of configs form a cycle: " + " -> ".join(p.name for p in (*seen, path.resolve())),
+                      "remove one of them from the defaults: that names it")
     try:
         config = omegaconf.OmegaConf.load(path)
         if not omegaconf.OmegaConf.is_dict(config):
             raise ValueError("it is a list, not a table of settings")
     except FileNotFoundError:
-        raise Refusal("%s is named in defaults: of %s, but is not there" % (path, seen[-1]),
-                      "mend the defaults:") from None
+        raise Refusal("%s is named in defaults: of %s, but does not exist" % (path, seen[-1]),
+                      "fix the defaults:") from None
     except UnicodeDecodeError:
         raise Refusal("%s is not a config: it is not UTF-8" % path, "save it as UTF-8") from None
     except Exception as error:  # YAML's and OmegaConf's errors share no base class
-        raise Refusal("%s is not a config: %s" % (path, _said(error)), "mend the YAML") from None
+        raise Refusal("%s is not a config: %s" % (path, _short(error)), "fix the YAML") from None
     parents = omegaconf.OmegaConf.to_container(config, resolve=False).get("defaults")
     names = [parents] if isinstance(parents, str) else parents if isinstance(parents, list) else []
     if not names or not all(isinstance(item, str) for item in names):
@@ -153,14 +152,14 @@ def _load(omegaconf: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     return _merge(omegaconf, merged, config, path)
 
 
-def _said(error: Exception) -> str:
-    """An error of YAML or OmegaConf in a few words."""
+def _short(error: Exception) -> str:
+    """An error of YAML or OmegaConf in one line."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark and problem:
         return "line %d: %s" % (mark.line + 1, " ".join(str(problem).split()))
     if type(error).__name__ == "GrammarParseError":
         where = getattr(error, "full_key", "") or "a value"
-        return "%s holds a ${ that cannot be read; a plain one is written \\${" % where
+        return "%s has a ${ that cannot be parsed; write a literal one as \\${" % where
     return " ".join(str(error).split())
 
 
@@ -180,7 +179,7 @@ def _override(omegaconf: Any, config: Any, overrides: list[str]) -> Any:
         try:
             omegaconf.OmegaConf.from_dotlist([override])
         except Exception as error:
-            raise Refusal("the override %r cannot be read: %s" % (override, _said(error)),
+            raise Refusal("the override %r cannot be parsed: %s" % (override, _short(error)),
                           "its value is read as YAML; put a text in quotes, like: 'key=\"[text\"'") from None
     try:
         return omegaconf.OmegaConf.merge(config, omegaconf.OmegaConf.from_dotlist(overrides))
@@ -190,7 +189,7 @@ def _override(omegaconf: Any, config: Any, overrides: list[str]) -> Any:
 
 
 def is_artifact(value: Any) -> bool:
-    """Whether a run entry is a reference like nano3-sft-data:latest, which the script resolves in the pod."""
+    """Whether a value of `run` is a reference like nano3-sft-data:latest, which the script resolves in the pod."""
     if not isinstance(value, str) or "/" in value or "nvcr" in value.lower() or "docker" in value.lower():
         return False
     name, colon, version = value.rpartition(":")
@@ -198,7 +197,7 @@ def is_artifact(value: Any) -> bool:
 
 
 def named_sources(text: str) -> tuple[str, ...]:
-    """The paths below src that a compiled config names."""
+    """The paths below src that occur in a compiled config."""
     return tuple(sorted(set(re.findall(r"/nemo_run/code/(src(?:/(?!\.\.)[\w.-]+)+)", text))))
 
 
@@ -211,7 +210,7 @@ def _map_strings(value: Any, change: Any) -> Any:
 
 
 def _replace_run(value: Any, run: dict[str, Any]) -> Any:
-    """`${run.a.b}` replaced by what stands there: as text inside a string, as it is where it is the whole string."""
+    """`${run.a.b}` replaced by that value: as text within a string, with its type where it is the whole string."""
 
     def lookup(reference: str, default: str) -> Any:
         here: Any = run
@@ -233,35 +232,35 @@ def _replace_run(value: Any, run: dict[str, Any]) -> Any:
 
 
 def places(value: Any, root: Path) -> Any:
-    """Paths of this machine and of NVIDIA's layout as /nemo_run/code/… and /nemo_run/…, which pod.py fills in."""
+    """Paths of this machine and of NVIDIA's layout as /nemo_run/code/… and /nemo_run/…, which the pod replaces."""
 
     def change(item: str) -> str:
         item = item.replace("${oc.env:PWD}", "/nemo_run/code")
         item = re.sub(r"^\$\{oc\.env:NEMO_RUN_DIR[^}]*\}", "/nemo_run", item)
-        named = _names(item, str(root))
-        item = "/nemo_run/code" + item[len(named):] if named else item
+        prefix = _root_prefix(item, str(root))
+        item = "/nemo_run/code" + item[len(prefix):] if prefix else item
         return re.sub(r"(?<![\w./}-])/nemo_run(?:/[^\s:,'\"]*)?/\.\.(?:/[^\s:,'\"]*)?",
                       lambda match: posixpath.normpath(match.group(0)), item)
 
     return _map_strings(value, change)
 
 
-def _names(path: str, root: str) -> str:
-    """How a path that lies in the root names the root, maybe through links; "" for a path that does not."""
+def _root_prefix(path: str, root: str) -> str:
+    """The beginning of a path that leads to root, maybe through links; "" for a path outside it."""
     if path.startswith("/") and not path.startswith("/nemo_run"):
         for component in re.finditer(r"/+[^/]+", path):
             try:
                 if os.path.realpath(path[:component.end()], strict=True) == root:
                     return path[:component.end()]
-            except (OSError, ValueError):  # it is not here, or is no path
+            except (OSError, ValueError):  # it does not exist, or is not a path
                 return ""
     return ""
 
 
 def dump(value: Any) -> str:
     """YAML that OmegaConf and PyYAML read alike: what one of them would take for a number is quoted, what is not
-    printable is escaped (PyYAML does not read back the U+0085 that it writes), and each string with a place in it is in
-    double quotes, so that pod.py can put any path there."""
+    printable is escaped (PyYAML does not read back the U+0085 that it writes), and each string that contains a place
+    is in double quotes, so that the pod can insert any path."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -275,5 +274,5 @@ def dump(value: Any) -> str:
     Dumper.add_representer(str, represent)
     Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
     text = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**9)
-    # A place after an escaped line end would look like a part of a word to pod.py; YAML reads `\/` as `/`.
+    # After an escaped line end, a place would look like part of a longer name to the pod; YAML reads `\/` as `/`.
     return re.sub(r"((?<!\\)(?:\\\\)*\\[nrt])/nemo_run", r"\1\\/nemo_run", text)

@@ -1,8 +1,7 @@
-"""Job: one launch, complete, and how it came about: who wins among header, profile, YAML and command line; what the
-recipe's environment, secrets, mounts and places are.
+"""Job: one complete launch, and how its settings, environment, secrets, mounts and paths are determined.
 
-Who wins, lowest first (`settings_for`): header, the rest of the YAML's run.env, profile, the five keys that the YAML
-owns, [stages.…], KEY=VALUE, --nodes.
+Precedence, lowest first (`settings_for`): header, the YAML's run.env, profile, the keys of run.env in YAML_WINS,
+[stages.…], KEY=VALUE, --nodes.
 """
 
 import difflib
@@ -16,15 +15,15 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from configs import places
-from profiles import CLOUDS, KEYS, Profile, anchor, defaults, merge, resolve, wrong
+from profiles import CLOUDS, KEYS, Profile, anchor, defaults, merge, must_be, resolve
 from recipes import Recipe, nearest
 from transport import Refusal
 
 
 class Description(TypedDict, total=False):
-    """What the pod is told, as JSON (pod/payload.py checks it)."""
+    """What the pod must know; it travels as JSON (pod/payload.py checks it)."""
 
-    run: str  # our own short id
+    run: str  # the run's id
     recipe: str  # "nano3/sft"
     script: str  # relative to the code root
     launch: str  # the header's mode: torchrun, ray, direct or python
@@ -34,12 +33,13 @@ class Description(TypedDict, total=False):
     env: dict[str, str]  # the recipe's own
     setup: list[str]  # commands that run before it, in its shell
     command: str  # what bash runs
-    tool: str  # the program that it begins with, "" if that cannot be told
+    tool: str  # the program that it begins with, "" if not known
     workdir: str | None
     clones: list[dict[str, str]]  # repositories that the pod clones: url, ref, target
     folders: list[str]  # made before the recipe starts
     retries: int
     patience: int  # seconds that pods wait for each other
+    cluster: str  # who makes the Ray cluster that it runs on: "pods", "platform", or "" for none
     unpack: str  # "local" or "shared"
     shared: str  # the folder of shared trees
     keep: int  # how many of them stay
@@ -47,32 +47,30 @@ class Description(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Job:
-    """One launch, complete: what the backend asks the platform for, and what the pod is told."""
+    """One complete launch: what the backend requests from the platform, and what the pod must know."""
 
-    run_id: str  # our own short id
+    run_id: str
     name: str  # "nano3/sft"
     executor: str
     nodes: int
     gpus_per_node: int | str
     nproc: int | str
     image: str | None
-    settings: dict[str, Any]  # by the keys of profiles.KEYS, after all that overrides them
+    settings: dict[str, Any]  # by the keys of profiles.KEYS, after all overrides
     description: Description
     secrets: dict[str, str]  # NAME -> "env", "lepton:…" or "runai:…"; never a value
     notes: tuple[str, ...] = ()
 
 
-# ---------------------------------------------------------------- who wins
-
-YAML_WINS = ("container_image", "nodes", "gpus_per_node", "ntasks_per_node", "nproc_per_node")
+YAML_WINS = ("container_image", "nodes", "gpus_per_node", "ntasks_per_node", "nproc_per_node")  # over the profile
 COUNTS = ("nodes", "gpus_per_node", "nproc_per_node")
 PROFILES_OWN = ("executor", "extends", "stages", "repo_root")
 
 
 def settings_for(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, Any], forced: dict[str, Any],
                  notes: list[str], dry: bool = True) -> dict[str, Any]:
-    """The settings of a job, whoever wins: see the top of this file. `yaml` is the config's run.env, `forced` what
-    KEY=VALUE says of it. env_vars merge; mounts of YAML and profile add up. Raises Refusal."""
+    """The settings of a job, by the precedence at the top of this file. `yaml` is the config's run.env, `forced` are
+    its KEY=VALUE overrides. env_vars are merged; mounts of YAML and profile are added up. Raises Refusal."""
     yaml, forced = _read(yaml, recipe, notes, dry), _read(forced, recipe, [], dry)
     usable = _usable(yaml, forced, profile.executor, notes)
     header = {"nodes": recipe.nodes, "gpus_per_node": recipe.gpus_per_node, "container_image": recipe.image,
@@ -84,12 +82,13 @@ def settings_for(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict
     settings: dict[str, Any] = {}
     for layer in layers:
         settings = merge(settings, {KEYS[key].alias or key: value for key, value in layer.items() if value is not None})
-    settings["env_vars"] = {"%s" % name: _text(value) for layer in ({"env_vars": recipe.env}, *layers)
+    settings["env_vars"] = {"%s" % name: str(value).lower() if isinstance(value, bool) else str(value)
+                            for layer in ({"env_vars": recipe.env}, *layers)
                             for name, value in (layer.get("env_vars") or {}).items()}
     theirs, ours = yaml.get("mounts") or [], profile.keys.get("mounts") or []
-    if wrong("mounts", theirs):
-        raise Refusal("run.env.mounts is %r" % (theirs,), "it must be " + wrong("mounts", theirs))
-    if "mounts" in profile.stage or "mounts" in forced:  # nothing is added to those
+    if must_be("mounts", theirs):
+        raise Refusal("run.env.mounts is %r" % (theirs,), "it must be " + must_be("mounts", theirs))
+    if "mounts" in profile.stage or "mounts" in forced:  # these replace all others
         theirs, ours = [], settings.get("mounts") or []
     settings["mounts"] = _mounts(theirs, ours, profile.executor, notes)
     settings |= {key: _count(key, settings[key]) for key in COUNTS if key in settings}
@@ -99,52 +98,52 @@ def settings_for(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict
 
 
 def _usable(yaml: dict[str, Any], forced: dict[str, Any], executor: str, notes: list[str]) -> dict[str, Any]:
-    """What of run.env this executor has a use for. Raises Refusal for a wrong type, or a KEY=VALUE that is misspelt."""
+    """The keys of run.env that this executor uses. Raises Refusal for a wrong type or a misspelt KEY=VALUE."""
     unknown = sorted(str(key) for key in yaml if key not in KEYS)
     if unknown:
-        notes.append("run.env holds %s, which Airlift does not use" % ", ".join(unknown))
+        notes.append("run.env has %s, which Airlift does not use" % ", ".join(unknown))
     misspelt = [key for key in forced if key in unknown and difflib.get_close_matches(key, KEYS, 1, 0.75)]
     if misspelt:
         raise Refusal("there is no key run.env.%s" % misspelt[0], "did you mean %s?" % nearest(misspelt[0], KEYS))
     profiles_own = [key for key in PROFILES_OWN if key in yaml]
     if profiles_own:
-        notes.append("run.env holds %s, which only a profile can set" % ", ".join(profiles_own))
+        notes.append("run.env has %s, which only a profile can set" % ", ".join(profiles_own))
     mine = {key: value for key, value in yaml.items() if key in KEYS and key not in PROFILES_OWN}
     usable = {key: value for key, value in mine.items() if not KEYS[key].executors or executor in KEYS[key].executors}
     for key, value in usable.items():
-        problem = "" if value is None or KEYS[key].kind == "count" or key == "nodes" else wrong(key, value)
-        if problem:
+        expected = "" if value is None or KEYS[key].kind == "count" or key == "nodes" else must_be(key, value)
+        if expected:
             raise Refusal("run.env.%s is %s" % (key, "***" if isinstance(value, dict) else repr(value)),
-                          "it must be " + problem)
+                          "it must be " + expected)
     foreign = sorted(key for key in forced if key in mine and key not in usable)
     if foreign:
-        notes.append("run.env holds %s, which is not for executor %s" % (", ".join(foreign), executor))
+        notes.append("run.env has %s, which is not for executor %s" % (", ".join(foreign), executor))
     return usable
 
 
 def _mounts(yaml: list[Any], ours: list[Any], executor: str, notes: list[str]) -> list[Any]:
-    """The mounts of YAML and profile. A cloud has no hosts to bind from: a string that the YAML brings is named as not
-    mounted there, one in the profile is refused; ${auto_mount:…} entries are cloned in the pod."""
+    """The mounts of YAML and profile. On a cloud there is no host folder to mount: a string from the YAML becomes a
+    note, one in the profile is refused, and ${auto_mount:…} repositories are cloned in the pod."""
     if executor == "local":
-        notes += ["%s is not mounted: local pods see this machine as it is" % mount for mount in yaml]
+        notes += ["%s is not mounted: local pods see the files of this machine" % mount for mount in yaml]
         return []
     if executor in CLOUDS:
         def can(mount: Any) -> bool:
             return _is_repository(mount) or (executor == "lepton" and isinstance(mount, dict))
 
-        notes += ["%s is not mounted: %s has no hosts to mount from" % (mount, executor)
+        notes += ["%s is not mounted: on %s there is no host folder to mount" % (mount, executor)
                   for mount in yaml if not can(mount)]
         yaml = [mount for mount in yaml if can(mount)]
         bad = [mount for mount in ours if not can(mount)]
         if bad:
-            fix = "write a table with path, mount_path and from" if executor == "lepton" else "volumes are pvcs there"
-            raise Refusal("the mount %s cannot be had on %s" % (bad[0], executor), fix)
+            fix = "write a table with path, mount_path and from" if executor == "lepton" else "use pvcs for volumes"
+            raise Refusal("the mount %s is not possible on %s" % (bad[0], executor), fix)
     return yaml + ours
 
 
 def _read(table: dict[str, Any], recipe: Recipe, notes: list[str], dry: bool) -> dict[str, Any]:
-    """A run.env with variables of this machine read; the working directory and NEMO_RUN_DIR are those of the pod.
-    Raises Refusal for one that is not set, unless it is only for show."""
+    """A run.env with variables of this machine read, but PWD and NEMO_RUN_DIR left to the pod. Raises Refusal for a
+    variable that is not set, except in a dry run."""
     unset: list[str] = []
     result = {key: value if re.search(r"env:(PWD|NEMO_RUN_DIR)\b", str(value)) else resolve(value, unset)
               for key, value in table.items() if key != "env_vars"}
@@ -152,11 +151,11 @@ def _read(table: dict[str, Any], recipe: Recipe, notes: list[str], dry: bool) ->
         result["env_vars"] = resolve(places(table["env_vars"], recipe.root), unset)
         for name, value in (result["env_vars"] if isinstance(result["env_vars"], dict) else {}).items():
             if isinstance(value, str) and "${" in value:
-                notes.append("env_vars.%s is sent as it is written, %s: only a config is resolved in the pod"
+                notes.append("env_vars.%s is sent unchanged as %s: only a config is resolved in the pod"
                              % (name, value))
     if unset and not dry:
         raise Refusal("run.env reads %s, which is not set here" % ", ".join(dict.fromkeys(unset)),
-                      "export it, or override what reads it")
+                      "export it, or override the key that reads it")
     notes += ["run.env reads %s, which is not set here" % name for name in dict.fromkeys(unset)]
     return result
 
@@ -169,11 +168,11 @@ GRAMMAR = re.compile(r"git\+([a-z][a-z+]*://[^/]*/[^@,]+)@([^,\s]+),(/[^,\s]+)")
 
 @dataclass(frozen=True)
 class AutoMount:
-    """One repository: where it is, which branch, tag or full commit, and where the container sees it."""
+    """One repository to mount."""
 
     url: str
-    ref: str
-    target: str
+    ref: str  # a branch, a tag or a full commit
+    target: str  # where the container sees it
 
     def folder(self, base: str) -> str:
         last = posixpath.basename(self.url.rstrip("/")).removesuffix(".git")
@@ -186,26 +185,26 @@ def _is_repository(mount: Any) -> bool:
 
 
 def repository_of(mount: str, mirrors: dict[str, str]) -> AutoMount | None:
-    """The AutoMount that a mount is, its URL by way of the mirrors; None for any other mount. Raises Refusal."""
+    """The AutoMount of a mount, with the URL of its mirror; None for any other mount. Raises Refusal."""
     entry = ENTRY.fullmatch(mount.strip())
     if not entry:
         return None
     found = GRAMMAR.fullmatch(entry.group(1).strip())
     if not found:
-        raise Refusal("the mount %s cannot be read" % mount, "write ${auto_mount:git+https://host/path.git@ref,/target}")
+        raise Refusal("the mount %s cannot be parsed" % mount, "write ${auto_mount:git+https://host/path.git@ref,/target}")
     url, ref, target = found.groups()
     prefix = max((prefix for prefix in mirrors if url.startswith(prefix)), key=len, default="")
     return AutoMount(mirrors[prefix] + url[len(prefix):] if prefix else url, ref, target)
 
 
 def clones(settings: dict[str, Any], executor: str) -> tuple[list[dict[str, str]], list[str]]:
-    """The repositories that a pod without bind mounts clones for itself, and what to say. Raises Refusal."""
+    """(the repositories that each pod clones where there are no bind mounts, notes). Raises Refusal."""
     found, notes = [], []
     for mount in settings.get("mounts") or []:
         if _is_repository(mount) and executor in ("docker", *CLOUDS):
             repository = repository_of(mount, settings.get("git_mirrors", {}))
             if repository and settings.get("auto_mount") == "image":
-                notes.append("%s is used as the image has it" % repository.target)
+                notes.append("%s: the copy inside the image is used" % repository.target)
             elif repository:
                 found.append({"url": repository.url, "ref": repository.ref, "target": repository.target})
                 notes.append("each pod clones %s at %s to %s" % (repository.url, repository.ref, repository.target))
@@ -213,30 +212,26 @@ def clones(settings: dict[str, Any], executor: str) -> tuple[list[dict[str, str]
 
 
 PERSISTENT_CACHES = {"VLLM_CACHE_ROOT": "vllm_compile_cache", "DG_JIT_CACHE_DIR": "vllm_compile_cache/deep_gemm",
-          "FLASHINFER_CUBIN_DIR": "flashinfer_cubins", "FLASHINFER_WORKSPACE_BASE": "flashinfer_workspace"}
+                     "FLASHINFER_CUBIN_DIR": "flashinfer_cubins", "FLASHINFER_WORKSPACE_BASE": "flashinfer_workspace"}
 
 
 def persistent_caches(settings: dict[str, Any]) -> dict[str, str]:
-    """What persistent_cache sets: NAME -> folder, which pod.py makes."""
+    """The variables that persistent_cache sets: NAME -> folder, which the pod creates."""
     base = settings.get("persistent_cache")
     return {name: posixpath.join(base, folder) for name, folder in PERSISTENT_CACHES.items()} if base else {}
 
 
 def require_image(job: Job) -> None:
-    """Raises Refusal."""
+    """Raises Refusal for a job without an image."""
     if not job.image:
         raise Refusal("the job has no image", "set container_image in the profile, or image in the recipe's header")
 
 
 def setup_commands(settings: dict[str, Any]) -> list[str]:
-    """What runs before the recipe, in its shell. pip_extras is the profile's own word that the network may be used."""
+    """The commands that run before the recipe, in its shell."""
     extras = settings.get("pip_extras") or []
     pip = ["python3 -m pip install --quiet " + " ".join(map(shlex.quote, extras))] if extras else []
     return pip + settings.get("pre_launch_commands", []) + settings.get("startup_commands", [])
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _count(key: str, value: Any) -> int | str:
@@ -252,7 +247,7 @@ def _count(key: str, value: Any) -> int | str:
 
 
 def workspace(settings: dict[str, Any]) -> str | None:
-    """Where outputs are kept, as the pod sees it: the first that is set of the keys below, else the first mount."""
+    """Where outputs are kept, as the pod sees it: the first of the keys below that is set, else the first mount."""
     for key in ("workspace", "nemo_run_dir", "pvc_nemo_run_dir", "remote_job_dir"):
         if settings.get(key):
             return str(settings[key])
@@ -265,19 +260,19 @@ def workspace(settings: dict[str, Any]) -> str | None:
 
 
 def lies_on(place: str, mounts: Iterable[str]) -> bool:
-    """Whether a path is one of the mounts' or below it."""
+    """Whether a path is one of the mounts or below one."""
     return any(place == mount.rstrip("/") or place.startswith(mount.rstrip("/") + "/") for mount in mounts)
 
 
 def not_kept(settings: dict[str, Any], executor: str) -> str:
-    """What to say where what a job writes goes with its pod; "" where it is kept."""
-    base = workspace(settings)
+    """A note where what a job writes is lost with its pod; "" where it is kept."""
+    base, lost = workspace(settings), ": what the job writes stays in the pod and is lost with it"
     if base is None:
-        return "no workspace is set: what the job writes stays in the pod and goes with it"
+        return "no workspace is set" + lost
     mounts = [str(mount.get("mount_path")) if isinstance(mount, dict) else str(mount).split(":")[1]
               for mount in settings.get("mounts") or [] if isinstance(mount, dict) or ":" in mount]
     if executor in ("docker", "lepton") and not settings.get("existing_ray_cluster") and not lies_on(base, mounts):
-        return "the workspace %s is on none of the mounts: what the job writes stays in the pod and goes with it" % base
+        return "the workspace %s is on none of the mounts%s" % (base, lost)
     return ""
 
 
@@ -291,19 +286,25 @@ def run_root(settings: dict[str, Any], family: str) -> str | None:
     return posixpath.join(base, family) if base else None
 
 
+def ray_cluster(recipe: Recipe, settings: dict[str, Any], executor: str) -> str:
+    """Who makes the Ray cluster that the recipe runs on; "" where it needs none, or starts Ray itself on one node."""
+    several = settings["nodes"] > 1 or (executor == "lepton" and settings.get("existing_ray_cluster"))
+    return "" if recipe.launch != "ray" or not several else "platform" if executor == "lepton" else "pods"
+
+
 def unpacking(settings: dict[str, Any]) -> Description:
-    """What the pod must know to unpack: into each pod, or once onto storage that all pods see. Raises Refusal."""
+    """The part of the description that says where to unpack: in each pod, or once for all. Raises Refusal."""
     if settings["unpack"] == "local":
         return Description(unpack="local")
     base = workspace(settings)
     if base is None:
         raise Refusal('unpack = "shared" needs a workspace that all pods see',
-                      "set workspace in the profile, or leave unpack out")
+                      "set workspace in the profile, or remove unpack")
     return Description(unpack="shared", shared=posixpath.join(base, ".airlift"), keep=settings["keep"])
 
 
 def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str) -> dict[str, str]:
-    """The recipe's environment that follows from workspace and run.wandb; the user's env_vars come last."""
+    """The recipe's environment: what follows from workspace, caches and run.wandb, then the user's env_vars."""
     env: dict[str, str] = {}
     base = workspace(settings)
     if base and executor != "local":
@@ -328,27 +329,27 @@ REFERENCES = {"lepton": (r"env|lepton:[\w.-]+", ', or "lepton:name" for a secret
 
 
 def check_secrets(wanted: dict[str, Any], executor: str, plain: Any = ()) -> tuple[dict[str, str], list[str]]:
-    """[secrets] of a profile and what to say about it; `plain` is the recipe's environment besides. Raises Refusal for
-    a reference that this executor lacks."""
+    """(the [secrets] of a profile, notes about them); `plain` is the rest of the recipe's environment. Raises Refusal
+    for a reference that this executor does not have."""
     pattern, example = REFERENCES.get(executor, ("env", ""))
     notes = []
     for name, source in wanted.items():
         if not isinstance(source, str) or not re.fullmatch(pattern, source):
-            raise Refusal("secrets.%s is not a reference that %s has" % (name, executor), 'write "env"' + example)
+            raise Refusal("secrets.%s is not a reference that %s supports" % (name, executor), 'write "env"' + example)
         if source == "env":
-            notes.append("%s is sent by value, in %s" % (name, "a private file that goes when the job is over"
-                                                          if executor == "slurm" else "the job's environment"))
-    notes += ["%s is set here but not sent; name it under [secrets] to send it" % name
+            notes.append("%s is sent by value, in %s" % (name, "a private file that is removed when the job is over"
+                                                         if executor == "slurm" else "the job's environment"))
+    notes += ["%s is set here but not sent; add it to [secrets] to send it" % name
               for name in TOKENS if os.environ.get(name) and name not in wanted and name not in plain]
-    notes += ["%s is sent as a plain variable; under [secrets] it would stay out of files and records" % name
+    notes += ["%s is sent as a plain variable; in [secrets] it would stay out of files and records" % name
               for name in TOKENS if name in plain and plain[name] and name not in wanted]
     return dict(wanted), notes
 
 
 def secret_values(job: Job, dry: bool) -> dict[str, str]:
-    """The values of secrets sent by value. Raises Refusal for one that is not set, unless it is only for show."""
+    """The secrets that are sent by value. Raises Refusal for one that is not set, except in a dry run."""
     names = [name for name, source in job.secrets.items() if source == "env"]
     unset = [name for name in names if name not in os.environ]
     if unset and not dry:
-        raise Refusal("secret %s is not set here" % ", ".join(unset), "export it, or take it out of [secrets]")
+        raise Refusal("secret %s is not set here" % ", ".join(unset), "export it, or remove it from [secrets]")
     return {name: os.environ.get(name, "<unset %s>" % name) for name in names}

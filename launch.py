@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Airlift: python launch.py FAMILY STAGE [PROFILE] [-c CONFIG] [KEY=VALUE ...] [options] [-- ARGS...]
 
-Packs the local source tree and starts one of its recipes on the profile's executor; --help tells all. This file is the
-command line: COMMANDS is the one table of commands, from which parser and help are made; the function of each is here
-or in commands.py. Any Python can read this file, old ones included (no annotations, no f-strings), so that an old
-Python ends with a plain message and not with a SyntaxError.
+Packs the local source tree and starts one of its recipes on the profile's executor; --help explains the rest. This file
+is the command line: parser and help are made from the table COMMANDS, whose functions are here or in commands.py. Any
+Python can parse this file (no annotations, no f-strings), so that an old one ends with a plain message and not with a
+SyntaxError.
 """
 from __future__ import print_function
 
@@ -22,37 +22,36 @@ if sys.version_info < (3, 11):
     sys.stderr.write("start it with a newer one, like: python3.11 launch.py ..., or run `make setup`\n")
     sys.exit(2)
 
-import argparse  # noqa: E402
-import collections  # noqa: E402
-import difflib  # noqa: E402
-import json  # noqa: E402
-import re  # noqa: E402
-import shlex  # noqa: E402
-import time  # noqa: E402
-import traceback  # noqa: E402
-from pathlib import Path  # noqa: E402
+import argparse
+import collections
+import difflib
+import json
+import re
+import shlex
+import time
+import traceback
+from pathlib import Path
 
-import backends  # noqa: E402
-import commands  # noqa: E402
-import runs  # noqa: E402
-import screen  # noqa: E402
-import transport  # noqa: E402
-from prepare import Launch, words_of  # noqa: E402
-from screen import one_line  # noqa: E402
-from transport import Refusal  # noqa: E402
-
-# ---------------------------------------------------------------- launch
+import backends
+import commands
+import runs
+import screen
+import transport
+from prepare import Launch, words_of
+from screen import one_line
+from transport import Refusal
 
 
 def launch(options):
-    """One stage, or several with commas between: each its own job, all prepared before the first is submitted."""
+    """Launch one stage, or several with commas between, each as its own job. All are prepared before the first is
+    submitted."""
     dry = options.dry_run or options.json
     words = words_of(options.words)
-    launches = [Launch(words, stage, commands.wishes(options), dry) for stage in words.stages]
+    launches = [Launch(words, stage, options, dry) for stage in words.stages]
     unknown = [word for word in words.overrides if not any(word in one.overrides for one in launches)]
     if unknown:
-        raise Refusal("the config of no stage has %s" % unknown[0].split("=")[0],
-                      "with several stages an override goes to those whose config has its first word")
+        raise Refusal("no stage has %s in its config" % unknown[0].split("=")[0],
+                      "with several stages, an override is for those whose config has its first key")
     if options.json:
         shown = [screen.as_json(one, one.refusal(not options.detach)) for one in launches]
         print(json.dumps(shown[0] if len(shown) == 1 else {"stages": shown}, indent=1))
@@ -69,7 +68,7 @@ def launch(options):
 
 def run_stages(launches, stages, options):
     if options.detach and len(launches) > 1:
-        raise Refusal("a pipeline of stages needs a launcher that stays to start the next one",
+        raise Refusal("--detach is not possible with several stages: the launcher has to start the next one",
                       "leave --detach out, or launch the stages one by one")
     for number, one in enumerate(launches):
         left = stages[number:]
@@ -89,7 +88,7 @@ def run_stages(launches, stages, options):
 
 
 def command_line(options, stages):
-    """The command line of this launch with these stages."""
+    """The command line that launches these stages with the same options."""
     names = [word for word in options.words if "=" not in word]
     words = [names[0], ",".join(stages)] + names[2:] + [word for word in options.words if "=" in word]
     for option in ("config", "nodes", "repo_root", "rank"):
@@ -100,7 +99,7 @@ def command_line(options, stages):
 
 
 def submit(launch, options):
-    """Start the job; gives (its run, the seconds that it took)."""
+    """Start the job; returns (its run, the seconds that it took)."""
     job, plan, begun = launch.job, launch.plan, time.time()
     print("%s on %s: %s, %d files, %s, sha256 %s, run %s" % (
         job.name, launch.profile.name, screen.shape(job), plan.files, transport.human(len(plan.tar)),
@@ -108,7 +107,7 @@ def submit(launch, options):
     for note in launch.notes():
         screen.note(note)
     sys.stdout.flush()
-    every = job.executor == "local" and options.rank is None  # what happens on this machine is seen whole
+    every = job.executor == "local" and options.rank is None  # on this machine, all ranks are shown
     run = runs.Run(job.run_id, job.name, launch.profile.name, job.executor, job.nodes, plan.digest, begun,
                    retries=job.description["retries"], outputs=job.description["run_root"], origin=launch.origin,
                    ranks=list(range(job.nodes)) if every else commands.chosen(options, job.nodes),
@@ -116,7 +115,7 @@ def submit(launch, options):
     try:
         backends.backend(job.executor).submit(run, job, plan, not options.detach)
     except Refusal as refusal:
-        if refusal.code != 5:  # after a broken connection the job may be there all the same
+        if refusal.code != 5:  # after a broken connection the job may exist
             run.forget()
         raise
     if options.detach:
@@ -127,59 +126,43 @@ def submit(launch, options):
 # ---------------------------------------------------------------- the table of commands
 
 
-class Option(object):
-    """One option: its flags, what it takes ("" for nothing), its help."""
+Option = collections.namedtuple("Option", "flags takes about kind")  # takes: "" for a flag without a value
+OPTIONS = {
+    "config": Option(("-c", "--config"), "CONFIG", "another config of the recipe: its name, or a file's path", str),
+    "nodes": Option(("--nodes",), "N", "number of nodes, one pod each", int),
+    "repo_root": Option(("--repo-root",), "DIR", "the source tree that is packed", Path),
+    "dry_run": Option(("--dry-run",), "", "resolve and show everything, submit nothing", None),
+    "json": Option(("--json",), "", "print JSON; a launch becomes a dry run", None),
+    "detach": Option(("--detach",), "", "return as soon as the job is submitted", None),
+    "follow": Option(("-f", "--follow"), "", "follow the log to the end of the job; exit code 1 if it fails", None),
+    "rank": Option(("--rank",), "N", "show the log of this rank (0)", int),
+    "all_ranks": Option(("--all-ranks",), "", "show the logs of all ranks", None),
+    "args": Option(("--",), "ARGS...", "arguments for the recipe's script", None),
+    "verbose": Option(("--verbose",), "", "print each request, ssh command and slow import with its time", None),
+    "debug": Option(("--debug",), "", "print the traceback of an error", None),
+}
+ALWAYS = ("verbose", "debug")  # options of every command
+SELECTING = ("config", "nodes", "repo_root")  # options that say what is launched
 
-    def __init__(self, flags, takes, about, kind=None):
-        self.flags, self.takes, self.about, self.kind = flags, takes, about, kind
-
-    def shown(self):
-        return ", ".join(self.flags) + (" " + self.takes if self.takes else "")
-
-
-OPTIONS = collections.OrderedDict([
-    ("config", Option(("-c", "--config"), "CONFIG", "another config of the recipe: a name, or a file's path")),
-    ("nodes", Option(("--nodes",), "N", "how many pods", int)),
-    ("repo_root", Option(("--repo-root",), "DIR", "the source tree", Path)),
-    ("dry_run", Option(("--dry-run",), "", "resolve everything, show it, submit nothing")),
-    ("json", Option(("--json",), "", "one JSON object; of a launch, its dry run")),
-    ("detach", Option(("--detach",), "", "return as soon as the job is submitted")),
-    ("follow", Option(("-f", "--follow"), "", "on to the end of the job, whose result gives the exit code")),
-    ("rank", Option(("--rank",), "N", "the log of this rank (0)", int)),
-    ("all_ranks", Option(("--all-ranks",), "", "the logs of all ranks")),
-    ("args", Option(("--",), "ARGS...", "what follows goes to the recipe's script")),
-    ("verbose", Option(("--verbose",), "", "each request, ssh command and slow import, with its time")),
-    ("debug", Option(("--debug",), "", "the traceback of an error")),
-])
-ALWAYS = ("verbose", "debug")  # every command takes them
-
-
-class Command(object):
-    """One command: its function, the words it takes, the names of its options, a line of help, and more of it."""
-
-    def __init__(self, function, words, options, about, more=""):
-        self.function, self.words, self.options = function, words, options + ALWAYS
-        self.about, self.more = about, more
-
-
-SELECTING = ("config", "nodes", "repo_root")  # what is launched
-COMMANDS = collections.OrderedDict([
-    ("launch", Command(launch, "FAMILY STAGE [PROFILE] [KEY=VALUE ...]", SELECTING + (
-        "dry_run", "json", "detach", "rank", "all_ranks", "args"), "launch a recipe (PROFILE: local)", """\
+Command = collections.namedtuple("Command", "function words options about")  # options: keys of OPTIONS, besides ALWAYS
+COMMANDS = {
+    "launch": Command(launch, "FAMILY STAGE [PROFILE] [KEY=VALUE ...]", SELECTING + (
+        "dry_run", "json", "detach", "rank", "all_ranks", "args"), "launch a recipe (on the profile local by default)"),
+    "list": Command(commands.list_recipes, "[FAMILY]", ("repo_root", "json"), "list the recipes of the source tree"),
+    "profiles": Command(commands.list_profiles, "", ("json",), "list the profiles, the places to run them"),
+    "files": Command(commands.files, "FAMILY STAGE [PROFILE]", SELECTING + ("json", "args"),
+                     "list the files that would be sent, and those left out"),
+    "check": Command(commands.check, "[FAMILY STAGE] PROFILE", SELECTING + ("json", "args"),
+                     "check whether a launch can be expected to work"),
+    "status": Command(commands.status, "[RUN]", ("json",), "show the state of your runs"),
+    "logs": Command(commands.logs, "RUN", ("follow", "rank", "all_ranks"), "print the log of a run"),
+    "cancel": Command(commands.cancel, "RUN", (), "end a run"),
+    "diff": Command(commands.diff, "RUN", ("repo_root", "json"), "compare the files of a run with those here"),
+}
+LAUNCH_HELP = """\
 STAGE is the rest of the recipe's name, like sft or data/prep/rl; stages with commas between them, like
 data/prep/sft,sft, run in order, each as its own job. KEY=VALUE overrides the recipe's config.
-Without --detach the launcher follows the job; Ctrl-C detaches, or ends the job on this machine.""")),
-    ("list", Command(commands.list_recipes, "[FAMILY]", ("repo_root", "json"), "the recipes of the source tree")),
-    ("profiles", Command(commands.list_profiles, "", ("json",), "where they can run")),
-    ("files", Command(commands.files, "FAMILY STAGE [PROFILE]", SELECTING + ("json", "args"),
-                      "what would ship, and what would not")),
-    ("check", Command(commands.check, "[FAMILY STAGE] PROFILE", SELECTING + ("json", "args"),
-                      "what can be known before a launch")),
-    ("status", Command(commands.status, "[RUN]", ("json",), "the runs that were launched from here")),
-    ("logs", Command(commands.logs, "RUN", ("follow", "rank", "all_ranks"), "the log of a run so far")),
-    ("cancel", Command(commands.cancel, "RUN", (), "end a run")),
-    ("diff", Command(commands.diff, "RUN", ("repo_root", "json"), "how a run's tree differs from the one here")),
-])
+Without --detach the launcher follows the job; Ctrl-C detaches, or ends the job on this machine."""
 EXIT_CODES = """\
 Exit codes: 0 done, 1 the job failed, 2 bad usage, profile, recipe or config, 3 the payload does not fit,
 4 the platform refused, 5 the platform could not be reached."""
@@ -189,21 +172,23 @@ Exit codes: 0 done, 1 the job failed, 2 bad usage, profile, recipe or config, 3 
 
 
 def overview():
-    """`--help`: the commands, a line each."""
+    """The text of `--help`."""
     lines = ["python launch.py %s" % COMMANDS["launch"].words, ""]
     for name, command in COMMANDS.items():
         usage = command.words if name == "launch" else (name + " " + command.words).rstrip()
         lines.append("  %-40s %s" % (usage, command.about))
-    return "\n".join(lines + ["", "COMMAND --help tells its options; launch --help those of a launch.", EXIT_CODES, ""])
+    return "\n".join(lines + ["", "COMMAND --help shows the options of a command; launch --help those of a launch.",
+                              EXIT_CODES, ""])
 
 
 def detail(name):
-    """`COMMAND --help`: one command with its options."""
+    """The text of `COMMAND --help`."""
     command = COMMANDS[name]
     words = [command.words] if name == "launch" else [name, command.words]
     lines = ["python launch.py " + " ".join(filter(None, words + ["[options]"])), command.about, ""]
-    lines += ["  %-22s %s" % (OPTIONS[option].shown(), OPTIONS[option].about) for option in command.options]
-    return "\n".join(lines + ([""] + command.more.split("\n") if command.more else []) + [""])
+    for option in (OPTIONS[key] for key in command.options + ALWAYS):
+        lines.append("  %-22s %s" % ((", ".join(option.flags) + " " + option.takes).strip(), option.about))
+    return "\n".join(lines + (["", LAUNCH_HELP, ""] if name == "launch" else [""]))
 
 
 class Parser(argparse.ArgumentParser):
@@ -215,7 +200,7 @@ class Parser(argparse.ArgumentParser):
             flags = [option.flags[-1] for name, option in OPTIONS.items() if name != "args"]
             close = difflib.get_close_matches(unknown.group(1), flags, 1, 0.61)
             raise Refusal("there is no option %s" % unknown.group(1), "did you mean %s?" % close[0] if close else
-                          "overrides are KEY=VALUE, without dashes; --help shows the options")
+                          "overrides are KEY=VALUE without dashes; --help shows the options")
         if number:
             least = 1 if number.group(1) == "--nodes" else 0
             raise Refusal("%s is %s" % number.groups(), "it must be a whole number, %d or more" % least)
@@ -225,7 +210,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """The command's name and its options. Raises Refusal for words that do not fit."""
+    """(the command's name, its options). Raises Refusal for words and options that do not fit."""
     script_args = argv[argv.index("--") + 1:] if "--" in argv else []
     words = argv[: argv.index("--")] if "--" in argv else argv
     parser = Parser(prog="launch.py", allow_abbrev=False, add_help=False)
@@ -242,20 +227,20 @@ def parse(argv):
     if options.help:
         return (name if options.words else ""), options
     if not options.words:
-        raise Refusal("no recipe was named", "python launch.py list shows them; --help shows the rest")
+        raise Refusal("no recipe was named", "python launch.py list shows them; --help shows all commands")
     options.words = options.words[0 if options.words[0] != name else 1:]
     for each in OPTIONS:
-        if getattr(options, each) not in (None, False, []) and each not in COMMANDS[name].options:
+        if getattr(options, each) not in (None, False, []) and each not in COMMANDS[name].options + ALWAYS:
             raise Refusal("%s does not take %s" % (name, OPTIONS[each].flags[-1]), "leave it out")
     if options.nodes is not None and options.nodes < 1:
-        raise Refusal("--nodes is %d" % options.nodes, "a job has one node or more")
+        raise Refusal("--nodes is %d" % options.nodes, "it must be a whole number, 1 or more")
     if options.rank is not None and options.all_ranks:
-        raise Refusal("--rank and --all-ranks exclude each other", "leave one out")
+        raise Refusal("--rank and --all-ranks cannot be combined", "leave one out")
     return name, options
 
 
 def utf8(word):
-    """A word of the command line, whatever the locale. Raises Refusal for bytes that are not UTF-8."""
+    """A word of the command line, decoded as UTF-8 whatever the locale. Raises Refusal for other bytes."""
     try:
         return os.fsencode(word).decode("utf-8")
     except UnicodeError:
@@ -271,7 +256,7 @@ def main(argv=None):
         if options.help:
             print(detail(name) if name else overview(), end="")
         else:
-            screen.be_verbose(options.verbose or bool(os.environ.get("AIRLIFT_DEBUG")))
+            screen.VERBOSE = options.verbose or bool(os.environ.get("AIRLIFT_DEBUG"))
             code = COMMANDS[name].function(options)
         sys.stdout.flush()
     except BrokenPipeError:  # `launch.py list | head`
@@ -283,25 +268,25 @@ def main(argv=None):
         screen.complain(one_line(what), one_line(fix))
     try:
         sys.stdout.flush()
-    except OSError:  # nobody reads, or the disk is full; Python would try again, and say so
+    except OSError:  # the reader is gone, or the disk is full; Python would try again at exit, and complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
 
 
 def explained(error):
-    """What to say of an error, and the exit code. Every error is two lines; a traceback comes only with --debug."""
+    """(what is wrong, how to fix it, the exit code) of an error."""
     if isinstance(error, Refusal):
         return error.what, error.fix, error.code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "python launch.py status shows what was started", 130
     if isinstance(error, OSError):
         name = "%s: " % error.filename if error.filename else ""
-        return name + (error.strerror or str(error)), "check that it exists, is yours, and that the disk has space", 2
-    return "a bug: %r" % error, "please report it with what --debug shows", 2
+        return name + (error.strerror or str(error)), "check that it exists, its permissions, and the space on disk", 2
+    return "a bug: %r" % error, "please report it with the traceback that --debug shows", 2
 
 
 def leave(code):
-    """End the process at once: what the SDKs do at exit takes a second, and nothing of it is needed."""
+    """End the process at once: the SDKs take a second for their clean-up at exit, which is not needed."""
     if "backends.common.ssh" in sys.modules:
         sys.modules["backends.common.ssh"].close()
     sys.stderr.flush()
@@ -309,6 +294,6 @@ def leave(code):
 
 
 if __name__ == "__main__":
-    # A locale that lacks the letters of a path is no reason to fail.
+    # A path with letters that the locale lacks must not make a message fail.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     leave(main())

@@ -1,12 +1,13 @@
-"""From the words of the command line to a launch that is ready: profile, recipe, config, job, tree and plan.
+"""From the words of the command line to a launch that is ready to submit: profile, recipe, config, job, tree and plan.
 
-Nothing here asks a platform. Every stage of a pipeline is prepared before the first of them is submitted.
+Nothing here contacts a platform. All stages of a pipeline are prepared before the first one is submitted.
 """
 
 import os
 import re
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,21 +26,12 @@ HERE = Path(__file__).resolve().parent
 
 
 class Words(NamedTuple):
-    """What the words of a launch name."""
+    """The words of a launch."""
 
     family: str
     stages: list[str]
     profile: str
     overrides: list[str]  # KEY=VALUE
-
-
-class Options(NamedTuple):
-    """The options of the command line that say what is launched; the others say how it is shown."""
-
-    config: str | None = None  # of -c
-    nodes: int | None = None
-    repo_root: Path | None = None
-    args: tuple[str, ...] = ()  # for the script
 
 
 def words_of(words: list[str]) -> Words:
@@ -49,16 +41,17 @@ def words_of(words: list[str]) -> Words:
     if len(names) < 2:
         raise Refusal("a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local")
     if len(names) > 3:
-        raise Refusal("%r is one word too many" % names[3],
-                      "overrides are KEY=VALUE; what follows -- goes to the script")
+        raise Refusal("unexpected word %r" % names[3],
+                      "overrides are KEY=VALUE; arguments for the script follow --")
     stages = [stage.strip("/") for stage in names[1].split(",")]
     return Words(names[0], stages, names[2] if len(names) > 2 else "local", overrides)
 
 
 class Launch:
-    """One launch, resolved. `dry` takes what a look needs: variables and secrets may be unset, nothing is required."""
+    """One launch, resolved. Of the options of the command line it reads config, nodes, repo_root and args. With `dry`,
+    variables and secrets may be unset."""
 
-    def __init__(self, words: Words, stage: str, options: Options, dry: bool) -> None:
+    def __init__(self, words: Words, stage: str, options: Namespace, dry: bool) -> None:
         begun = time.time()
         self.profile = profiles.load(words.profile, stage)
         screen.conceal(*(self.profile.keys.get(key) for key in profiles.SECRET_KEYS))
@@ -66,8 +59,10 @@ class Launch:
             self.profile.require_set()
         self.root = Path(options.repo_root or self.profile.keys.get("repo_root") or HERE).resolve()
         recipe = recipes.find(self.root, words.family + "/" + stage)
-        several = len(words.stages) > 1
-        self.overrides = _for_stage(words.overrides, recipe, options.config) if several else words.overrides
+        self.overrides = words.overrides
+        if len(words.stages) > 1:  # an override is for the stages whose config has its first key; run.… is for all
+            known = configs.known_keys(recipe, options.config) | {"run"}
+            self.overrides = [word for word in words.overrides if re.split(r"[.=\[]", word)[0] in known]
         ahead = _Ahead(self.root, recipe, self.profile)
         try:
             notes = list(self.profile.notes)
@@ -76,9 +71,9 @@ class Launch:
             self.job = self._job(options, notes)
             sent = jobs.secret_values(self.job, dry)
             screen.conceal(*sent.values())
-            transport.pod_program()  # is made here, beside the packing, and kept
+            transport.pod_program(dict(self.job.description))  # its parts are cached; built beside the packing
         finally:
-            ahead.thread.join()  # a local launch forks: no thread may hold a lock then
+            ahead.thread.join()  # a local launch forks, and no thread may hold a lock then
         settings = self.job.settings
         self.tree, ready = ahead.take(self.recipe, settings, self.config)
         self.plan = transport.plan_for(
@@ -89,7 +84,7 @@ class Launch:
         self.origin = self._origin(options)
         self.took = time.time() - begun  # seconds
 
-    def _compiled(self, recipe: recipes.Recipe, options: Options, notes: list[str], dry: bool) -> configs.Config:
+    def _compiled(self, recipe: recipes.Recipe, options: Namespace, notes: list[str], dry: bool) -> configs.Config:
         def settings(recipe: recipes.Recipe, yaml: dict[str, Any], forced: dict[str, Any]) -> dict[str, Any]:
             return jobs.settings_for(recipe, self.profile, options.nodes, yaml, forced, notes, dry)
 
@@ -98,15 +93,15 @@ class Launch:
         return configs.compile_config(recipe, options.config, self.overrides, settings, wandb,
                                       profiles.section("artifacts", dry))
 
-    def _job(self, options: Options, notes: list[str]) -> jobs.Job:
+    def _job(self, options: Namespace, notes: list[str]) -> jobs.Job:
         recipe, executor = self.recipe, self.profile.executor
         settings = self.config.run["env"]
         root = jobs.run_root(settings, recipe.family)
-        kept = jobs.not_kept(settings, executor)
-        notes += [kept] if kept else []
-        command, tool, said = recipes.command(recipe, settings, list(options.args), executor in profiles.CLOUDS)
-        secrets, about = jobs.check_secrets(settings.get("secrets", {}), executor, settings["env_vars"])
-        repositories, cloned = jobs.clones(settings, executor)
+        notes += filter(None, [jobs.not_kept(settings, executor)])
+        command, tool, about = recipes.command(recipe, settings, list(options.args), executor in profiles.CLOUDS)
+        secrets, about_secrets = jobs.check_secrets(settings.get("secrets", {}), executor, settings["env_vars"])
+        repositories, about_clones = jobs.clones(settings, executor)
+        notes += [*about, *about_secrets, *about_clones, *self.config.notes]
         run_id = runs.new_run_id()
         description = jobs.Description(
             run=run_id, recipe=recipe.name, script=recipe.script, launch=recipe.launch, nodes=settings["nodes"],
@@ -114,33 +109,33 @@ class Launch:
             env=jobs.environment(settings, self.config.run, recipe.name, executor),
             setup=jobs.setup_commands(settings), command=command, tool=tool, workdir=settings.get("workdir"),
             clones=repositories, folders=list(jobs.persistent_caches(settings).values()),
-            retries=settings.get("retries", 0), patience=settings["rendezvous_timeout"])
+            retries=settings.get("retries", 0), patience=settings["rendezvous_timeout"],
+            cluster=jobs.ray_cluster(recipe, settings, executor))
         description |= jobs.unpacking(settings)
         return jobs.Job(
             run_id, recipe.name, executor, settings["nodes"], settings["gpus_per_node"], settings["nproc"],
-            settings.get("container_image"), settings, description, secrets,
-            tuple(notes + said + about + cloned + list(self.config.notes)))
+            settings.get("container_image"), settings, description, secrets, tuple(notes))
 
-    def _origin(self, options: Options) -> runs.Origin:
-        named = configs.is_path(options.config or "")
+    def _origin(self, options: Namespace) -> runs.Origin:
+        is_path = configs.is_path(options.config or "")
         return runs.Origin(
             repo_root=str(self.root), env_file=str(profiles.env_file() or os.devnull),
-            config=str(self.config.path.resolve()) if named else options.config,
+            config=str(self.config.path.resolve()) if is_path else options.config,
             overrides=[word for word in self.overrides if word.startswith(("run.env.exclude", "run.env.scope"))])
 
     def notes(self) -> list[str]:
-        """What the person should know."""
-        sent = ["the config holds what looks like a credential, and is sent as it is"]
-        return [*self.job.notes, *sent * transport.looks_secret(self.config.text.encode()), *_left_out(self.tree)]
+        """What the user should know about the launch."""
+        found = ["the config contains what looks like a credential, and is sent as it is"]
+        return [*self.job.notes, *found * transport.looks_secret(self.config.text.encode()), *_left_out(self.tree)]
 
     def check(self, attached: bool) -> None:
-        """Raises Refusal for what would be refused without asking the platform."""
+        """Raises Refusal for what can be refused without contacting the platform."""
         backends.require(self.job, attached)
         backends.backend(self.job.executor).check(self.job, self.plan)
 
     def refusal(self, attached: bool) -> str:
-        """Why a launch would be refused, for a dry run; "" where it would not. A template that is not filled in yet has
-        nothing to check."""
+        """Why a launch would be refused, for a dry run; "" if it would not. A profile whose variables are not set yet
+        is not checked."""
         try:
             if not self.profile.unset:
                 self.check(attached)
@@ -149,19 +144,13 @@ class Launch:
         return ""
 
 
-def _for_stage(overrides: list[str], recipe: recipes.Recipe, config: str | None) -> list[str]:
-    """Of the overrides of several stages, those whose first word this one's config has; run is for all."""
-    known = configs.known_keys(recipe, config) | {"run"}
-    return [word for word in overrides if re.split(r"[.=\[]", word)[0] in known]
-
-
 def _left_out(tree: transport.Tree) -> list[str]:
-    """One line for each kind of thing that stays here; credentials are named."""
-    kinds: dict[str, list[str]] = {}
+    """A note for each reason why files are not sent; credentials are listed."""
+    reasons: dict[str, list[str]] = {}
     for path, reason in tree.left_out:
-        kinds.setdefault(reason, []).append(path)
+        reasons.setdefault(reason, []).append(path)
     notes = []
-    for reason, paths in sorted(kinds.items()):
+    for reason, paths in sorted(reasons.items()):
         if reason == "credential":
             notes.append("left out, as they look like credentials: " + ", ".join(paths))
         elif reason not in ("documentation", "another family"):
@@ -170,36 +159,37 @@ def _left_out(tree: transport.Tree) -> list[str]:
 
 
 class _Ahead:
-    """Collects and packs the tree that the profile asks for while the config is compiled, which takes as long: lzma
-    lets Python work beside it. What the config then changes (the script, what to leave out) is done again."""
+    """Collects and packs the tree by the profile's settings while the config is compiled, which takes as long: lzma
+    runs in parallel to Python. If the config then changes what is sent, it is done again."""
 
     def __init__(self, root: Path, recipe: recipes.Recipe, profile: profiles.Profile) -> None:
-        self.root, self.wanted = root, self.wishes(recipe, profile.settings, "")
+        self.root, self.executor = root, profile.executor
+        self.inputs = self.inputs_of(recipe, profile.settings, "")
         self.found: tuple[transport.Tree, transport.Packed] | None = None
-        self.executor = profile.executor
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
     @staticmethod
-    def wishes(recipe: recipes.Recipe, settings: dict[str, Any], text: str) -> tuple[Any, ...]:
+    def inputs_of(recipe: recipes.Recipe, settings: dict[str, Any], text: str) -> tuple[Any, ...]:
+        """What the tree depends on; `text` is the compiled config."""
         return (recipe.script, tuple(settings.get("exclude", ())), settings["scope"], settings.get("compression", ""),
                 [path for path in configs.named_sources(text)
                  if transport.family_of(path) != transport.family_of(recipe.script)])
 
     def run(self) -> None:
-        script, exclude, scope, compression, _ = self.wanted
+        script, exclude, scope, compression, _ = self.inputs
         if scope == "family":
             try:
                 tree = transport.collect(self.root, script, exclude)
                 self.found = tree, transport.packed(tree, transport.method_for(self.executor, compression))
-            except Exception:  # take() meets it again, and tells
+            except Exception:  # take() runs into it again, and reports it
                 pass
 
     def take(self, recipe: recipes.Recipe, settings: dict[str, Any], config: configs.Config
              ) -> tuple[transport.Tree, transport.Packed | None]:
-        """The tree as recipe and settings are now, and the same packed, if it is."""
-        wanted = script, exclude, scope, _, also = self.wishes(recipe, settings, config.text)
-        if self.found and wanted == self.wanted:
+        """The tree by the recipe and settings as they are now, and the same packed, if that has been done."""
+        inputs = script, exclude, scope, _, also = self.inputs_of(recipe, settings, config.text)
+        if self.found and inputs == self.inputs:
             return self.found
         if scope == "family":
             return transport.collect(self.root, script, exclude, tuple(also)), None

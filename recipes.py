@@ -1,7 +1,7 @@
-"""Find a recipe by the name in its runspec header, and say what starts it.
+"""Find a recipe by the name in its runspec header, and make the command that starts it.
 
-A recipe is a script under <repo_root>/src/*/recipes or src/*/steps with a PEP 723 block that holds [tool.runspec]: its
-name ("nano3/sft"), image, launch mode, configs and resources.
+A recipe is a script under <repo_root>/src/*/recipes or src/*/steps with a PEP 723 block that contains [tool.runspec]:
+its name ("nano3/sft"), image, launch mode, configs and resources.
 """
 
 import difflib
@@ -9,7 +9,7 @@ import re
 import shlex
 import string
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,6 @@ class Recipe:
         return self.name.split("/", 1)[1]
 
 
-# ---------------------------------------------------------------- find
-
 HEADER = re.compile(rb"^# /// script[ \t]*\r?\n((?:#[^\n]*\n)*?)# ///[ \t]*\r?$", re.MULTILINE)
 OPEN_HEADER = re.compile(rb"^# /// script[ \t]*\r?\n(?:#[^\n]*\n)*?# \[tool\.runspec", re.MULTILINE)
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
@@ -56,34 +54,36 @@ FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "config": {"dir": (str,), "default": (str,), "format": (str,)},
     "resources": {"nodes": (int,), "gpus_per_node": (int, str)},
 }
-WORDS = {str: "a string", int: "a whole number", dict: "a table"}
+TYPES = {str: "a string", int: "a whole number", dict: "a table"}
 
 
-def scan(root: Path, word: bytes = b"") -> tuple[dict[str, Recipe], list[Refusal]]:
-    """All recipes under root by name, and what is wrong with headers that cannot be used; with a word, only of scripts
-    that hold it."""
+def scan(root: Path, text: bytes = b"") -> tuple[dict[str, Recipe], list[Refusal]]:
+    """All recipes under root by name, and the problems of headers that cannot be used; only scripts that contain
+    `text`. Where two scripts have the same name, the one in src/starter yields; otherwise it is a problem."""
     by_name: dict[str, list[Recipe]] = {}
     found: dict[str, Recipe] = {}
     problems: list[Refusal] = []
     for collection in COLLECTIONS:
         for path in sorted(root.glob("src/*/%s/**/*.py" % collection)):
             try:
-                recipe = read_header(root, path, word)
+                recipe = read_header(root, path, text)
                 if recipe:
                     by_name.setdefault(recipe.name, []).append(recipe)
             except Refusal as problem:
                 problems.append(problem)
     for name, candidates in sorted(by_name.items()):
-        try:
-            found[name] = _choose(candidates)
-        except Refusal as problem:
-            problems.append(problem)
+        others = [recipe for recipe in candidates if not recipe.script.startswith("src/starter/")] or candidates
+        if len(others) > 1:
+            scripts = " and ".join(recipe.script for recipe in others)
+            problems.append(Refusal("two scripts are named %s: %s" % (name, scripts), "rename one of them"))
+        else:
+            found[name] = others[0]
     return found, problems
 
 
 def find(root: Path, name: str) -> Recipe:
-    """The recipe of that name. Raises Refusal that names the nearest ones, or a header that may have hidden it."""
-    found, problems = scan(root, name.encode())  # the others need not be read as TOML
+    """The recipe of that name. Raises Refusal that names similar ones, and a broken header that may be the cause."""
+    found, problems = scan(root, name.encode())  # the others need not be parsed
     if name not in found:
         found, problems = scan(root)
     if name in found:
@@ -94,33 +94,23 @@ def find(root: Path, name: str) -> Recipe:
     if not found:
         raise Refusal("there is no recipe under %s/src/*/recipes or steps" % root,
                       "name the source tree with --repo-root")
-    hidden = "; or mend %s" % problems[0].what if problems else ""  # the header that may have hidden it
-    family = name.split("/")[0]
+    hidden = "; or fix %s" % problems[0].what if problems else ""
+    family, _, stage = name.partition("/")
     families = sorted({recipe.family for recipe in found.values()})
     if family not in families:
         raise Refusal("there is no family %r" % family, "did you mean %s?%s" % (nearest(family, families), hidden))
     stages = [recipe.stage for recipe in found.values() if recipe.family == family]
-    raise Refusal("%s has no stage %r" % (family, name[len(family) + 1:]),
-                  "did you mean %s?%s" % (nearest(name[len(family) + 1:], stages), hidden))
+    raise Refusal("%s has no stage %r" % (family, stage), "did you mean %s?%s" % (nearest(stage, stages), hidden))
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known words most like `word`, or all of them where none is alike."""
-    return " or ".join(difflib.get_close_matches(word, list(known), 3, 0.5) or sorted(known))
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known names most like `name`, or all of them where none is similar."""
+    return " or ".join(difflib.get_close_matches(name, list(known), 3, 0.5) or sorted(known))
 
 
-def _choose(candidates: list[Recipe]) -> Recipe:
-    """Where two scripts carry one name, src/starter yields; otherwise it is an error that names both."""
-    others = [recipe for recipe in candidates if not recipe.script.startswith("src/starter/")] or candidates
-    if len(others) > 1:
-        raise Refusal("two scripts are named %s: %s" % (others[0].name, " and ".join(r.script for r in others)),
-                      "rename one of them")
-    return others[0]
-
-
-def read_header(root: Path, path: Path, word: bytes = b"") -> Recipe | None:
-    """The Recipe of one script; None if it has no runspec header, or not that word. Raises Refusal that names file and
-    line."""
+def read_header(root: Path, path: Path, text: bytes = b"") -> Recipe | None:
+    """The Recipe of one script; None if it has no runspec header or does not contain `text`. Raises Refusal that names
+    file and line."""
     script = path.relative_to(root).as_posix()
     try:
         data = path.read_bytes()
@@ -128,7 +118,7 @@ def read_header(root: Path, path: Path, word: bytes = b"") -> Recipe | None:
         return None
     except OSError as error:
         raise Refusal("%s cannot be read: %s" % (script, error.strerror), "make it readable, or remove it") from None
-    if b"[tool.runspec" not in data or word not in data:
+    if b"[tool.runspec" not in data or text not in data:
         return None
     match = HEADER.search(data)
     if match is None:
@@ -138,24 +128,27 @@ def read_header(root: Path, path: Path, word: bytes = b"") -> Recipe | None:
                           "end it with a line `# ///`; each line of it begins with #")
         return None
     first = data[: match.start(1)].count(b"\n")  # lines before the block's own
-    text = "\n".join(line[2:] if line.startswith("# ") else line.lstrip("#")
+    toml = "\n".join(line[2:] if line.startswith("# ") else line.lstrip("#")
                    for line in match.group(1).decode("utf-8", "replace").split("\n"))
     try:
-        tool = tomllib.loads(text).get("tool")
+        tool = tomllib.loads(toml).get("tool")
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError that is not TOML's own
         at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
         raise Refusal("%s:%d: the runspec header is not TOML: %s" % (
             script, first + int(at.group(1)) if at else first, str(error)[: at.start() if at else None]),
-            "mend the block between `# /// script` and `# ///`") from None
+            "fix the block between `# /// script` and `# ///`") from None
     spec = tool.get("runspec") if isinstance(tool, dict) else None
     if not isinstance(spec, dict):
         return None
-    _check_fields(spec, script, lambda table, key: _line_of(text, table, key) + first)
+
+    def problem(table: str, key: str, what: str, fix: str) -> Refusal:
+        return Refusal("%s:%d: %s" % (script, _line_of(toml, table, key) + first, what), fix)
+
+    _check_fields(spec, problem)
     run, config, resources = spec.get("run", {}), spec.get("config", {}), spec.get("resources", {})
     return Recipe(spec["name"], root, script, spec.get("image"), run.get("launch", "torchrun"), run.get("cmd"),
                   run.get("workdir"), path.parent / config.get("dir", "./config"), config.get("default", "default"),
-                  resources.get("nodes", 1), resources.get("gpus_per_node", 8),
-                  spec.get("env", {}))
+                  resources.get("nodes", 1), resources.get("gpus_per_node", 8), spec.get("env", {}))
 
 
 def _line_of(text: str, table: str, key: str) -> int:
@@ -172,52 +165,44 @@ def _line_of(text: str, table: str, key: str) -> int:
     return best
 
 
-def _check_fields(spec: dict[str, Any], script: str, line: Any) -> None:
+def _check_fields(spec: dict[str, Any], problem: Callable[[str, str, str, str], Refusal]) -> None:
     for table, fields in FIELDS.items():
         for key, value in (spec if not table else spec.get(table, {})).items():
             if key not in fields:
-                raise Refusal("%s:%d: the header has an unknown field %r" % (script, line(table, key), key),
+                raise problem(table, key, "the header has an unknown field %r" % key,
                               "did you mean %s?" % nearest(key, list(fields)))
             if not isinstance(value, fields[key]) or isinstance(value, bool):
-                raise Refusal("%s:%d: the header's %s is %r" % (script, line(table, key), key, value),
-                              "it must be " + " or ".join(WORDS[kind] for kind in fields[key]))
-    _check_values(spec, script, line)
-
-
-def _check_values(spec: dict[str, Any], script: str, line: Any) -> None:
+                raise problem(table, key, "the header's %s is %r" % (key, value),
+                              "it must be " + " or ".join(TYPES[kind] for kind in fields[key]))
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", spec.get("name", "")):
-        raise Refusal("%s:%d: the header's name is %r" % (script, line("", "name"), spec.get("name", "")),
-                      'it must be like "family/stage"')
+        raise problem("", "name", "the header's name is %r" % spec.get("name", ""), 'it must be like "family/stage"')
     launch = spec.get("run", {}).get("launch", "torchrun")
     if launch not in LAUNCH_MODES:
-        raise Refusal("%s:%d: launch mode %r is not known" % (script, line("run", "launch"), launch),
-                      "use one of " + ", ".join(LAUNCH_MODES))
+        raise problem("run", "launch", "launch mode %r is not known" % launch, "use one of " + ", ".join(LAUNCH_MODES))
     gpus = spec.get("resources", {}).get("gpus_per_node", 8)
     if (gpus != "gpu" and not (isinstance(gpus, int) and gpus >= 0)) or spec.get("resources", {}).get("nodes", 1) < 1:
-        raise Refusal("%s:%d: resources are %r" % (script, line("", "resources"), spec["resources"]),
+        raise problem("", "resources", "resources are %r" % spec["resources"],
                       'nodes must be 1 or more, gpus_per_node 0 or more or "gpu"')
     for name, value in spec.get("env", {}).items():
         if not variable(name, value):
-            raise Refusal("%s:%d: the header's env.%s is %r" % (script, line("env", name), name, value),
-                          "mend it: " + VARIABLE)
+            raise problem("env", name, "the header's env.%s is %r" % (name, value), VARIABLE)
 
 
-VARIABLE = "its name has letters, digits and _, and it is a string, a number or true or false, without NUL"
+VARIABLE = "a name may have letters, digits and _; a value must be a string, number, true or false, and without NUL"
 
 
 def variable(name: Any, value: Any) -> bool:
-    """Whether an environment can hold it."""
+    """Whether an environment variable can have that name and value."""
     return bool(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name))) and isinstance(value, (str, int, float)) \
         and "\0" not in str(value)
 
-
-# ---------------------------------------------------------------- command
 
 SCRIPT_AT, CONFIG_AT = '"$AIRLIFT_CODE"/', '"$AIRLIFT_CONFIG"'
 
 
 def command(recipe: Recipe, settings: dict[str, Any], args: list[str], cloud: bool) -> tuple[str, str, list[str]]:
-    """(what bash runs in the pod, the tool it starts with, things to say): run_command, else cmd, else by mode."""
+    """(the command line for bash in the pod, the program it starts with, notes): run_command, else the header's cmd,
+    else by launch mode. Raises Refusal for a template that cannot be filled in."""
     script = SCRIPT_AT + shlex.quote(recipe.script)
     notes: list[str] = []
     template = settings.get("run_command") or recipe.cmd
@@ -225,7 +210,7 @@ def command(recipe: Recipe, settings: dict[str, Any], args: list[str], cloud: bo
         text = _fill(template, script, CONFIG_AT)
         workdir = settings.get("workdir") or recipe.workdir
         if cloud and not settings.get("run_command") and not workdir and template.split()[:2] == ["uv", "run"]:
-            notes.append("`%s` needs a project and the network; the pod runs plain python" % template)
+            notes.append("`%s` needs a project and the network, so the pod runs plain python instead" % template)
             text = "python %s --config %s" % (script, CONFIG_AT)
     elif recipe.launch == "torchrun":
         text = ("torchrun --nnodes %s --node-rank \"$NODE_RANK\" --nproc-per-node %s --rdzv-backend static"

@@ -1,8 +1,5 @@
-"""What is remembered of each run: one small private file, the same for every executor.
-
-It lies in <home>/runs, where home is AIRLIFT_HOME, else <XDG_STATE_HOME or ~/.local/state>/airlift. No secret and no
-chunk is ever in it.
-"""
+"""What Airlift keeps of each run: a small private file in <home>/runs, the same for every executor. It never contains
+a secret or a chunk."""
 
 import hashlib
 import json
@@ -21,19 +18,19 @@ from transport import Refusal, Tree
 
 
 class Origin(TypedDict):
-    """What a launch came from, as far as `diff` needs it to collect the tree again."""
+    """What `diff` needs to collect a launch's tree again."""
 
     repo_root: str
-    env_file: str  # the env.toml that counted; /dev/null for none
-    config: str | None  # of -c: a file's whole path, a config's name, or None
-    overrides: list[str]  # those of run.env.exclude and run.env.scope; others may hold what no file should
+    env_file: str  # the env.toml in use; /dev/null for none
+    config: str | None  # of -c: a file's absolute path, a config's name, or None
+    overrides: list[str]  # only run.env.exclude and run.env.scope, since others may contain secrets
 
 
 @dataclass
 class Run:
     """The file of one run: what status, logs and cancel need."""
 
-    id: str  # our own short id
+    id: str  # six letters and digits
     recipe: str
     profile: str
     executor: str
@@ -41,25 +38,25 @@ class Run:
     sha256: str  # of the tree's tar
     started: float = field(default_factory=time.time)
     running_since: float | None = None  # when the job was first seen to run
-    ended: list[str] | None = None  # state and detail, once it is over for good: platforms forget
+    ended: list[str] | None = None  # final state and detail, kept because platforms forget their jobs
     job_exit_code: int | None = None
     retries: int = 0
-    ranks: list[int] = field(default_factory=lambda: [0])  # whose logs are to be shown
+    ranks: list[int] = field(default_factory=lambda: [0])  # whose logs are shown
     outputs: str | None = None  # the run root, where it outlives the pods
     origin: Origin | None = None
-    record: dict[str, Any] = field(default_factory=dict)  # the backend's own: its class Record tells the keys
-    carries: dict[str, str] = field(default_factory=dict, repr=False)  # fingerprints(); kept in a file beside
+    record: dict[str, Any] = field(default_factory=dict)  # the backend's own data; its class Record has the keys
+    carries: dict[str, str] = field(default_factory=dict, repr=False)  # fingerprints(), saved in a file of its own
 
     @property
     def starts(self) -> int:
-        """How often the job may be started in all."""
+        """How often the job may be started in total."""
         return 1 + self.retries
 
     def seen_running(self) -> None:
         self.running_since = self.running_since or time.time()
 
     def keep(self, record: Mapping[str, object]) -> None:
-        """Add to what the backend remembers, and save the run."""
+        """Add to the backend's data, and save the run."""
         self.record.update(record)
         self.save()
 
@@ -71,13 +68,13 @@ class Run:
         self._write(".json", json.dumps(fields, indent=1).encode())
 
     def files(self) -> dict[str, str]:
-        """What the run carries, as fingerprints() gave it. Raises Refusal where that was not kept."""
+        """The fingerprints() of the tree that the run carries. Raises Refusal where they were not kept."""
         path = home() / "runs" / (self.id + ".files")
         try:
             return dict(json.loads(zlib.decompress(path.read_bytes())))
         except (OSError, ValueError, zlib.error):
-            raise Refusal("what run %s carries cannot be read: %s" % (self.id, path),
-                          "only runs of this version keep it") from None
+            raise Refusal("the list of files of run %s cannot be read: %s" % (self.id, path),
+                          "only runs of this version have one") from None
 
     def _write(self, suffix: str, data: bytes) -> None:
         folder = home() / "runs"
@@ -93,7 +90,7 @@ class Run:
 
 
 def fingerprints(tree: Tree) -> dict[str, str]:
-    """path -> SHA-256 of a file (and " x" where it may be run), or "-> target" of a link."""
+    """path -> SHA-256 of a file (and " x" where it is executable), or "-> target" of a link."""
     return {entry.path: "-> %s" % os.fsdecode(entry.data) if entry.link else
             hashlib.sha256(entry.data).hexdigest() + " x" * entry.executable for entry in tree.entries}
 
@@ -124,7 +121,7 @@ def _current(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_runs() -> tuple[list[Run], list[Refusal]]:
-    """Newest first; and what is wrong with files that cannot be read."""
+    """(all runs, newest first; the problems of files that cannot be read)."""
     found, problems = [], []
     for path in (home() / "runs").glob("*.json"):
         try:
@@ -143,6 +140,7 @@ def home() -> Path:
 
 
 def new_run_id() -> str:
-    """Six letters and digits, a letter first, so that names of jobs can begin or end with it."""
+    """Six letters and digits, a letter first, so that names of jobs can begin or end with it. Ambiguous ones (0, o, 1,
+    l, i) are not used."""
     return secrets.choice("abcdefghjkmnpqrstuvwxyz") + "".join(
         secrets.choice("abcdefghjkmnpqrstuvwxyz23456789") for _ in range(5))

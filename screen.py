@@ -1,6 +1,6 @@
-"""What a person sees: tables, times, budgets and colours, and a dry run in words or as JSON.
+"""What a person sees: tables, times, budgets and colours, and a dry run as text or as JSON.
 
-Colour only on a terminal, and never where NO_COLOR is set (no-color.org) or TERM is dumb.
+Colours are used only on a terminal, and not if NO_COLOR is set (no-color.org) or TERM is dumb.
 """
 
 from __future__ import annotations
@@ -29,33 +29,32 @@ COLOURS = {"waiting": "yellow", "running": "cyan", "done": "green", "failed": "r
 
 
 def paint(text: str, how: str, stream: IO[str] | None = None) -> str:
-    """The text in a colour or weight, where `stream` (standard output) shows colours."""
+    """The text in a colour or weight, where `stream` (standard output by default) can show colours."""
     stream = stream or sys.stdout
-    plain = os.environ.get("NO_COLOR") or not _moves(stream)
+    plain = os.environ.get("NO_COLOR") or not _is_terminal(stream)
     return text if plain or how not in CODES else "\033[%dm%s\033[0m" % (CODES[how], text)
 
 
-def _moves(stream: IO[str]) -> bool:
-    """Whether the stream is a terminal that understands more than text."""
+def _is_terminal(stream: IO[str]) -> bool:
+    """Whether the stream is a terminal that understands escape sequences."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def moving(line: str, before: str) -> str:
-    """Put a line in the place of the last one, `before`, on a terminal, cut to its width; "" takes it away. Returns
-    the line."""
-    if line != before and _moves(sys.stdout):
+def progress(line: str, before: str) -> str:
+    """On a terminal, replace the progress line `before` with `line`, cut to the width ("" removes it). Returns it."""
+    if line != before and _is_terminal(sys.stdout):
         width = shutil.get_terminal_size().columns - 1
         print("\r%s\033[K" % "".join(c for c in line if c.isprintable())[:width], end="", flush=True)
     return line
 
 
 def state(word: str, width: int = 0) -> str:
-    """A state, or how a check came out, in its colour."""
+    """A state, or the result of a check, in its colour."""
     return paint(word, COLOURS.get(word, "")) + " " * (width - len(word))
 
 
-def told(status: Status, run: Run) -> str:
-    """A line of the follow view: a state, the platform's word for it, and the time since the launch."""
+def status_line(status: Status, run: Run) -> str:
+    """A line of the follow view: the state, the platform's detail, and the time since the launch."""
     detail = " (%s)" % status.detail if status.detail else ""
     after = "" if run.ended else " after " + span(time.time() - run.started)
     return "-- %s%s%s" % (state(status.state), detail, after)
@@ -71,12 +70,12 @@ def note(text: str) -> None:
 
 
 def rank(number: str | int) -> str:
-    """What stands before a line of a log where several are shown."""
+    """The prefix of a log line where the logs of several ranks are shown."""
     return paint("[%s]" % number, "dim") + " "
 
 
 def table(rows: Sequence[Sequence[str]], coloured: int = -1) -> str:
-    """Rows as aligned columns, the first row as heads; the column `coloured` holds states."""
+    """Rows as aligned columns, the first row as heading; the column `coloured` contains states."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):
@@ -91,16 +90,16 @@ def run_table(rows: list[dict[str, Any]]) -> str:
     """The table of `status`."""
     lines = [("RUN", "STATE", "AGE", "RECIPE", "PROFILE", "NODES", "DETAIL")]
     for row in rows:
-        said = ("" if row["detail"] == "exit code 0" else row["detail"],
-                "exit code %s" % row["job_exit_code"] if row["job_exit_code"] else "")
-        detail = "; ".join(dict.fromkeys(filter(None, said)))
+        details = ("" if row["detail"] == "exit code 0" else row["detail"],
+                   "exit code %s" % row["job_exit_code"] if row["job_exit_code"] else "")
+        detail = "; ".join(dict.fromkeys(filter(None, details)))
         lines.append((row["run"], row["state"], span(row["age_s"]), row["recipe"], row["profile"], str(row["nodes"]),
                       detail))
     return table(lines, 1)
 
 
 def span(seconds: float) -> str:
-    """A time for people: 4 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    """Seconds as 4 s, 3 min 20 s, 2 h 5 min or 3 d 4 h."""
     whole = max(0, int(seconds + 0.5))
     for big, small, size, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
         if whole >= size:
@@ -115,7 +114,7 @@ def shape(job: Job) -> str:
 
 
 def times(run: Run, packing: float, submitting: float, now: float) -> str:
-    """Where the time of a launch went. A job that ended between two questions was never seen to run."""
+    """How the time of a launch was spent. A short job may have ended before it was seen running."""
     begun, sent = run.running_since, run.started + submitting
     parts = [("packing", packing), ("submitting", submitting)]
     parts += [("waiting", begun - sent), ("running", now - begun)] if begun else [("waiting and running", now - sent)]
@@ -131,16 +130,13 @@ def one_line(text: str) -> str:
 VERBOSE = False
 
 
-def be_verbose(on: bool) -> None:
-    """Have step() print, on standard error."""
-    global VERBOSE
-    VERBOSE = on
+VERBOSE = False  # set by --verbose
 
 
 @contextlib.contextmanager
 def step(doing: str) -> Iterator[None]:
-    """Around a request, an ssh command or a slow import: with --verbose one line before it, so that a hang shows where,
-    and one after it with its time."""
+    """Around a request, an ssh command or a slow import: with --verbose, print a line before it, which shows where a
+    hang is, and one after it with its time, on standard error."""
     if not VERBOSE:
         yield
         return
@@ -162,17 +158,16 @@ def _tell(line: str) -> None:
 
 
 def budget(name: str, used: int, limit: int) -> str:
-    """A budget as a bar of 20; red where it does not fit."""
+    """A budget as a bar of 20 characters; red where it is exceeded."""
     filled = min(20, -(-used * 20 // limit))
     colour = "red" if used > limit else "yellow" if used > 0.8 * limit else "green"
-    size = transport.human(used) if limit >= 65536 else "%d" % used
-    of = transport.human(limit) if limit >= 65536 else "%d" % limit
+    size, most = (transport.human(count) if limit >= 65536 else str(count) for count in (used, limit))
     return "%-12s|%s%s| %3d %% of %s (%s)" % (
-        name, paint("#" * filled, colour), "." * (20 - filled), -(-used * 100 // limit), of, size)
+        name, paint("#" * filled, colour), "." * (20 - filled), -(-used * 100 // limit), most, size)
 
 
 def show(launch: Launch, refused: str) -> None:
-    """The dry run of a launch, for a person; `refused` says why it would be refused, "" if it would not."""
+    """Print the dry run of a launch; `refused` says why it would be refused, "" if it would not."""
     job, plan = launch.job, launch.plan
     head = "%s on %s (%s)" % (job.name, launch.profile.name, job.executor)
     print("%s: %s, %s" % (paint(head, "bold"), shape(job), job.description["launch"]))
@@ -194,7 +189,7 @@ def show(launch: Launch, refused: str) -> None:
 
 
 def as_json(launch: Launch, refused: str) -> dict[str, Any]:
-    """The dry run as one JSON-able object; scripts read it, so that its names stay."""
+    """The dry run as an object for JSON; scripts read it, so its keys stay."""
     job, plan = launch.job, launch.plan
     env_bytes, env_limit = plan.budget("environment")
     object_bytes, object_limit = plan.budget("API object")
@@ -221,7 +216,7 @@ SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|
 
 
 def shown_env(launch: Launch) -> dict[str, str]:
-    """What the pods' environment holds, ours and the recipe's: secrets as ***, chunks by their length."""
+    """The environment of the pods, Airlift's and the recipe's: secrets as ***, chunks by their length."""
     env = dict(launch.plan.env, **launch.job.description["env"])
     env.update((name, "***") for name in launch.job.secrets if not env.get(name, "").startswith("<unset "))
     for name, value in env.items():
@@ -234,21 +229,21 @@ def shown_env(launch: Launch) -> dict[str, str]:
     return env
 
 
-OURS: set[str] = set()  # what a profile says is secret
+CONCEALED: set[str] = set()  # secrets of the profile
 IN_URL = re.compile(r"(https?://)[^/@\s]+@")
 SHAPE = re.compile(transport.CREDENTIAL_SHAPE.pattern.decode())
 
 
 def conceal(*values: str | None) -> None:
-    """Have hide() know these secrets."""
-    OURS.update(value for value in values if value and not value.startswith("<unset "))
+    """Add secrets that hide() replaces."""
+    CONCEALED.update(value for value in values if value and not value.startswith("<unset "))
 
 
 def hide(text: str) -> str:
-    """`text` without what was concealed, what looks like a credential, and the value of any variable that is set here
-    and named like a secret: a profile may have read it with ${env:NAME} into another variable, or into a command."""
+    """`text` with *** for concealed secrets, for what looks like a credential, and for the value of any variable here
+    that is named like a secret: a profile may have copied it with ${env:NAME} into another variable, or a command."""
     named = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
-    for value in sorted(OURS | named, key=len, reverse=True):
+    for value in sorted(CONCEALED | named, key=len, reverse=True):
         if len(value) >= 8:
             text = text.replace(value, "***")
         elif len(value) >= 4 and text == value:

@@ -1,10 +1,10 @@
 """Carry a source tree in a job's environment: tree -> tar -> xz -> base64 -> chunks within limits -> Plan.
 
-Standard library only, and nothing of ours is imported: this file and pod.py are the two ends of one protocol.
+Standard library only, and nothing of ours is imported: this file and pod/ are the two ends of one protocol.
 
 The protocol. Three streams travel, each cut into chunks that are environment variables:
 
-    AIRLIFT_POD_0000 ...   pod.py's own source, without comments, zlib
+    AIRLIFT_POD_0000 ...   the pod program: those modules of pod/ that the job needs, without comments, zlib
     AIRLIFT_JOB_0000 ...   the job's description (JSON: config, commands, the user's environment), zlib
     AIRLIFT_TREE_0000 ...  the tree's tar, xz or gz
 
@@ -13,8 +13,7 @@ AIRLIFT_<STREAM>_CHUNKS (their number) and AIRLIFT_<STREAM>_SHA256 (of the text)
 cut, swapped, flipped or doubled chunk before it uses any. A platform sees base64, numbers and digests, never a user's
 text: Kubernetes rewrites $(NAME) and $$ in what it passes on.
 
-The tree itself is named by the SHA-256 of its uncompressed tar, which is the same on any machine; compressed bytes are
-not (zlib and zlib-ng differ).
+The tree itself is named by the SHA-256 of its uncompressed tar, the same on any machine; zlib and zlib-ng differ.
 
 Edge cases, all of them tested against the real kernel:
   - the kernel counts NAME=VALUE with its NUL, and 8 bytes of pointer for each string of argv and environment;
@@ -22,7 +21,6 @@ Edge cases, all of them tested against the real kernel:
   - a file that changes while it is read is an error: the tar would hold a tree that never was.
 """
 
-import ast
 import base64
 import fnmatch
 import functools
@@ -42,13 +40,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# Where the figures come from stands beside each; "measured" means run on Linux 6.18.
-MAX_STRING = 131_072  # bytes of one NAME=VALUE or argv string with its NUL: the kernel's MAX_ARG_STRLEN, measured
-MAX_EXEC = 2_097_152  # bytes of argv and environment of one execve at an 8 MiB stack, measured
+# The kernel's two limits stand in its source, and were measured on Linux 6.18: one byte more gives E2BIG.
+MAX_STRING = 131_072  # bytes of one NAME=VALUE or argv string with its NUL: MAX_ARG_STRLEN in uapi/linux/binfmts.h
+MAX_EXEC = 2_097_152  # bytes of argv and environment of one execve: a quarter of the stack, here 8 MiB (fs/exec.c)
 EXEC_RESERVE = 131_072  # bytes left free for what platform, image and shell add to a pod's environment (our choice)
 MAX_FILE = 67_108_864  # bytes of one file of the tree: no source is larger, and it is read into memory (our choice)
 MAX_PATH = 1_024  # bytes of one path in the tree, so that it fits below any folder of a pod: Linux ends at 4,096
-MIN_CHUNK = 1_024  # characters: with fewer, the chunks of pod.py need more than the three digits the bootstrap reads
+MIN_CHUNK = 1_024  # characters: with fewer, the chunks of the pod need more than the three digits the bootstrap reads
 POINTER = 8  # bytes the kernel counts for each string, besides the string
 SCRIPT_RESERVE = 2_048  # bytes of the pod's script besides its commands, its working directory among them
 OBJECT_RESERVE = 32_768  # bytes of an API object left for all that is not environment: image, mounts, custom_spec
@@ -68,9 +66,9 @@ class Limits:
     """What an executor can carry. Sizes in characters of base64 (= bytes) or bytes; 0 means that there is no limit."""
 
     chunk: int  # characters of one chunk; 0: the tree does not travel in chunks
-    value: int = 0  # characters of one environment value, enforced by the platform's server
-    args: int = 0  # characters of argv joined by blanks, likewise
-    object: int = 0  # bytes of the API object in etcd
+    value: int = 0  # characters of one environment value: run:AI answers 400 above, as NVIDIA's launcher documents it
+    args: int = 0  # characters of argv joined by blanks: nemo-run 0.11.1 stops there, run:AI's server at 10,000
+    object: int = 0  # bytes of the API object: etcd's --max-request-bytes, 1.5 MiB unless it is set
     copies: int = 1  # how often the environment stands in that object
 
 
@@ -143,11 +141,8 @@ def collect(root: Path, script: str, exclude: tuple[str, ...] = (), also: tuple[
     steps/ only the one that the script lies in, and of that only its family, the plain files, and the folders whose
     names begin with `_`. Where another folder is divided by recipe families too (cli/commands/nano3, …/super3), only
     the script's family ships from it as well. `also` are files and folders that ship whatever their family; `whole` is
-    all families.
-
-    Raises Refusal for a link that leaves what ships, a name that is not UTF-8, a device or socket, or a file that
-    changes meanwhile.
-    """
+    all families. Raises Refusal for a link that leaves what ships, a name that is not UTF-8, a device or socket, or a
+    file that changes meanwhile."""
     if not (root / "src").is_dir():
         raise Refusal("%s has no src folder, so there is nothing to ship" % root,
                       "name the source tree with --repo-root")
@@ -376,24 +371,32 @@ def compress(data: bytes, method: str) -> bytes:
     raise Refusal("compression %r is not known" % method, 'set compression to "xz" or "gz"')
 
 
+# The modules of pod/, each after those that it imports.
+PARTS = ("failures", "rank", "payload", "places", "process", "shared", "ray_nodes", "ray_cluster", "entry")
+
+
+def pod_program(job: dict[str, Any]) -> bytes:
+    """What the pods of a job run: those modules of pod/ that it needs, and __main__.py, which starts them."""
+    needed = {"shared": job.get("unpack") == "shared", "ray_nodes": job.get("cluster") == "pods",
+              "ray_cluster": job.get("cluster") == "platform"}
+    parts = [part for part in PARTS if needed.get(part, True)]
+    *texts, main = [_bare((Path(__file__).parent / "pod" / (part + ".py")).read_text(encoding="utf-8"))
+                    for part in (*parts, "__main__")]
+    named = ["('pod.%s', r'''%s'''),\n" % pair for pair in zip(parts, texts, strict=True)]
+    return "".join(["PARTS = (('pod', ''),\n", *named, ")\n", main]).encode()
+
+
 @functools.cache
-def pod_program() -> bytes:
-    """pod.py's source without comments and docstrings; its lines keep their numbers, so that tracebacks fit."""
-    return _bare(Path(__file__).with_name("pod.py").read_text(encoding="utf-8")).encode()
-
-
 def _bare(source: str) -> str:
-    docstrings = {node.body[0].lineno for node in ast.walk(ast.parse(source))
-                  if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node)}
-    lines = source.splitlines()
+    """A source without comments and docstrings; its lines keep their numbers, so that tracebacks fit."""
+    lines, before = source.splitlines(), tokenize.NEWLINE
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         (row, column), (last, end) = token.start, token.end
         if token.type == tokenize.COMMENT:
             lines[row - 1] = lines[row - 1][:column].rstrip()
-        elif token.type == tokenize.STRING and row in docstrings and not lines[row - 1][:column].strip():
-            lines[row - 1] = lines[row - 1][:column] + '""' + (lines[row - 1][end:] if row == last else "")
-            for between in range(row, last):
-                lines[between] = ""
+        elif token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+            lines[row - 1:last] = [lines[row - 1][:column] + '""' + lines[last - 1][end:]] + [""] * (last - row)
+        before = before if token.type in (tokenize.COMMENT, tokenize.NL) else token.type
     return "\n".join(lines) + "\n"
 
 
@@ -411,15 +414,23 @@ def stream(name: str, data: bytes, size: int) -> dict[str, str]:
 
 
 def _end(code: int, sentence: str) -> str:
-    """The expression of the bootstrap that says two lines, as pod.py would, and exits."""
+    """The expression of the bootstrap that says two lines, as the pod would, and exits."""
     lines = "%s=0,rank_unknown_ended_with_exit_code_%d=0" % (sentence, code)
     return ("([print(*dict(airlift=0),w.replace(chr(95),chr(32)),sep=chr(58)+chr(32))for(w)in(dict(%s))]"
             ",__import__(*dict(sys=0)).exit(%d))" % (lines, code))
 
 
-# What starts pod.py: one argument without blanks, quotes or `$`, so that neither a split by blanks nor shell rules
-# change it. `*dict(name=0)` spells a string without quotes. The folder it is started in leaves sys.path first: a
-# zlib.py that lies there is not ours. pod.py itself can be read from Python 3.7 on. The exit codes are pod.py's.
+# What starts the pod program: one argument without blanks, quotes or `$`, so that neither a split by blanks nor shell
+# rules change it; `*dict(name=0)` spells a string without quotes. The same in ordinary Python:
+#
+#     if "" in sys.path:  # the folder that it is started in: a zlib.py that lies there is not Python's
+#         sys.path.remove("")
+#     if sys.version_info[:2] <= (3, 6):  # it cannot read the program
+#         end(85, "the python3 of this image is too old")
+#     text = "".join(os.environ[name] for name in sorted(os.environ) if name.startswith("AIRLIFT_POD_0"))
+#     if hashlib.sha256(text.encode("utf8", "replace")).hexdigest() != os.environ.get("AIRLIFT_POD_SHA256"):
+#         end(80, "the program that unpacks did not arrive whole")
+#     exec(compile(zlib.decompress(base64.b64decode(text)), "pod_py", "exec"), {"__name__": "__main__"})
 BOOTSTRAP = (
     "[exec(compile(__import__(*dict(zlib=0)).decompress(__import__(*dict(base64=0)).b64decode(t)),*dict(pod_py=0),"
     "*dict(exec=0)),dict(__name__=str().join(dict(__main__=0))))"
@@ -440,10 +451,7 @@ ARGV = ("python3", "-c", BOOTSTRAP)
 
 @dataclass(frozen=True)
 class Plan:
-    """What every pod of a job gets, and its measured sizes.
-
-    env: NAME -> value for every pod, chunks included. argv: the same for every pod. budgets: (name, used, limit).
-    """
+    """What every pod of a job gets, and its measured sizes. `env` has the chunks; `budgets` are (name, used, limit)."""
 
     executor: str
     env: dict[str, str] = field(repr=False)  # secrets may be in it
@@ -452,6 +460,7 @@ class Plan:
     compression: str
     files: int
     tar: bytes = field(repr=False)  # the compressed tar, for an executor that packs natively
+    program: bytes = field(repr=False)  # that of the pods, for one that brings it as a file
     chunks: int  # chunks of the tree alone
     chunk_limit: int
     budgets: tuple[tuple[str, int, int], ...]
@@ -502,13 +511,11 @@ def packed(tree: Tree, method: str) -> Packed:
 
 def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str = "", chunk_bytes: int = 0,
              env: dict[str, str] | None = None, limits: Limits | None = None, ready: Packed | None = None) -> Plan:
-    """The Plan that carries `tree` and the description `job` (JSON-able; see pod.py for its keys) on `executor`.
-
+    """The Plan that carries `tree` and the description `job` (JSON-able; pod/payload.py checks its keys) on `executor`.
     `env` is what must be visible to the platform besides (numbers, a rank, secrets sent by value). `compression` and
     `chunk_bytes` (characters of base64) replace the executor's own; `ready` is the tree, if it is packed already. A
     plan that does not fit is returned all the same: ask `fits`, or call `require_fit()`. Raises Refusal for an unknown
-    executor or compression, for chunks too small to count, and for text that no environment can hold.
-    """
+    executor or compression, for chunks too small to count, and for text that no environment can hold."""
     standard = method_for(executor, compression)
     limits = limits or limits_for(executor, job)
     size = chunk_bytes or limits.chunk
@@ -519,23 +526,24 @@ def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str
     whole = dict(env or {}) | {"AIRLIFT_NODES": str(job["nodes"])}
     recipe = _recipe_exec(whole, job)
     chunks: dict[str, str] = {}
+    program = pod_program(job)
     if limits.chunk:
         chunks = stream("TREE", done.data, size)
-        whole |= chunks | stream("POD", zlib.compress(pod_program(), 9), size)
+        whole |= chunks | stream("POD", zlib.compress(program, 9), size)
         whole |= stream("JOB", zlib.compress(json.dumps(job, sort_keys=True).encode(), 9), size)
     argv = list(ARGV) if limits.chunk else ["python3", "pod.py"]
     budgets = _budgets(whole, argv, limits, recipe)
     budgets[:0] = [("one file", largest, MAX_FILE) for largest, _ in tree.oversize[:1]]
     biggest = sorted([*tree.oversize, *((len(entry.data), entry.path) for entry in tree.entries)], reverse=True)[:10]
     return Plan(executor, whole, argv, done.digest, done.method, len(tree.entries), done.data,
-                max(0, len(chunks) - 2), size, tuple(budgets), tuple(biggest))
+                program, max(0, len(chunks) - 2), size, tuple(budgets), tuple(biggest))
 
 
 MANIFEST = "airlift.json"
 
 
 def native(plan: Plan, job: dict[str, Any]) -> bytes:
-    """The plan's tree with pod.py and a manifest beside it, as gz, for an executor that brings files by itself: pod.py
+    """The plan's tree with pod.py and a manifest beside it, as gz, for an executor that brings files by itself: the pod
     reads the job's description there and what each path must be, a digest or "-> target"."""
     members: dict[str, str] = {}
     buffer = io.BytesIO()
@@ -548,7 +556,7 @@ def native(plan: Plan, job: dict[str, Any]) -> bytes:
             tar.addfile(info, io.BytesIO(data))
         description = {"sha256": plan.digest, "files": plan.files, "compression": plan.compression}
         manifest = json.dumps(job | {"tree": description, "members": members}, sort_keys=True, indent=1)
-        for name, data in (("pod.py", Path(__file__).with_name("pod.py").read_bytes()), (MANIFEST, manifest.encode())):
+        for name, data in (("pod.py", plan.program), (MANIFEST, manifest.encode())):
             info = tarfile.TarInfo(name)
             info.mode, info.size = 0o600, len(data)  # the description holds env_vars
             tar.addfile(info, io.BytesIO(data))
@@ -556,11 +564,11 @@ def native(plan: Plan, job: dict[str, Any]) -> bytes:
 
 
 def _recipe_exec(env: dict[str, str], job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """What pod.py will start bash with, about: its environment and argv. Raises Refusal for what no execve takes."""
+    """What the pod will start bash with, about: its environment and argv. Raises Refusal for what no execve takes."""
     result, texts = env | job.get("env", {}), [*job.get("setup", []), job.get("command", "")]
     for name in result:
         if not re.fullmatch(r"[^=\0]+", name):
-            raise Refusal("a variable cannot be named %r" % name, "mend its name in env_vars")
+            raise Refusal("a variable cannot be named %r" % name, "fix its name in env_vars")
     commands = [("a command", text) for text in texts]
     for what, text in [*result.items(), *commands, ("the config", job.get("config", ""))]:
         if "\0" in text or text != text.encode("utf-8", "ignore").decode():
@@ -576,11 +584,8 @@ def _bytes(text: str) -> int:
 
 
 def limits_for(executor: str, job: dict[str, Any], args: int = 0) -> Limits:
-    """The executor's limits for a job of this shape, with `args` in place of its own.
-
-    Two kinds of API objects hold the environment twice: a RayCluster has it in head and worker spec, a distributed
-    run:AI workload in the operator's master and worker spec.
-    """
+    """The executor's limits for a job of this shape, with `args` in place of its own. The environment stands twice in a
+    RayCluster (head and worker spec) and in a distributed run:AI workload (the operator's master and worker spec)."""
     several = job["nodes"] > 1
     twice = several and (executor == "dgxcloud" or (executor == "lepton" and job.get("launch") == "ray"))
     return replace(LIMITS[executor], copies=2 if twice else 1, args=args or LIMITS[executor].args)
@@ -599,13 +604,9 @@ def _budgets(env: dict[str, str], argv: list[str], limits: Limits,
                ("environment", exec_bytes(env, argv), MAX_EXEC - EXEC_RESERVE)]
     if exec_bytes(*recipe) > budgets[-1][2]:  # seldom: only what compresses well comes as far as this
         budgets.append(("recipe's environment", exec_bytes(*recipe), MAX_EXEC - EXEC_RESERVE))
-    if limits.value:
-        budgets.append(("one value", max(map(len, env.values())), limits.value))
-    if limits.args:
-        budgets.append(("arguments", len(" ".join(argv)), limits.args))
-    if limits.object:
-        budgets.append(("API object", object_bytes(env, argv, limits.copies), limits.object))
-    return budgets
+    others = (("one value", max(map(len, env.values())), limits.value), ("arguments", len(" ".join(argv)), limits.args),
+              ("API object", object_bytes(env, argv, limits.copies), limits.object))
+    return budgets + [budget for budget in others if budget[2]]
 
 
 def object_bytes(env: dict[str, str], argv: list[str], copies: int) -> int:

@@ -1,9 +1,8 @@
-"""What every executor is to the rest: its seven functions (Backend), the answer to "how is the job?" (Status), and the
-table of executors.
+"""The interface of every executor (Backend), the state of a job (Status), and the table of executors.
 
-A backend is a module, one file of this folder, with the functions and the set CAN of the Protocol below. Backends do
-not import each other; what several of them need lies in common/. A new executor is one file here and one line each in
-BACKENDS and transport.LIMITS.
+A backend is a module of this folder with the functions and the set CAN of the Protocol below. Backends do not import
+each other; what several of them need is in common/. A new executor is one file here and one line each in BACKENDS and
+transport.LIMITS.
 """
 
 import importlib
@@ -23,12 +22,12 @@ FINAL = ("done", "failed", "cancelled")
 
 @dataclass(frozen=True)
 class Status:
-    """How a job is. `gone` marks a final state that is only concluded: the platform no longer knows the job."""
+    """The state of a job."""
 
     state: str  # waiting, running, or one of FINAL
-    detail: str = ""  # the platform's own word
-    exit_code: int | None = None  # the recipe's; None where it is not known
-    gone: bool = False
+    detail: str = ""  # the platform's own name for it
+    exit_code: int | None = None  # the recipe's; None if not known
+    gone: bool = False  # the state is a guess, since the platform no longer knows the job
 
 
 GONE = "the platform no longer knows it"  # the detail of a Status with gone=True
@@ -36,62 +35,62 @@ GONE = "the platform no longer knows it"  # the detail of a Status with gone=Tru
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of `check`: what was looked at, how it came out, and for a failure what to do and the exit code."""
+    """One result of `check`."""
 
-    what: str
-    state: str  # ok; warning: a launch may still work, or it could not be found out; failure: it would not
-    said: str
+    what: str  # was checked
+    state: str  # ok; warning: a launch may still work, or it could not be checked; failure: it would not work
+    said: str  # the result
     fix: str = ""
-    code: int = 0
+    code: int = 0  # the exit code for a failure
 
 
 class Backend(Protocol):
-    """The seven functions of an executor's module."""
+    """The functions of an executor's module."""
 
     CAN: set[str]  # which of "detach" and "ray" (a Ray recipe on several nodes) it supports
 
     def check(self, job: Job, plan: Plan) -> None:
-        """Raise Refusal for what the platform would refuse, without asking it."""
+        """Raise Refusal for what the platform would refuse, without contacting it."""
 
     def submit(self, run: Run, job: Job, plan: Plan, attached: bool) -> None:
-        """Start the job. What the other functions need is in run.record, and saved before anything is sent."""
+        """Start the job. Before anything is sent, run.record is saved with what the other functions need."""
 
     def follow(self, run: Run) -> Status:
-        """Pass the logs of run.ranks on until the job has ended."""
+        """Print the logs of run.ranks until the job has ended."""
 
     def logs(self, run: Run) -> None:
-        """Print the logs that there are, and return."""
+        """Print the logs so far."""
 
     def status(self, run: Run) -> Status:
-        """Ask the platform."""
+        """Ask the platform for the state."""
 
     def cancel(self, run: Run) -> str:
-        """End the job. One sentence that says what was done."""
+        """End the job. Returns a sentence that says what was done."""
 
     def probe(self, settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
-        """What can be asked before a launch; without a job, of the profile alone."""
+        """Check on the platform what a launch needs; without a job, for the profile alone."""
 
 
 def backend(executor: str) -> Backend:
-    """The module of an executor, imported now. Raises Refusal for an executor that there is none for."""
+    """The module of an executor, imported on first use. Raises Refusal for an executor without one."""
     if executor not in BACKENDS:
-        raise Refusal("executor %s can plan (--dry-run) but not launch in this version" % executor,
+        raise Refusal("executor %s can only make dry runs in this version" % executor,
                       "use one of " + ", ".join(BACKENDS))
     return cast(Backend, importlib.import_module(BACKENDS[executor]))
 
 
 def require(job: Job, attached: bool) -> None:
-    """The one check of what a backend can do. Raises Refusal."""
+    """Raises Refusal for a job that needs what its backend does not support."""
     can = backend(job.executor).CAN
     if not attached and "detach" not in can:
         raise Refusal("--detach is not supported by executor %s" % job.executor, "launch without it")
-    if job.description["launch"] == "ray" and job.nodes > 1 and "ray" not in can:
+    if job.description.get("cluster") and "ray" not in can:
         raise Refusal("a Ray recipe on %d nodes is not supported by executor %s" % (job.nodes, job.executor),
                       "use --nodes 1, or another executor")
 
 
 def status(run: Run) -> Status:
-    """The platform's word, or how the run ended where that is known. Raises Refusal if it cannot be read."""
+    """The state by the platform, or the final one if that is known. Raises Refusal if it cannot be read."""
     if run.ended:
         return Status(run.ended[0], run.ended[1], run.job_exit_code)
     found = backend(run.executor).status(run)
@@ -100,20 +99,22 @@ def status(run: Run) -> Status:
 
 
 def keep_end(run: Run, found: Status) -> None:
-    """Remember a final Status in the run's file."""
+    """Save a final Status in the run's file."""
     if found.state in FINAL and not found.gone:
         run.ended, run.job_exit_code = [found.state, found.detail], found.exit_code
         run.save()
 
 
-def await_end(ask: Callable[[], Status], pause: float = 0.5, seconds: float = 60.0) -> Status:
-    """The Status once the job has ended, or as it is after `seconds`; asked for with pauses between."""
-    deadline = time.monotonic() + seconds
+ENDED_ALREADY = "it had already ended (%s); nothing was done"  # the answer of cancel, with the detail
+
+
+def stop_and_wait(what: str, ask: Callable[[], Status], stop: Callable[[], object]) -> str:
+    """Stop a job that has not ended yet, and wait a minute at most for its end. Returns what was done."""
+    found = ask()
+    if found.state in FINAL:
+        return ENDED_ALREADY % found.detail
+    stop()
+    deadline = time.monotonic() + 60
     while (found := ask()).state not in FINAL and time.monotonic() <= deadline:
-        time.sleep(pause)
-    return found
-
-
-def ended_already(detail: str) -> str:
-    """What cancel says of a job that is over."""
-    return "it had already ended (%s); nothing was done" % detail
+        time.sleep(0.5)
+    return what + (" was cancelled" if found.state in FINAL else " was told to stop, and is still " + found.detail)

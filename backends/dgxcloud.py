@@ -1,28 +1,24 @@
 """DGX Cloud on run:AI: one POST creates a workload that carries its own source.
 
-One node is a training; several are a distributed PyTorch training with a master that is made like the workers, since
-only then does the operator tell each pod its rank. Retries are off unless custom_spec sets them (restartPolicy Never,
+One node is a training; several are a distributed PyTorch training whose master is like the workers, since only then
+does the operator tell each pod its rank. Retries are off unless the profile sets them (restartPolicy Never,
 backoffLimit 0, cleanPodPolicy Running, no elastic policy), so that a dead rank ends the job.
 
-The control plane has no route for logs. They are read from the Kubernetes API (kube_apiserver_url) with the same token,
-or from the cluster API of self-hosted installations; where neither answers, that is said.
+The control plane has no API for logs. They are read from the Kubernetes API (kube_apiserver_url) with the same token,
+or from the cluster API of self-hosted installations.
 """
 
-from __future__ import annotations
-
-import codecs
 import json
 import os
 import re
-import urllib.parse
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import profiles
-from backends import GONE, Finding, Status
-from backends.common import checks, import_nemo
-from backends.common.bodies import job_name, require_object, sent_by_value, with_custom
-from backends.common.checks import tried
+from backends import GONE, Finding, Status, stop_and_wait
+from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
+from backends.common.checks import finding
 from jobs import Job, lies_on, require_image, workspace
 from runs import Run
 from transport import Plan, Refusal
@@ -40,20 +36,17 @@ PHASES = {
 
 
 class Record(TypedDict, total=False):
-    """What is remembered of a workload."""
+    """What is kept of a workload."""
 
-    kind: str  # "trainings" or "distributed": the route that it is reached by
+    kind: str  # "trainings" or "distributed": a part of its URL
     project: str
     name: str
-    log: str  # where the pods keep their own logs, with %d for the rank; "" for nowhere
+    log: str  # the file that each pod logs to, with %d for the rank; "" for none
     id: str  # run:AI's, once it is known
 
 
-# ---------------------------------------------------------------- what launch.py calls
-
-
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
-    """Create the workload. Everything that can be checked is checked before: nothing is half-submitted."""
+    """Create the workload, after everything that can be checked has been checked."""
     from backends.common.runai_client import Client
 
     settings = job.settings
@@ -65,31 +58,29 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     require_object("workload", size, "dgxcloud", ", or make custom_spec smaller")
     nemo = import_nemo()
 
+    root = job.description["run_root"]
+    log = os.path.join(root.replace("%", "%%"), "runs", job.run_id, "rank-%d.log") if root else ""
     run.keep(Record(kind="distributed" if job.nodes > 1 else "trainings", project=settings["project_name"], name=name,
-                    log=_own_log(job)))
+                    log=log))
     secrets = sent_by_value(job, plan)
     nemo.submit(name, nemo.dgxcloud_executor(job), job.run_id,
                 lambda: (create(client, run, body, secrets), "Creating"))
 
 
-def create(client: Client, run: Run, body: dict[str, Any], secrets: tuple[str, ...]) -> str:
-    """POST the workload and give its id. An answer that got lost is looked for: our names are never used twice."""
+def create(client: "Client", run: Run, body: dict[str, Any], secrets: tuple[str, ...]) -> str:
+    """POST the workload and return its id."""
+    from backends.common.http import created
+
     name = body["name"]
-    try:
+
+    def post() -> str:
         made = client.call("POST", "/workloads/" + run.record["kind"], "create workload " + name, body, name, secrets)
         if not made.get("workloadId"):
-            raise Refusal("run:AI gave no id of workload " + name, "look for it in the console", 5)
-        found = str(made["workloadId"])
-    except Refusal as refusal:
-        try:
-            there = client.find(name) if refusal.code == 5 or refusal.http == 409 else None
-        except Refusal:
-            there = None
-        if there is None:
-            raise
-        found = there
-    run.keep(Record(id=found))
-    return found
+            raise Refusal("run:AI gave no id for workload " + name, "look for it in the console", 5)
+        return str(made["workloadId"])
+
+    run.keep(Record(id=created(post, lambda: client.find(name))))
+    return str(run.record["id"])
 
 
 def follow(run: Run) -> Status:
@@ -109,37 +100,26 @@ def _follower(run: Run) -> Any:
     from backends.common.follow import Follower
 
     client = reconnect(run)
-    return Follower(run, lambda: _status(client, run), lambda rank, follow: open_log(client, run, rank, follow),
-                    lambda: trouble(client, run))
+    return Follower(run, partial(_status, client, run), partial(open_log, client, run), partial(trouble, client, run))
 
 
 def cancel(run: Run) -> str:
-    """POST …/suspend on the kind of workload that it is, and wait for it to stop."""
-    from backends.common import follow
-
-    client = reconnect(run)
-    name = run.record["name"]
-    return follow.cancel("workload " + name, lambda: _status(client, run),
+    """Suspend the workload, and wait for it to stop."""
+    client, name = reconnect(run), run.record["name"]
+    return stop_and_wait("workload " + name, partial(_status, client, run),
                          lambda: client.call("POST", _path(run) + "/suspend", "suspend workload " + name))
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
-    """The credentials, the project, volumes, credentials of [secrets], the ways to the logs."""
+    """The credentials, the project, volumes, credentials of [secrets], access to the logs."""
     from backends.common.runai_client import Client
 
-    client: Any = None
-
-    def signed_in() -> str:
-        nonlocal client
-        made = Client(settings)
-        made.token = made.ask_token()
-        client = made
-        return "client %s at %s" % (made.identity, made.base)
-
-    yield tried("credentials", signed_in)
+    client, found = checks.attempt("credentials", lambda: Client(settings).signed_in(),
+                                   lambda client: "client %s at %s" % (client.identity, client.base))
+    yield found
     if client is None:
         return
-    yield tried("project", lambda: "%s, id %s" % (settings["project_name"], client.project(
+    yield finding("project", lambda: "%s, id %s" % (settings["project_name"], client.project(
         settings["project_name"])[0]))
     yield checks.image_finding(settings, job)
     pvcs = settings.get("pvcs") or []
@@ -147,41 +127,40 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     yield from checks.listed("claim", claims, lambda: [
         str((entry.get("spec") or {}).get("claimName")) for entry in client.call(
             "GET", "/asset/datasource/pvc", "list the data sources").get("entries", [])],
-        "look that the claim exists in the project's namespace: not every claim is a data source", False)
+        "check that the claim exists in the project's namespace: not every claim is a data source", False)
     yield checks.workspace_finding(settings, [str(pvc.get("path")) for pvc in pvcs])
     wanted = [source.partition(":")[2].partition("/")[0] for source in settings.get("secrets", {}).values()
               if source != "env"]
     yield from checks.listed("credential", wanted, lambda: [
         str((entry.get("meta") or {}).get("name")) for entry in client.call(
             "GET", "/asset/credentials", "list the credentials").get("entries", [])],
-        "create it, or mend [secrets]: a user's own credentials are not listed", False)
-    yield _log_routes(client)
+        "create it, or correct [secrets]; a user's own credentials are not listed", False)
+    yield _log_access(client)
 
 
-def _log_routes(client: Client) -> Finding:
-    """Whether one of the two ways to the logs answers."""
-    origin = urllib.parse.urlsplit(client.base)
-    routes = {"the Kubernetes API": client.kube + "/version" if client.kube else "",
-              "the cluster API": "%s://%s/cluster-api/status" % (origin.scheme, origin.netloc)}
-    for name, url in routes.items():
+def _log_access(client: "Client") -> Finding:
+    """Whether one of the two APIs for logs answers."""
+    urls = {"the Kubernetes API": client.kube + "/version" if client.kube else "",
+            "the cluster API": client.origin + "/cluster-api/status"}
+    for name, url in urls.items():
         try:
-            if url and client.send("GET", url, "look for a way to the logs").status_code < 400:
+            if url and client.send("GET", url, "check the access to logs").status_code < 400:
                 return Finding("logs", "ok", "from %s" % name)
         except Refusal:
             continue
     return Finding("logs", "warning", "neither the Kubernetes API nor the cluster API answers",
-                   "set kube_apiserver_url; without it the pods' own logs lie in the workspace")
+                   "set kube_apiserver_url; without it, logs are only in the workspace")
 
 
-def reconnect(run: Run) -> Client:
-    """A client with the credentials of the run's profile, as it is now. Raises Refusal."""
+def reconnect(run: Run) -> "Client":
+    """A client with the present credentials of the run's profile. Raises Refusal."""
     from backends.common.runai_client import Client
 
     with profiles.pinned(run.origin and run.origin["env_file"]):
         profile = profiles.load(run.profile, run.recipe.partition("/")[2])
     profile.require_set()
     client = Client(profile.settings)
-    if "id" not in run.record:  # the answer to its creation never arrived
+    if "id" not in run.record:  # the answer to its creation was lost
         found = client.find(run.record["name"])
         if found is None:
             raise Refusal("run:AI has no workload %s: its creation failed" % run.record["name"], "launch again", 4)
@@ -197,10 +176,10 @@ def _path(run: Run) -> str:
 
 
 def check(job: Job, plan: Plan) -> None:
-    """What the API would refuse, or take and get wrong. Raises Refusal."""
+    """Raises Refusal for what the API would refuse, or accept and get wrong."""
     require_image(job)
     if not re.match("https?://[^/]", job.settings["base_url"]):
-        raise Refusal("base_url is %r" % job.settings["base_url"], "write it whole, like https://…/api/v1")
+        raise Refusal("base_url is %r" % job.settings["base_url"], "write the whole URL, like https://…/api/v1")
     if job.gpus_per_node == "gpu":
         raise Refusal('gpus_per_node is "gpu"', "run:AI needs a number; set gpus_per_node in the profile")
     for volume in job.settings.get("pvcs") or []:
@@ -215,17 +194,17 @@ def check(job: Job, plan: Plan) -> None:
                       "add the claim that holds it, or change the workspace")
     if job.nodes > 1 and job.settings.get("retries"):
         raise Refusal("retries is %d, and the job has %d nodes" % (job.settings["retries"], job.nodes),
-                      "run:AI starts one pod again without the others; take it out, and launch again: it resumes")
+                      "run:AI restarts one pod without the others; remove retries, and launch again to resume")
     framework = job.settings["distributed_framework"]
     if job.nodes > 1 and framework != "PyTorch":
         raise Refusal("distributed_framework is %r" % framework,
-                      "only PyTorch tells each pod its rank; take the key out")
+                      "only PyTorch tells each pod its rank; remove the key")
     if job.settings.get("custom_spec"):
         request(job, plan, job.run_id, "", "")
 
 
 def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict[str, Any]:
-    """The creation request: command and args are single strings, so argv must survive a split by blanks."""
+    """The creation request. Command and args are single strings, which run:AI splits at blanks."""
     env: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plan.env.items()]
     for key, source in job.secrets.items():
         if source != "env":
@@ -245,7 +224,7 @@ def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict
     return body | {"spec": with_custom(spec, custom, ("command", "args", "numWorkers"))}
 
 
-def _status(client: Client, run: Run) -> Status:
+def _status(client: "Client", run: Run) -> Status:
     try:
         answer = client.call("GET", _path(run), "read workload " + run.record["name"])
     except Refusal as refusal:
@@ -254,12 +233,12 @@ def _status(client: Client, run: Run) -> Status:
         raise
     phase = answer.get("actualPhase") or answer.get("phase")
     if not phase:
-        raise Refusal("run:AI told no phase of workload " + run.record["name"], "ask again, or look in the console", 5)
+        raise Refusal("run:AI gave no phase for workload " + run.record["name"], "try again, or look in the console", 5)
     return Status(PHASES.get(phase, "waiting"), phase)
 
 
-def trouble(client: Client, run: Run) -> str:
-    """The workload's warnings, newest first. Raises Refusal where this installation has no route for events."""
+def trouble(client: "Client", run: Run) -> str:
+    """The workload's warnings, newest first. Raises Refusal if this installation has no API for events."""
     page = client.call("GET", "/workloads/%s/events" % run.record["id"], "read the events", limit="20")
     warnings = [event for event in page.get("events", []) if event.get("type") == "Warning"]
     return "; ".join(dict.fromkeys("%s: %s" % (event.get("reason"), event.get("message")) for event in warnings))
@@ -268,45 +247,37 @@ def trouble(client: Client, run: Run) -> str:
 # ---------------------------------------------------------------- logs
 
 
-def open_log(client: Client, run: Run, rank: int, follow: bool = True) -> Iterator[str] | None:
-    """The log of one rank from its beginning, so far or as it comes; None while the pod has none. Raises Refusal (exit
-    code 4) if no route gives it."""
+def open_log(client: "Client", run: Run, rank: int, follow: bool = True) -> Iterator[str] | None:
+    """The log of one rank from its beginning, so far or as it grows; None while the pod has none. Raises Refusal (exit
+    code 4) if no API gives it."""
+    from backends.common.http import decoded
+
     name, single = run.record["name"], run.record["kind"] == "trainings"
-    tried = "no kube_apiserver_url in the profile"
+    why = "no kube_apiserver_url in the profile"
     if client.kube:
         pod = name + ("-0-0" if single else "-master-0" if rank == 0 else "-worker-%d" % (rank - 1))
         url = "%s/api/v1/namespaces/runai-%s/pods/%s/log" % (client.kube, run.record["project"], pod)
         query = {"follow": "true" if follow else "false"} | ({} if single else {"container": "pytorch"})
         response = client.send("GET", url, "read the log", query=query, stream=True)
         if response.status_code < 400:
-            return _decoded(response)
-        if response.status_code not in (401, 403):  # the container waits to start, the pod is gone, a bad moment
+            return decoded(response)
+        if response.status_code not in (401, 403):  # the container waits to start, or the pod is gone
             return None
-        tried = "the Kubernetes API answered %d" % response.status_code
-    if rank == 0:  # the cluster API gives the log of the first pod
-        origin = urllib.parse.urlsplit(client.base)
-        url = "%s://%s/cluster-api/api/v1/%s/workloads/training/%s/%s/logs/download" % (
-            origin.scheme, origin.netloc, run.record["project"], "runai" if single else "pytorch", name)
+        why = "the Kubernetes API answered %d" % response.status_code
+    if rank == 0:  # the cluster API has the log of the first pod only
+        url = "%s/cluster-api/api/v1/%s/workloads/training/%s/%s/logs/download" % (
+            client.origin, run.record["project"], "runai" if single else "pytorch", name)
         response = client.send("GET", url, "read the log", stream=True)
         if response.status_code < 400:
-            return _decoded(response)
-        tried += ", the cluster API %d" % response.status_code
-    where = run.record["log"] % rank if run.record["log"] else "no place: there is no workspace"
-    raise Refusal("run:AI gives no logs here (%s)" % tried, "the pod's own lies at " + where, 4)
+            return decoded(response)
+        why += ", the cluster API %d" % response.status_code
+    raise Refusal("run:AI gives no access to the logs (%s)" % why,
+                  "read the pod's own log at %s" % (run.record["log"] % rank) if run.record["log"] else
+                  "set kube_apiserver_url; there is no workspace where the pods keep logs", 4)
 
 
 def log_lines(run: Run) -> Iterator[str]:
-    """The lines of rank 0's log as they come, for nemo-run. Raises Refusal where there is no way to them."""
+    """The lines of rank 0's log as it grows, for nemo-run. Raises Refusal if no API gives it."""
     from backends.common.follow import lines
 
     return lines(open_log(reconnect(run), run, 0) or ())
-
-
-def _decoded(response: Any) -> Iterator[str]:
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    return (decode(piece) for piece in response.iter_content(chunk_size=None))
-
-
-def _own_log(job: Job) -> str:
-    root = job.description["run_root"]
-    return os.path.join(root.replace("%", "%%"), "runs", job.run_id, "rank-%d.log") if root else ""

@@ -1,11 +1,9 @@
-"""Docker, or what speaks its API: one container on this machine, which carries its own source as on the clouds.
+"""Docker, or what has the same API: one container on this machine, which carries its own source as on the clouds.
 
-nemo-run's DockerExecutor says what the container is like, and its list of jobs knows it. The daemon is found as the
-`docker` command finds it (DOCKER_HOST). When a container's end is first seen, its log and exit code move to Airlift's
-home and it is removed, since chunks and secrets are in its environment.
+nemo-run's DockerExecutor describes the container, and its list of jobs has it. The daemon is found as the `docker`
+command finds it (DOCKER_HOST). When a container is first seen to have ended, its log and exit code are saved in
+Airlift's home and it is removed, since chunks and secrets are in its environment.
 """
-
-from __future__ import annotations
 
 import os
 import re
@@ -15,9 +13,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import screen
-from backends import GONE, Finding, Status, ended_already
+from backends import ENDED_ALREADY, GONE, Finding, Status
 from backends.common import checks, import_nemo
-from backends.common.checks import tried
+from backends.common.checks import finding
 from jobs import Job, repository_of, require_image
 from profiles import FOLDER
 from runs import Run, home
@@ -29,31 +27,28 @@ GRACE_S = 20  # seconds between TERM and KILL
 
 
 class Record(TypedDict):
-    """What is remembered of a container."""
+    """What is kept of a container."""
 
     name: str
 
 
-# ---------------------------------------------------------------- what launch.py calls
-
-
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
-    """Start the container."""
+    """Pull the image unless it is here, and start the container."""
     mounts = volumes(job.settings)
     client = connect()
-    find_image(client, str(job.image))
+    if ask_docker(lambda: client.images.get(str(job.image)), True) is None:
+        ask_docker(lambda: client.images.pull(str(job.image)))
     name = "airlift-%s-%s" % (re.sub(r"[^A-Za-z0-9]+", "-", job.name, flags=re.ASCII).strip("-")[:40], job.run_id)
     run.keep(Record(name=name))
     nemo = import_nemo()
-
-    asked(lambda: nemo.submit_docker(docker_executor(job, mounts), job.run_id, name, plan.argv, plan.env, client))
+    ask_docker(lambda: nemo.submit_docker(docker_executor(job, mounts), job.run_id, name, plan.argv, plan.env, client))
     run.seen_running()
 
 
 def follow(run: Run) -> Status:
-    """Pass the log on until the container ends."""
+    """Print the log until the container ends."""
     if not run.ended:
-        print(screen.told(Status("running", "container " + run.record["name"]), run), flush=True)
+        print(screen.status_line(Status("running", "container " + run.record["name"]), run), flush=True)
     _show(run, True)
     return status(run)
 
@@ -85,58 +80,39 @@ def status(run: Run) -> Status:
 
 
 def cancel(run: Run) -> str:
-    """TERM, and KILL when that does not end it; returns when it has ended."""
+    """Send TERM, and KILL if that does not end it; returns when it has ended."""
     container = find(run)
     if container is None or container.status == "exited":
-        return ended_already(status(run).detail)
+        return ENDED_ALREADY % status(run).detail
     _kept(run).mkdir(mode=0o700, parents=True, exist_ok=True)
     (_kept(run) / "cancelled").touch()
-    asked(lambda: container.stop(timeout=GRACE_S))
+    ask_docker(lambda: container.stop(timeout=GRACE_S))
     status(run)
     return "container %s was stopped and removed; its log is kept" % run.record["name"]
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     """The daemon, the image, the runtime, the mounts."""
-    client: Any = None
-
-    def daemon() -> str:
-        nonlocal client
-        client = connect()
-        return "%s, %s" % (os.environ.get("DOCKER_HOST", "its usual socket"), asked(client.version)["Version"])
-
-    yield tried("daemon", daemon)
+    client, found = checks.attempt("daemon", connect, lambda client: "%s, %s" % (
+        os.environ.get("DOCKER_HOST", "its usual socket"), ask_docker(client.version)["Version"]))
+    yield found
     if client is None:
         return
     yield (named := checks.image_finding(settings, job))
     if named.state == "ok":
-        yield _image_here(client, named.said)
+        image = ask_docker(lambda: client.images.get(named.said), True)
+        yield Finding("image here", "ok", str(image.short_id)) if image else Finding(
+            "image here", "warning", "no: the first launch will pull it", "docker pull " + named.said)
     if (job.gpus_per_node if job else settings.get("gpus_per_node")) and settings.get("runtime"):
-        yield from checks.listed("runtime", [settings["runtime"]], lambda: list(asked(client.info)["Runtimes"]),
-                                 "install it, or take runtime out")
-    yield tried("mounts", lambda: ", ".join(volumes(settings, False)) or "none")
+        yield from checks.listed("runtime", [settings["runtime"]], lambda: list(ask_docker(client.info)["Runtimes"]),
+                                 "install it, or remove runtime")
+    yield finding("mounts", lambda: ", ".join(volumes(settings, False)) or "none")
     targets = [mount.split(":")[1] for mount in settings.get("mounts") or [] if ":" in str(mount)]
     yield checks.workspace_finding(settings, targets)
 
 
-def _image_here(client: Any, image: str) -> Finding:
-    from docker.errors import ImageNotFound
-
-    def get() -> Finding:
-        try:
-            return Finding("image here", "ok", str(client.images.get(image).short_id))
-        except ImageNotFound:
-            return Finding("image here", "warning", "no: the first launch will pull it", "docker pull " + image)
-
-    found: Finding = asked(get)
-    return found
-
-
-# ---------------------------------------------------------------- the container
-
-
 def check(job: Job, plan: Plan) -> None:
-    """What Docker cannot do, or would refuse. Raises Refusal."""
+    """Raises Refusal for what Docker cannot do, or would refuse."""
     if job.nodes > 1:
         raise Refusal("Docker starts one container on this machine, and the job has %d nodes" % job.nodes,
                       "set nodes = 1 in the profile, or use --nodes 1")
@@ -145,15 +121,16 @@ def check(job: Job, plan: Plan) -> None:
 
 
 def volumes(settings: dict[str, Any], make: bool = True) -> list[str]:
-    """The mounts as Docker takes them: `~`, variables and relative paths (from launch.py's folder) filled in. A bare
-    name is a volume of Docker's own. Folders that are not there are made. Raises Refusal."""
+    """The mounts as Docker takes them: `~`, variables and relative paths (from launch.py's folder) filled in. A name
+    without a slash is a Docker volume. Missing folders are created, with `make`. Raises Refusal."""
     result = []
     for mount in settings.get("mounts") or []:
         if isinstance(mount, str) and repository_of(mount, {}):
             continue  # the pod clones it
         found = re.fullmatch(r"([^:]+):(/[^:]*)(:[^:]+)?", str(mount))
         if not found:
-            raise Refusal("the mount %r cannot be read" % mount, 'write "SRC:DST" or "SRC:DST:ro", DST a whole path')
+            raise Refusal("the mount %r cannot be parsed" % mount,
+                          'write "SRC:DST" or "SRC:DST:ro", where DST is an absolute path')
         source = os.path.expanduser(os.path.expandvars(found.group(1)))
         unset = re.search(r"\$\{?(\w+)", source)
         if unset:
@@ -162,13 +139,13 @@ def volumes(settings: dict[str, Any], make: bool = True) -> list[str]:
         if "/" in source or source.startswith("."):
             source = os.path.normpath(FOLDER.parent / source)
             if make and not os.path.exists(source):
-                os.makedirs(source)  # as Docker does, but ours and not root's
+                os.makedirs(source)  # Docker would create it, too, but owned by root
         result.append(source + ":" + found.group(2) + (found.group(3) or ""))
     return result
 
 
 def docker_executor(job: Job, mounts: list[str]) -> Any:
-    """nemo-run's executor. GPUs, and the runtime for them, only where they are asked for."""
+    """nemo-run's executor, with GPUs and their runtime only if the job has any."""
     from nemo_run.core.execution.docker import DockerExecutor
     from nemo_run.core.packaging.base import Packager
 
@@ -177,67 +154,43 @@ def docker_executor(job: Job, mounts: list[str]) -> Any:
     return DockerExecutor(
         container_image=str(job.image), num_gpus=gpus or None, runtime=settings.get("runtime") if gpus else None,
         ipc_mode=settings.get("ipc_mode"), volumes=mounts, network="host", packager=Packager(),
-        shm_size=settings.get("shm_size") if settings.get("ipc_mode") != "host" else None)  # it has the host's
+        shm_size=settings.get("shm_size") if settings.get("ipc_mode") != "host" else None)  # else it is the host's
 
 
 def connect() -> Any:
-    """The daemon's client. Raises Refusal: 4 where it refuses us, 5 where it cannot be reached."""
+    """The daemon's client. Raises Refusal with exit code 4 if it refuses, 5 if it cannot be reached."""
     try:
         with screen.step("import docker"):
             import docker
     except ImportError as error:
         raise Refusal("Docker's SDK cannot be imported: %s" % error, "pip install -r requirements.txt") from None
-    return asked(lambda: docker.from_env(timeout=ANSWER_S))
+    return ask_docker(lambda: docker.from_env(timeout=ANSWER_S))
 
 
-def asked(call: Any) -> Any:
-    """The call's result. Raises Refusal in the daemon's own words."""
+def ask_docker(call: Any, may_lack: bool = False) -> Any:
+    """The call's result; with `may_lack`, None for what does not exist. Raises Refusal with the daemon's reason."""
     import requests
-    from docker.errors import APIError, DockerException
+    from docker.errors import APIError, DockerException, NotFound
 
     where = os.environ.get("DOCKER_HOST", "its usual socket")
     try:
         return call()
     except APIError as error:
+        if may_lack and isinstance(error, NotFound):
+            return None
         raise Refusal("Docker refuses: %s" % " ".join(str(error.explanation or error).split())[:300],
-                      "mend what it names in the profile", 4) from None
+                      "correct what it names in the profile", 4) from None
     except (DockerException, requests.RequestException) as error:
         if "Permission denied" in str(error):
-            raise Refusal("Docker at %s does not let this user in" % where, "join its group, or set DOCKER_HOST",
+            raise Refusal("this user may not use Docker at %s" % where, "join its group, or set DOCKER_HOST",
                           4) from None
         raise Refusal("Docker cannot be reached at %s" % where, "start it, or set DOCKER_HOST", 5) from None
 
 
-def find_image(client: Any, image: str) -> None:
-    """Pull the image unless it is here. Raises Refusal (exit code 4)."""
-    from docker.errors import ImageNotFound
-
-    def get() -> None:
-        try:
-            client.images.get(image)
-        except ImageNotFound:
-            client.images.pull(image)
-
-    asked(get)
-
-
 def find(run: Run) -> Any:
     """The run's container, or None."""
-    from docker.errors import NotFound
-
     client = connect()
-
-    def get() -> Any:
-        try:
-            return client.containers.get(run.record["name"])
-        except NotFound:
-            return None
-
-    found: Finding = asked(get)
-    return found
-
-
-# ---------------------------------------------------------------- its end
+    return ask_docker(lambda: client.containers.get(run.record["name"]), True)
 
 
 def _kept(run: Run) -> Path:
@@ -246,16 +199,16 @@ def _kept(run: Run) -> Path:
 
 def _put_away(run: Run, container: Any) -> Status:
     """Keep log and exit code, then remove the container."""
-    place = _kept(run)
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (place / "log").write_bytes(container.logs())
-    (place / "exit").write_text("%d\n" % container.attrs["State"]["ExitCode"])
-    asked(lambda: container.remove(force=True))
+    folder = _kept(run)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (folder / "log").write_bytes(container.logs())
+    (folder / "exit").write_text("%d\n" % container.attrs["State"]["ExitCode"])
+    ask_docker(lambda: container.remove(force=True))
     return _ended(run)
 
 
 def _ended(run: Run) -> Status:
-    """How a container that is gone ended."""
+    """The final status of a container that has been removed."""
     try:
         code = int((_kept(run) / "exit").read_text())
     except FileNotFoundError:

@@ -1,21 +1,18 @@
 """DGX Cloud Lepton: one POST /jobs creates a job that carries its own source.
 
-Credentials and address are the SDK's own: LEPTON_WORKSPACE_ID, LEPTON_WORKSPACE_TOKEN and LEPTON_WORKSPACE_URL, or what
-`lep login` wrote. Retries are off unless custom_spec sets them, so that a dead rank ends the job.
+The SDK finds credentials and address: LEPTON_WORKSPACE_ID, LEPTON_WORKSPACE_TOKEN and LEPTON_WORKSPACE_URL, or the file
+of `lep login`. Retries are off unless the profile sets them, so that a dead rank ends the job.
 """
 
-from __future__ import annotations
-
-import codecs
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, TypedDict
 
-from backends import GONE, Finding, Status
-from backends.common import checks, import_nemo
-from backends.common.bodies import job_name, require_object, sent_by_value, with_custom
-from backends.common.checks import tried
-from backends.common.lepton_client import asked, connect, node_group, reconnect
+from backends import GONE, Finding, Status, stop_and_wait
+from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
+from backends.common.checks import finding
+from backends.common.lepton_client import ask_lepton, connect, node_group, reconnect, valid
 from jobs import Job, require_image
 from runs import Run
 from transport import Plan, Refusal
@@ -30,18 +27,15 @@ STATES = {
 
 
 class Record(TypedDict):
-    """What is remembered of a job on Lepton; lepton_ray.Record is that of a run on a Ray cluster."""
+    """What is kept of a job on Lepton; lepton_ray.Record is that of a run on a Ray cluster."""
 
     job: str  # its name, which is its id
     url: str  # of the workspace's API
     ca_bundle: str | None
 
 
-# ---------------------------------------------------------------- what launch.py calls
-
-
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
-    """Create the job. Everything that can be checked is checked before: nothing is half-submitted."""
+    """Create the job, after everything that can be checked has been checked."""
     settings = job.settings
     client = connect(settings.get("ca_bundle"))
     if wants_cluster(job):
@@ -60,21 +54,19 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
 
 
 def wants_cluster(job: Job) -> bool:
-    """Whether the job runs on a Ray cluster of the platform's."""
-    return job.description["launch"] == "ray" and bool(job.nodes > 1 or job.settings.get("existing_ray_cluster"))
+    """Whether the job runs on a Ray cluster of the platform."""
+    return bool(job.description.get("cluster") == "platform")
 
 
 def lepton_ray() -> Any:
-    """The half of this backend for Ray clusters."""
+    """The part of this backend for Ray clusters."""
     from backends.common import lepton_ray
 
     return lepton_ray
 
 
 def follow(run: Run) -> Status:
-    if run.record.get("cluster"):
-        return lepton_ray().follow(run, reconnect(run))
-    return _follower(run).follow()
+    return lepton_ray().follow(run, reconnect(run)) if run.record.get("cluster") else _follower(run).follow()
 
 
 def logs(run: Run) -> None:
@@ -98,97 +90,86 @@ def _follower(run: Run, client: Any = None) -> Any:
     client = client or reconnect(run)
     if run.record.get("cluster"):
         return lepton_ray().follower(run, client)
-    return Follower(run, lambda: _status(client, run), lambda rank, follow: open_log(client, run, rank, follow),
-                    lambda: trouble(client, run))
+    return Follower(run, partial(_status, client, run), partial(open_log, client, run), partial(trouble, client, run))
 
 
 def cancel(run: Run) -> str:
-    from backends.common import follow
-
     client = reconnect(run)
     if run.record.get("cluster"):
         return lepton_ray().cancel(run, client)
     job, stop = run.record["job"], {"spec": {"stopped": True}}
-    return follow.cancel("job " + job, lambda: _status(client, run),
-                         lambda: asked("stop job " + job, client, lambda: client.job.update(job, stop)))
+    return stop_and_wait("job " + job, partial(_status, client, run),
+                         lambda: ask_lepton("stop job " + job, client, lambda: client.job.update(job, stop)))
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     """The credentials, the node group and its nodes, the shape, mounts, secrets."""
-    client: Any = None
-    groups: list[Any] = []
-
-    def workspace() -> str:
-        nonlocal client
+    def sign_in() -> tuple[Any, list[Any]]:
         client = connect(settings.get("ca_bundle"))
-        groups.extend(asked("list the node groups", client, client.nodegroup.list_all))
-        return client.url
+        return client, ask_lepton("list the node groups", client, client.nodegroup.list_all)
 
-    yield tried("credentials", workspace)
-    if client is None or not groups:
+    made, found = checks.attempt("credentials", sign_in, lambda made: made[0].url)
+    yield found
+    if not made or not made[1]:
         return
-    group: Any = None
+    client, groups = made
 
-    def by_name() -> str:
-        nonlocal group
+    def find_group() -> Any:
         found = node_group(client, settings["node_group"])
-        group = next(group for group in groups if group.metadata.id_ == found)
-        return "%s, id %s" % (group.metadata.name, found)
+        return next(group for group in groups if group.metadata.id_ == found)
 
-    yield tried("node group", by_name)
+    group, found = checks.attempt("node group", find_group, lambda group: "%s, id %s" % (
+        group.metadata.name, group.metadata.id_))
+    yield found
     if group is None:
         return
     yield _nodes(client, group.metadata.id_, job.nodes if job else settings.get("nodes", 1))
     shapes = [settings[key] for key in ("resource_shape", "head_resource_shape") if settings.get(key)]
     yield from checks.listed("resource shape", shapes, lambda: [
-        str(shape.metadata.id_ or shape.spec.name) for shape in asked(
+        str(shape.metadata.id_ or shape.spec.name) for shape in ask_lepton(
             "list the resource shapes", client, lambda: client.shapes.list_shapes(group.metadata.id_, "job"))],
         "set resource_shape in the profile")
     if settings.get("existing_ray_cluster"):
         name = settings["existing_ray_cluster"]
-        yield tried("Ray cluster", lambda: "%s is %s" % (name, asked(
+        yield finding("Ray cluster", lambda: "%s is %s" % (name, ask_lepton(
             "read Ray cluster " + name, client, lambda: client.raycluster.get(name)).status.state.value))
     yield checks.image_finding(settings, job)
     mounts = [mount for mount in settings.get("mounts") or [] if isinstance(mount, dict)]
     storage = [str(mount.get("from", "")).partition(":")[2] for mount in mounts]
     yield from checks.listed("storage", storage, lambda: [volume.name for volume in group.spec.volumes or []],
-                             "name a storage of the node group in mounts: from")
+                             "in mounts, set from to a storage of the node group")
     yield checks.workspace_finding(settings, [str(mount.get("mount_path")) for mount in mounts])
     secrets = [source.partition(":")[2] for source in settings.get("secrets", {}).values() if source != "env"]
     yield from checks.listed("secret", secrets, lambda: [
-        secret.name for secret in asked("list the secrets", client, client.secret.list_all)],
-        "create it in the workspace, or mend [secrets]")
+        secret.name for secret in ask_lepton("list the secrets", client, client.secret.list_all)],
+        "create it in the workspace, or correct [secrets]")
     for name in settings.get("image_pull_secrets", []):
-        yield Finding("pull secret", "warning", "%s: the SDK has no way to ask for it" % name, "look in the console")
+        yield Finding("pull secret", "warning", "%s: cannot be checked with the SDK" % name, "look in the console")
 
 
 def _nodes(client: Any, group: str, wanted: int) -> Finding:
-    """Whether a node group can hold the job, at all and now."""
-    nodes = asked("list the nodes", client, lambda: client.nodegroup.list_nodes(group))
+    """Whether a node group has enough nodes for the job, and enough that are ready now."""
+    nodes = ask_lepton("list the nodes", client, lambda: client.nodegroup.list_nodes(group))
     ready = [node for node in nodes if not node.spec.unschedulable and (
         not node.status or not node.status.status or "Ready" in node.status.status)]
-    said = "%d of %d are ready, %d wanted" % (len(ready), len(nodes), wanted)
+    said = "%d of %d are ready, the job needs %d" % (len(ready), len(nodes), wanted)
     if len(nodes) < wanted or not ready:
         return Finding("nodes", "failure", said, "choose another node group, or fewer nodes", 4)
-    return Finding("nodes", "ok" if len(ready) >= wanted else "warning", said,
-                   "" if len(ready) >= wanted else "a job would wait")
-
-
-# ---------------------------------------------------------------- the job
+    return Finding("nodes", "ok", said) if len(ready) >= wanted else Finding("nodes", "warning", said, "it would wait")
 
 
 def check(job: Job, plan: Plan) -> None:
-    """What the API would refuse. Raises Refusal."""
+    """Raises Refusal for what the API would refuse."""
     require_image(job)
     for mount in job.settings.get("mounts") or []:
         if isinstance(mount, dict):
             missing = [key for key in ("path", "mount_path", "from") if not mount.get(key)]
-            if missing:  # the library finds a missing `from` only after it has begun to submit (15)
+            if missing:
                 raise Refusal("a mount lacks %s: %s" % (", ".join(missing), mount),
                               'like: { path = "/", mount_path = "/shared", from = "node-nfs:my-storage" }')
     for name in job.secrets:
         if name.startswith("LEPTON_"):
-            raise Refusal("Lepton keeps the variable %s for itself" % name, "use another name under [secrets]")
+            raise Refusal("Lepton reserves the variable %s" % name, "use another name in [secrets]")
     if wants_cluster(job):
         lepton_ray().check(job)
     if job.settings.get("custom_spec"):
@@ -199,7 +180,6 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
     """The LeptonJob to create. Raises Refusal for a field of custom_spec that the API does not have."""
     from leptonai.api.v1.types.common import Metadata
     from leptonai.api.v1.types.job import LeptonJob, LeptonJobUserSpec
-    from pydantic import ValidationError
 
     settings = job.settings
     envs: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plan.env.items()]
@@ -210,7 +190,7 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
         "affinity": {"allowed_dedicated_node_groups": [group]},
         "container": {"image": job.image, "command": plan.argv},
         "completions": job.nodes, "parallelism": job.nodes, "intra_job_communication": True,
-        # The platform's defaults would restart a dead rank by itself; what is asked for starts all of them again.
+        # The platform's defaults would restart a dead rank alone; retries start all ranks again.
         "max_failure_retry": 0, "max_job_failure_retry": settings.get("retries", 0),
         "envs": envs, "mounts": [mount for mount in settings.get("mounts") or [] if isinstance(mount, dict)],
         "image_pull_secrets": settings.get("image_pull_secrets", []), "ttl_seconds_after_finished": None,
@@ -220,25 +200,21 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
     if settings.get("node_reservation"):
         spec["reservation_config"] = {"reservation_id": settings["node_reservation"]}
     flags = {key: True for key in ("can_be_preempted", "can_preempt") if settings.get(key)}
-    if flags or settings.get("queue_priority"):  # the flags need a priority; this is nemo-run's
+    if flags or settings.get("queue_priority"):  # the flags need a priority; the default is nemo-run's
         spec["queue_config"] = {"priority_class": settings.get("queue_priority", "mid-4000"), **flags}
     ours = ("container.command", "completions", "parallelism")
     spec = with_custom(spec, settings.get("custom_spec", {}), ours)
-    try:
-        body = LeptonJob(metadata=Metadata(id=name, name=name), spec=LeptonJobUserSpec(**spec))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise Refusal("the job does not fit Lepton's API: %s: %s" % (".".join(map(str, first["loc"])), first["msg"]),
-                      "mend it in the profile") from None
+    body = valid("job", lambda: LeptonJob(metadata=Metadata(id=name, name=name), spec=LeptonJobUserSpec(**spec)))
     lost = dropped(spec, body.spec.model_dump(by_alias=True))
     if lost:
         raise Refusal("a Lepton job has no field %s" % ", ".join(lost),
-                      "take it out of custom_spec or mounts; there are " + ", ".join(LeptonJobUserSpec.model_fields))
+                      "remove it from custom_spec or mounts; the fields are "
+                      + ", ".join(LeptonJobUserSpec.model_fields))
     return body
 
 
 def dropped(given: Any, kept: Any, where: str = "") -> list[str]:
-    """The fields that the SDK's models let fall without a word, as dotted names."""
+    """The fields that the SDK's models ignore silently, as dotted names."""
     if isinstance(given, dict) and isinstance(kept, dict):
         return [name for key, value in given.items() for name in
                 ([where + key] if key not in kept else dropped(value, kept[key], where + key + "."))]
@@ -248,68 +224,62 @@ def dropped(given: Any, kept: Any, where: str = "") -> list[str]:
 
 
 def create(client: Any, body: Any, name: str, secrets: tuple[str, ...]) -> str:
-    """POST the job and give its id. An answer that got lost is looked for: our names are never used twice."""
-    try:
-        return str(asked("create job " + name, client, lambda: client.job.create(body), name, secrets).metadata.id_)
-    except Refusal as refusal:
-        if refusal.code == 5 or refusal.http == 409:
-            try:
-                return str(client.job.get(name).metadata.id_)
-            except Exception:  # whatever it is, what was said first counts
-                raise refusal from None
-        raise
+    """POST the job and return its id."""
+    from backends.common.http import created
+
+    return created(lambda: str(ask_lepton("create job " + name, client, lambda: client.job.create(body), name,
+                                          secrets).metadata.id_), lambda: str(client.job.get(name).metadata.id_))
 
 
 def _status(client: Any, run: Run) -> Status:
     try:
-        job = asked("read job " + run.record["job"], client, lambda: client.job.get(run.record["job"]))
+        job = ask_lepton("read job " + run.record["job"], client, lambda: client.job.get(run.record["job"]))
     except Refusal as refusal:
         if refusal.http == 404:
             return Status("cancelled", GONE, gone=True)
         raise
     if not job.status or not job.status.state:
-        raise Refusal("Lepton told no state of job " + run.record["job"], "ask again, or look in the console", 5)
+        raise Refusal("Lepton gave no state for job " + run.record["job"], "try again, or look in the console", 5)
     word, ready, succeeded = job.status.state.value, job.status.ready or 0, job.status.succeeded or 0
     state = STATES.get(word, "waiting")
     if word == "Running" and ready + succeeded < run.nodes:
         return Status("waiting", "%s, %d of %d pods ready" % (word, ready, run.nodes))
-    if word == "Archived" and succeeded < run.nodes:  # its state no longer says how it ended
+    if word == "Archived" and succeeded < run.nodes:  # this state does not say how it ended
         state = "failed"
     return Status(state, word)
 
 
 def trouble(client: Any, run: Run) -> str:
-    """The job's warnings, newest first: only its events tell that an image cannot be pulled."""
-    events = asked("read the job's events", client, lambda: client.job.get_events(run.record["job"]))
+    """The job's warnings, newest first: only its events show that an image cannot be pulled."""
+    events = ask_lepton("read the job's events", client, lambda: client.job.get_events(run.record["job"]))
     return ", ".join(dict.fromkeys(event.reason for event in reversed(events) if event.type_ == "Warning"))
 
 
 def open_log(client: Any, run: Run, rank: int, follow: bool = True) -> Iterator[str] | None:
-    """The log of one rank from its beginning, so far or as it comes; None while there is none. A pod that was started
+    """The log of one rank from its beginning, so far or as it grows; None while there is none. A pod that was started
     again is another replica, later in the list."""
     from backends.common.follow import so_far
 
     found = [log for log in (_stream(client, run, name) for name in replicas(client, run, rank)) if log]
-    if not follow:  # the route has no parameter for it
+    if not follow:  # the API has no parameter for it
         found = [so_far(log) for log in found]
     return (text for log in found for text in log) if found else None
 
 
 def replicas(client: Any, run: Run, rank: int) -> list[str]:
-    """The names of a rank's pods, one for each time that it was started, oldest first."""
-    found = asked("list the replicas", client, lambda: client.job.get_replicas(run.record["job"]))
+    """The names of a rank's pods, one for each start, oldest first."""
+    found = ask_lepton("list the replicas", client, lambda: client.job.get_replicas(run.record["job"]))
     names = [str(replica.metadata.id_ or replica.id_) for replica in found]
     return [name for name in names if re.match(re.escape(run.record["job"]) + "-%d(-|$)" % rank, name)]
 
 
 def _stream(client: Any, run: Run, replica: str) -> Iterator[str] | None:
-    from backends.common.http import refused
+    from backends.common import http
 
     path = "/jobs/%s/replicas/%s/log" % (run.record["job"], replica)
-    response = asked("read the log", client, lambda: client._get(path, stream=True))
-    if response.status_code in (400, 404):  # the container waits to start; the pod is gone
+    response = ask_lepton("read the log", client, lambda: client._get(path, stream=True))
+    if response.status_code in (400, 404):  # the container waits to start, or the pod is gone
         return None
     if response.status_code >= 400:
-        raise refused("Lepton", response, "read the log", (client.auth_token or "",))
-    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-    return (decode(piece) for piece in response.iter_content(chunk_size=None))
+        raise http.refused("Lepton", response, "read the log", (client.auth_token or "",))
+    return http.decoded(response)

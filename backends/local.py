@@ -1,9 +1,9 @@
-"""Pods as processes of this machine, started the way a platform would start them.
+"""Pods as processes on this machine, started the way a platform would start them.
 
 A supervisor process (forked, so that a detached job outlives the launcher) starts one process per pod with the plan's
-argv and environment, NODE_RANK, an address and a port for rank 0, and a scratch folder of its own. It prefixes each
-pod's output with its rank, ends the others when one fails, and writes the first failure's code. Attached, the
-supervisor gets SIGTERM when the launcher dies; each pod gets it when the supervisor dies.
+argv and environment, NODE_RANK, the address of rank 0, and a scratch folder of its own. It prefixes each pod's output
+with its rank, ends the others when one fails, and writes the exit code of the first failure. When the launcher of an
+attached job dies, the supervisor gets SIGTERM; when the supervisor dies, each pod does.
 """
 
 import ctypes
@@ -24,9 +24,9 @@ from typing import IO, Any, TypedDict
 
 import screen
 import transport
-from backends import Finding, Status, ended_already
+from backends import ENDED_ALREADY, Finding, Status
 from jobs import Job, workspace
-from pod import become_subreaper, end_the_rest
+from pod.process import become_subreaper, end_the_rest
 from runs import Run, home
 from transport import Plan, Refusal
 
@@ -35,25 +35,24 @@ GRACE_S = 10.0  # between TERM and KILL
 
 
 class Record(TypedDict):
-    """What is remembered of pods on this machine."""
+    """What is kept of pods on this machine."""
 
-    folder: str  # `log` and, at the end, `exit`
+    folder: str  # in Airlift's home: `log` and, at the end, `exit`
     pid: int  # of the supervisor
-    born: str  # when that was started, in the kernel's ticks
-
-
-# ---------------------------------------------------------------- what launch.py calls
+    born: str  # when it was started, in the kernel's ticks
 
 
 def check(job: Job, plan: Plan) -> None:
-    """Pods here are processes: nobody refuses them."""
+    """Nothing to check: pods are processes."""
 
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
-    """Start the supervisor. Its folder under Airlift's home holds `log` and, at the end, `exit`."""
+    """Start the supervisor."""
     folder = home() / "local" / job.run_id
     folder.mkdir(mode=0o700, parents=True)
-    port = _free_port()
+    with socket.socket() as probe:  # a free port for rank 0
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     envs = [pod_env(job, plan, rank, port, folder) for rank in range(job.nodes)]
     launcher = os.getpid()
     pid = os.fork()
@@ -70,29 +69,29 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
 
 
 def follow(run: Run) -> Status:
-    """Pass the log on until the supervisor has written the exit code. On a terminal a last line moves with what the
-    recipe writes to PROGRESS_FILE; it is in no log."""
-    rest, moving = b"", ""
+    """Print the log until the supervisor has written the exit code. On a terminal, the last line shows the progress
+    that the recipe writes to PROGRESS_FILE; it is not part of the log."""
+    rest, shown = b"", ""
     with open(_await(Path(run.record["folder"]) / "log"), "rb") as log:
         try:
             while True:
                 over = not _alive(run)
                 data = log.read()
                 if data:
-                    moving = screen.moving("", moving)
+                    shown = screen.progress("", shown)
                 rest = _show(run, rest + data)
                 if not data and over:
                     break
                 if not data:
-                    moving = screen.moving(_progress(run), moving)
+                    shown = screen.progress(_progress(run), shown)
                     time.sleep(0.05)
         finally:
-            screen.moving("", moving)
+            screen.progress("", shown)
     return status(run)
 
 
 def _progress(run: Run) -> str:
-    """The newest line that a pod has written of its progress; "" if there is none."""
+    """The newest progress line of a pod; "" if there is none."""
     files = Path(run.record["folder"]).glob("progress-*[0-9]")
     try:
         return max(files, key=lambda file: file.stat().st_mtime_ns).read_text(encoding="utf-8", errors="replace")
@@ -105,8 +104,7 @@ def logs(run: Run) -> None:
 
 
 def _show(run: Run, data: bytes) -> bytes:
-    """Print the whole lines of the ranks that are wanted, and what the supervisor says; gives the last, unfinished
-    line."""
+    """Print the complete lines of run.ranks and of the supervisor; returns the last, incomplete line."""
     *whole, rest = data.split(b"\n")
     for line in whole:
         found = re.match(rb"\[(\d+)\] ", line) if run.nodes > 1 else None
@@ -121,7 +119,7 @@ def _show(run: Run, data: bytes) -> bytes:
 
 
 def status(run: Run) -> Status:
-    alive = _alive(run)  # before the file is read: what has ended by now has written it
+    alive = _alive(run)  # before the file is read: a supervisor that has ended has written it
     folder = Path(run.record["folder"])
     try:
         code = int((folder / "exit").read_text())
@@ -132,9 +130,9 @@ def status(run: Run) -> Status:
 
 
 def cancel(run: Run) -> str:
-    """TERM to the supervisor, which ends its pods; returns when they are gone."""
+    """Send TERM to the supervisor, which ends its pods; returns when they are gone."""
     if not _alive(run):
-        return ended_already(status(run).state)
+        return ENDED_ALREADY % status(run).state
     (Path(run.record["folder"]) / "cancelled").touch()
     os.kill(run.record["pid"], signal.SIGTERM)
     while _alive(run):
@@ -153,29 +151,29 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     for name, place in (("scratch", Path(tempfile.gettempdir())), ("workspace", base)):
         here = next(folder for folder in (place, *place.parents) if folder.exists())
         free = shutil.disk_usage(here).free
-        low = Finding(name, "warning", "%s: only %s free" % (place, transport.human(free)), "make room")
+        low = Finding(name, "warning", "%s: only %s free" % (place, transport.human(free)), "free some space")
         fine = Finding(name, "ok", "%s: %s free" % (place, transport.human(free)))
         yield (low if free < 1 << 30 else fine) if os.access(here, os.W_OK) else Finding(
-            name, "failure", "%s cannot be written" % place, "choose another", 2)
+            name, "failure", "%s cannot be written" % place, "choose another folder", 2)
     gpus = (job.gpus_per_node if job else settings.get("gpus_per_node")) or 0
     found = len(list(Path("/dev").glob("nvidia[0-9]*")))
     wanted = gpus * (job.nodes if job else settings.get("nodes", 1)) if isinstance(gpus, int) else 1
     if wanted:
         yield Finding("GPUs", "ok", "%d here" % found) if found >= wanted else Finding(
-            "GPUs", "failure", "%d are wanted, and %d here" % (wanted, found), "set gpus_per_node = 0", 2)
+            "GPUs", "failure", "the job needs %d, and %d are here" % (wanted, found), "set gpus_per_node = 0", 2)
 
 
 # ---------------------------------------------------------------- supervisor
 
 
 def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
-    """Run one process per environment to the end of all; the first failure ends the others and gives the code."""
+    """Run one process per environment until all have ended; the first failure ends the others and sets the code."""
     scratch = Path(tempfile.mkdtemp(prefix="airlift-"))
     pods: list[subprocess.Popen[bytes]] = []
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(128 + number))
     code = 70
-    become_subreaper()  # what a pod leaves behind when it is killed comes to us, as to a container's process 1
+    become_subreaper()  # the children of a killed pod become ours, as those of a container become process 1's
     try:
         with open(folder / "log", "ab", buffering=0) as log:
             for rank, env in enumerate(envs):
@@ -184,22 +182,22 @@ def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
                 pods.append(subprocess.Popen(
                     argv, env=env | {"TMPDIR": str(place)}, cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT, preexec_fn=die_with_parent))
-            pumps = [threading.Thread(target=_prefix, args=(pod.stdout, log, b"[%d] " % rank if len(envs) > 1 else b""))
-                     for rank, pod in enumerate(pods)]
-            for pump in pumps:
-                pump.start()
+            copiers = [threading.Thread(target=_prefix, args=(pod.stdout, log, b"[%d] " % rank * (len(envs) > 1)))
+                       for rank, pod in enumerate(pods)]
+            for copier in copiers:
+                copier.start()
             code = _watch(pods, stop)
             end_the_rest(1.0)
-            for pump in pumps:
-                pump.join(5)
+            for copier in copiers:
+                copier.join(5)
     finally:
         for pod in pods:
             if pod.poll() is None:
                 pod.kill()
         end_the_rest(1.0)
         shutil.rmtree(scratch, ignore_errors=True)
-        for told in folder.glob("progress-*"):
-            told.unlink()
+        for file in folder.glob("progress-*"):
+            file.unlink()
         (folder / "exit.new").write_text("%d\n" % code)
         (folder / "exit.new").rename(folder / "exit")
     return 0
@@ -207,7 +205,7 @@ def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
 
 def _watch(pods: list[subprocess.Popen[bytes]], stop: list[int]) -> int:
     code, deadline = 0, 0.0
-    while None in [pod.poll() for pod in pods]:  # a list, so that each is asked
+    while None in [pod.poll() for pod in pods]:  # a list, so that all are polled
         failed = [pod.returncode for pod in pods if pod.returncode]
         if (failed or stop) and not deadline:
             code = stop[0] if stop else failed[0]
@@ -223,20 +221,20 @@ def _watch(pods: list[subprocess.Popen[bytes]], stop: list[int]) -> int:
 
 
 def _prefix(pipe: IO[bytes], log: Any, prefix: bytes) -> None:
-    """Copy line by line; a line that is not finished is passed on when its pod ends."""
+    """Copy line by line; an incomplete line is copied when its pod ends."""
     for line in pipe:
         log.write(prefix + line if line.endswith(b"\n") else prefix + line + b"\n")
 
 
 def pod_env(job: Job, plan: Plan, rank: int, port: int, folder: Path) -> dict[str, str]:
-    """A pod's whole environment: a small base, the platform's words, the plan. Nothing else of ours reaches it."""
+    """A pod's whole environment: a small base, the rank and address of the pods, the plan."""
     here = str(Path(sys.executable).parent)
     base = {"PATH": here + os.pathsep + os.environ.get("PATH", os.defpath), "HOME": str(Path.home()),
             "LANG": os.environ.get("LANG", "C.UTF-8"), "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",
             "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "PROGRESS_FILE": str(folder / ("progress-%d" % rank))}
     gpus = job.gpus_per_node
-    if isinstance(gpus, int):  # each pod its own GPUs; "gpu" leaves all of them to every pod
+    if isinstance(gpus, int):  # each pod gets its own GPUs; with "gpu", every pod gets all
         base["CUDA_VISIBLE_DEVICES"] = ",".join(str(rank * gpus + index) for index in range(gpus))
     return base | plan.env
 
@@ -246,8 +244,7 @@ def die_with_parent() -> None:
 
 
 def _detach(folder: Path, launcher: int, attached: bool) -> None:
-    """A session of its own, so that Ctrl-C reaches only the launcher, which then says what to end. What the supervisor
-    itself has to say goes to the log."""
+    """Start a new session, so that Ctrl-C reaches only the launcher. The supervisor's own output goes to the log."""
     os.setsid()
     if attached:
         die_with_parent()
@@ -259,32 +256,26 @@ def _detach(folder: Path, launcher: int, attached: bool) -> None:
     os.dup2(log, 2)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _await(path: Path, seconds: float = 10.0) -> Path:
     deadline = time.monotonic() + seconds
     while not path.exists():
         if time.monotonic() > deadline:
-            raise Refusal("the pods did not start: %s is missing" % path, "look whether the disk is full", 5)
+            raise Refusal("the pods did not start: %s is missing" % path, "check whether the disk is full", 5)
         time.sleep(0.02)
     return path
 
 
 def _born(pid: int) -> str:
-    """When a process was started, in the kernel's ticks; "" if it is gone. It tells a pid that was used again."""
+    """When a process was started, in the kernel's ticks; "" if it is gone. Pids are used again, pairs of both not."""
     try:
         fields = Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if fields[0] == "Z" else fields[19]  # a zombie: process 1 of a container need not reap
+    return "" if fields[0] == "Z" else fields[19]  # a zombie counts as gone: a container may never reap it
 
 
 def _alive(run: Run) -> bool:
-    """Whether the supervisor still runs. As its parent, take its end first, or it would stay as a zombie."""
+    """Whether the supervisor still runs. If it is our child and has ended, it is reaped first."""
     pid = run.record["pid"]
     try:
         os.waitpid(pid, os.WNOHANG)

@@ -1,9 +1,9 @@
-"""Storms on pod.py's shared unpack: pods as real processes that are killed, starved, lied to and started again.
+"""Storms on the pod's shared unpack: pods as real processes that are killed, starved, lied to and started again.
 
     python -m tests.chaos --kills 5000 --pods 32 --seed 7
 
-A pod here is a fork that calls pod.put, reads its tree for a while as a recipe would, and gives it up. Faults stand
-between pod.py and the file system: SIGKILL before, after or in the middle of the k-th call, a quota that fails a
+A pod here is a fork that calls Places.put with a SharedTree, reads its tree for a while as a recipe would, and gives it up. Faults stand
+between it and the file system: SIGKILL before, after or in the middle of the k-th call, a quota that fails a
 rename, a rename that is carried out and answered ENOENT, a listing that is out of date. Others kill from outside, at
 any time. Meanwhile an observer reads whatever is published and never stops.
 
@@ -38,8 +38,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pod
 import transport
+from pod import failures, payload, places, shared
+from pod.shared import SharedTree
 from transport import Entry, Tree
 
 NAME = re.compile(r"[0-9]{6,18}-([0-9a-f]{64})\.[0-9a-f]{8}")
@@ -89,7 +90,7 @@ class Pod:
 
 
 class Faults:
-    """Stands between pod.py and the file system, in a process that is pod.py's alone.
+    """Stands between pod/ and the file system, in a process of its own.
 
     kill: (k, "before" | "after" | "half") of the k-th call. quota: renames into trees/ (`where`: or another folder)
     fail with EDQUOT and these words. lost: so many renames are carried out and answered ENOENT. stale: so many
@@ -105,7 +106,8 @@ class Faults:
         self.lists: dict[str, tuple[int, list[str]]] = {}
         for call in self.CALLS:
             setattr(os, call, self.wrapped(call, getattr(os, call)))
-        pod.open = self.opened  # type: ignore[attr-defined]
+        for module in (payload, places, shared):
+            module.open = self.opened  # type: ignore[attr-defined]
 
     def wrapped(self, call: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def instead(*args: Any, **options: Any) -> Any:
@@ -264,18 +266,17 @@ class Ground:
         entry: dict[str, Any] = {"name": wanted.name, "rank": wanted.rank, "pid": os.getpid(), "code": 0, "seen": "",
                                  "patience": wanted.patience, "faulty": bool({"quota", "full"} & set(wanted.plan))}
         faults = Faults(top, wanted.plan)
-        places = pod.Places(job, env)
+        at, tree = places.Places(job, env), SharedTree(job, env, wanted.rank, wanted.source.tar)
         begin = time.monotonic()
         try:
-            shared = pod.put(wanted.source.tar, job, places, env, wanted.rank)
-        except pod.Failure as failure:
+            at.put(wanted.source.tar, job, tree)
+        except failures.Failure as failure:
             entry |= {"code": failure.code, "seen": failure.seen}
         faults.armed = False
         entry |= {"begin": begin, "waited": time.monotonic() - begin, "calls": faults.calls}
         if entry["code"] == 0:
-            entry |= {"path": places.code} | self.use(wanted, places.code, begin)
-            assert shared
-            shared.release()
+            entry |= {"path": at.code} | self.use(wanted, at.code, begin)
+            tree.release()
         self.write(entry)
         return int(entry["code"])
 
@@ -299,7 +300,7 @@ class Ground:
 
 
 def whole(code: str, wanted: Source) -> str:
-    """What is wrong with a tree, read without pod.py's help."""
+    """What is wrong with a tree, read without the help of pod/."""
     for path, data in wanted.files.items():
         try:
             descriptor = os.open(os.path.join(code, path), os.O_RDONLY | os.O_NONBLOCK)  # it may be a FIFO by now
@@ -538,11 +539,11 @@ class Storm:
                 self.longest = max(self.longest, over)
             if entry["rank"] and over > self.slack:
                 self.violations.append("too late: " + who)
-            if entry["code"] not in (0, pod.PLACE, pod.WAIT) or (entry["code"] and not entry["seen"]):
+            if entry["code"] not in (0, failures.PLACE, failures.WAIT) or (entry["code"] and not entry["seen"]):
                 self.violations.append("no failure of ours: " + who)
-            if entry["code"] == pod.PLACE and not entry["faulty"]:
+            if entry["code"] == failures.PLACE and not entry["faulty"]:
                 self.violations.append("no reason to fail: " + who)
-            if entry["code"] == pod.WAIT and (entry["rank"] == 0 or (
+            if entry["code"] == failures.WAIT and (entry["rank"] == 0 or (
                     entry["name"] not in self.may_fail if entry["seen"].startswith("rank 0 says") else over < 0)):
                 self.violations.append("no reason to stop: " + who)
             if entry["seen"].startswith("rank 0 says"):
@@ -551,7 +552,7 @@ class Storm:
 
 
 def aftermath(ground: Ground, clean: Pod, tops: list[str] | None = None) -> list[str]:
-    """After a storm: a clean start succeeds, and what is left is what pod.py's docstring admits."""
+    """After a storm: a clean start succeeds, and what is left is what the docstring of pod/shared.py admits."""
     found = []
     pids = [ground.start(Pod(clean.run, clean.source, rank=rank, keep=1, hold=0.02,
                              top=tops[rank % len(tops)] if tops else "")) for rank in range(4)]
@@ -562,7 +563,7 @@ def aftermath(ground: Ground, clean: Pod, tops: list[str] | None = None) -> list
     ground.run(Pod(clean.run + "x", source(99), keep=1, hold=0))  # its sweep finds what the first one has left
     for entry in entries + ground.entries():
         found += entry.get("violations", [])
-    for folder, limit in (("private", pod.Shared.LEFT), ("failed", pod.Shared.LEFT), ("swept", 0)):
+    for folder, limit in (("private", SharedTree.LEFT), ("failed", SharedTree.LEFT), ("swept", 0)):
         left = REAL_LISTDIR(ground.path(folder))
         if len(left) > limit:
             found.append("%d things stay in %s: %s" % (len(left), folder, left[:3]))
@@ -586,25 +587,25 @@ def storm(place: str | Path, options: argparse.Namespace, top: str = "", tops: l
 # ---------------------------------------------------------------- flaws that a storm must find
 
 
-def _published_at_once(self: pod.Shared) -> str:
+def _published_at_once(self: SharedTree) -> str:
     self.used = "%06d-%s.%s" % (self.next_number(), self.digest, os.urandom(4).hex())
     for folder in ("uses", "told", "code"):
         os.makedirs(self.path("trees", self.used, folder))
-    self.fill(self.path("trees", self.used))
+    self.write(self.path("trees", self.used))
     return self.used
 
 
-def _taken_unseen(self: pod.Shared, name: str) -> bool:
+def _taken_unseen(self: SharedTree, name: str) -> bool:
     self.release()
     self.used = name
     return self.mark(self.path("trees", name, "uses", self.use))
 
 
-def _taken_without_use(self: pod.Shared, name: str) -> bool:
-    return pod.holds(self.path("trees", name, "code"), self.tar)
+def _taken_without_use(self: SharedTree, name: str) -> bool:
+    return payload.holds(self.path("trees", name, "code"), self.tar)
 
 
-def _waited_for_ever(self: pod.Shared) -> str:
+def _waited_for_ever(self: SharedTree) -> str:
     while True:
         for name in filter(self.told, self.ours()):
             if self.take(name):
@@ -815,13 +816,13 @@ def main() -> int:
     parser.add_argument("--slack", type=float, default=5.0, help="and how late its end may be")
     parser.add_argument("--every", type=int, help="no storm: a kill at every Nth place of each scene instead")
     parser.add_argument("--nfs", type=float, metavar="SECONDS", help="the storm over two mounts of one NFS export")
-    parser.add_argument("--flaw", choices=FLAWS, help="put this flaw into pod.py first, to see that the storm finds it")
+    parser.add_argument("--flaw", choices=FLAWS, help="put this flaw into pod/shared.py first, to see that the storm finds it")
     parser.add_argument("--guest", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.guest:
         guest(options)
     for method, flawed in FLAWS.get(options.flaw, {}).items():
-        setattr(pod.Shared, method, flawed)
+        setattr(SharedTree, method, flawed)
     with tempfile.TemporaryDirectory(prefix="airlift-chaos-") as place:
         if options.nfs:
             words = ["--%s=%s" % (name, getattr(options, name)) for name in ("kills", "pods", "seed", "patience", "slack")]

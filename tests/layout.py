@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-FLAT = (*sorted(path.name for path in REPO.glob("*.py")), "backends", "profiles")
+FLAT = (*sorted(path.name for path in REPO.glob("*.py")), "pod", "backends", "profiles")
 
 
 def header(name="nano3/sft", *, launch=None, cmd=None, workdir=None, image=None, nodes=None, gpus=None, config_dir=None,

@@ -1,4 +1,4 @@
-"""What the tests of transport.py and pod.py share: trees on disk and in memory, a job, pods that are real processes.
+"""What the tests of transport.py and pod/ share: trees on disk and in memory, a job, pods that are real processes.
 
 A pod here is one execve of a plan's argv with a plan's environment, PATH and TMPDIR, and nothing else, so that the
 kernel's limits hold as they would on a platform.
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 import transport
+from pod import failures
 from transport import Entry, Plan, Tree
 
 SCRIPT = "src/pkg/recipes/fam/train.py"
@@ -213,6 +214,33 @@ def ran(plan: Plan, scratch: Path, **options: Any) -> tuple[int, Pod]:
     """Run a pod to its end: (exit code, pod)."""
     with started(plan, scratch, **options) as pod:
         return pod.end(), pod
+
+
+ENDED = "airlift: rank %s ended with exit code %d\n"
+
+
+def failed(code: int, out: Pod, rank: str = "0") -> str:
+    """Check what every failure of pod.py's own must say, and give the sentence that tells what was seen."""
+    assert "Traceback" not in out.text, out.text
+    assert "RECIPE RAN" not in out.text, out.text
+    lines = out.text.splitlines()
+    if code == failures.POD and "what to do" not in out.text:  # the bootstrap's own words
+        assert lines == ["airlift: the program that unpacks did not arrive whole",
+                         "airlift: rank unknown ended with exit code 80"]
+        return lines[0]
+    what, fix = failures.FAILURES[code]
+    assert out.text.endswith(ENDED % (rank, code)), out.text
+    assert lines[-2] == "airlift: what to do: " + fix
+    start = "airlift: rank %s: %s: " % (rank, what)
+    assert lines[-3].startswith(start), out.text
+    return lines[-3][len(start):]
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def plan(files: dict[str, bytes] | None = None, executor: str = "local", chunk_bytes: int = 0,

@@ -1,5 +1,5 @@
 """Both clouds: the same launches and promises, against emulated platforms whose pods are real processes. What they share
-besides is in test_http.py, test_follow.py and test_bodies.py."""
+besides is in test_http.py, test_follow.py and test_common.py."""
 
 import contextlib
 import json
@@ -161,7 +161,7 @@ def test_cancel_from_another_process(here, nodes):
     run = here.up("--nodes", nodes)
     process = here.process("cancel", run)
     assert process.communicate(timeout=20) == (
-        "%s, nano3/sft on %s: %s %s was stopped\n" % (
+        "%s, nano3/sft on %s: %s %s was cancelled\n" % (
             run, here.kind, "job" if here.kind == "lepton" else "workload", here.job.name), "")
     assert here.job.state == "Stopped" and not any(pod.alive for pod in here.job.pods)
     assert "cancelled" in here.main("status", run).out
@@ -179,7 +179,7 @@ def test_four_launches_at_once(here):
     assert {row["run"] for row in rows} <= {name.rpartition("-")[2] for name in here.records}
     stopped = {row["run"] for row in rows[:2]}
     for run in stopped:
-        assert here.main("cancel", run).out.endswith("was stopped\n")
+        assert here.main("cancel", run).out.endswith("was cancelled\n")
     (here.volume / "go").write_text("")
     codes = []
     for launcher in launchers:

@@ -61,5 +61,5 @@ def test_files(say, here):
 
 
 def test_status_of_nothing(say, here):
-    assert say("status") == (0, "no run was launched from here\n", "")
+    assert say("status") == (0, "there are no runs yet\n", "")
     assert say("status", "--json") == (0, "[]\n", "")

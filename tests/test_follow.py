@@ -1,5 +1,5 @@
 """common/follow.py: a job of a cloud is followed to its end, whatever that is; and what pods say in their logs
-(podlog.py) gives the exit code."""
+(common) gives the exit code."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def test_a_killed_rank_ends_the_job(here, moment, nodes, victim):
     result, took = begun.end(10)
     assert pod.wait() == 137 and ("files in" in pod.output) == (moment == "after unpacking")
     assert result.code == 1 and "the job failed, and its exit code is not known" in result.err
-    silent = re.search(r"rank ([\d, ]+) ended without a word", result.err).group(1).split(", ")
+    silent = re.search(r"rank ([\d, ]+) ended without an exit code", result.err).group(1).split(", ")
     assert str(victim) in silent  # TERM may find the others before they can say a word, too
     assert len(here.jobs) == 1 and all(len(replica.runs) == 1 for replica in here.job.replicas)  # nothing was retried
     assert not any(pod.alive for pod in here.job.pods)
@@ -125,7 +125,7 @@ def test_a_cancelled_job_ends_the_launcher(here):
     begun = Begun(here)
     wait_for(lambda: here.jobs and here.job.pods and "up" in here.job.pods[0].output)
     run = here.job.pods[0].output.split("airlift-")[1][:6]
-    assert backends.backend(here.kind).cancel(runs.load_run(run)).endswith("was stopped")
+    assert backends.backend(here.kind).cancel(runs.load_run(run)).endswith("was cancelled")
     result, _ = begun.end(10)
     assert result.code == 1 and "the job was cancelled" in result.err
 

@@ -1,4 +1,4 @@
-"""No input ends in a traceback: command line, profiles, env.toml, headers, configs, and what pod.py reads.
+"""No input ends in a traceback: command line, profiles, env.toml, headers, configs, and what a pod reads.
 
 AIRLIFT_FUZZ is the number of inputs of each test; `python -m pytest tests/test_fuzz.py -s` tells how many there were.
 """
@@ -20,11 +20,11 @@ from layout import recipe, write
 from support import toml
 
 import launch
-import pod
 import prepare
 import profiles
 import recipes
 import transport
+from pod import entry, failures, payload, process
 from transport import Refusal
 
 MANY = int(os.environ.get("AIRLIFT_FUZZ", "0"))
@@ -257,7 +257,7 @@ def test_any_run_section(world, env, wandb, profile):
     tried("run sections", code)
 
 
-# ---------------------------------------------------------------- pod.py
+# ---------------------------------------------------------------- the pod
 
 NAMES = st.sampled_from(["AIRLIFT_NODES", "NODE_RANK", "RANK", "PET_NODE_RANK", "LEPTON_JOB_WORKER_INDEX",
                          "SLURM_NODEID", "MASTER_ADDR",
@@ -269,11 +269,12 @@ NAMES = st.sampled_from(["AIRLIFT_NODES", "NODE_RANK", "RANK", "PET_NODE_RANK", 
 SAID = TEXT.filter(lambda text: "\0" not in text) | st.sampled_from(
     ["0", "1", "-1", "2", "9" * 30, "１", " 1 ", "dgx[007-009,012],login", "r[1-2", "[", "]", "a,b", "/tmp", "/proc/x",
      "\udcff"])
-ODD = st.recursive(st.none() | st.booleans() | st.integers(-5, 2**40) | TEXT | st.floats(allow_nan=False), lambda inner:
+ODD = st.recursive(st.none() | st.booleans() | st.integers(-5, 2**40) | TEXT | st.floats(allow_nan=False)
+                   | st.sampled_from(["pods", "platform"]), lambda inner:
                    st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=5)
 FIELDS = ["run", "recipe", "script", "launch", "nodes", "run_root", "config", "env", "setup", "command", "tool",
           "workdir", "tree", "clones",
-          "folders", "unpack", "shared", "keep", "patience"]
+          "folders", "unpack", "shared", "keep", "patience", "cluster"]
 
 
 def started(child, script, env, log, ready):
@@ -285,26 +286,27 @@ def started(child, script, env, log, ready):
 
 
 def pod_ends(env, scratch):
-    """The exit code of pod.py's main in this process, up to where it would start bash; all that it wrote."""
+    """The exit code of entry.main in this process, up to where it would start bash; all that it wrote."""
     written = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pod, "say", lambda text, to=1: written.append(text))
-        patch.setattr(pod.Child, "__init__", lambda self: setattr(self, "process", None) or setattr(self, "signal", 0))
-        patch.setattr(pod.Child, "run", started)
-        patch.setattr(pod.sys, "argv", ["pod_py"])
+        for module in (entry, failures, process):
+            patch.setattr(module, "say", lambda text, to=1: written.append(text))
+        patch.setattr(process.Child, "__init__", lambda self: setattr(self, "process", None) or setattr(self, "signal", 0))
+        patch.setattr(process.Child, "run", started)
+        patch.setattr(entry.sys, "argv", ["pod_py"])
         for name in list(os.environ):
             patch.delenv(name)
         for name, value in {"TMPDIR": str(scratch), **env}.items():
             patch.setenv(name, value)
-        code = pod.main()
+        code = entry.main()
     return code, "\n".join(written)
 
 
 def check_pod(name, env, scratch):
     before = sorted(os.listdir(scratch.parent))
     code, said = pod_ends(env, scratch)
-    assert "Traceback" not in said and code != pod.INTERNAL, said
-    assert code in pod.FAILURES or code == 0, said
+    assert "Traceback" not in said and code != failures.INTERNAL, said
+    assert code in failures.FAILURES or code == 0, said
     assert sorted(os.listdir(scratch.parent)) == before  # nothing beside it
     tried(name, code)
     return code
@@ -339,7 +341,7 @@ def described(job, tar=None):
 
 def good_job():
     whole = support.plan()
-    job = json.loads(zlib.decompress(pod.join(whole.env, "JOB")))
+    job = json.loads(zlib.decompress(payload.join(whole.env, "JOB")))
     return job
 
 
@@ -395,7 +397,7 @@ def test_hostile_tars(world, members, cut):
         assert not path.is_symlink() or path.is_relative_to(scratch)
         assert path.is_symlink() or path.is_dir() or path.is_file(), path
         assert path.is_symlink() or not path.stat().st_mode & 0o7000, path
-    if code in (pod.PAYLOAD, pod.PLACE):
+    if code in (failures.PAYLOAD, failures.PLACE):
         assert not list(scratch.glob("airlift-*/code"))
 
 
@@ -412,11 +414,12 @@ def test_manifests_of_the_wrong_shape(world, changes, gone, text):
     path.write_bytes(json.dumps(job).encode() if text is None else text)
     with pytest.MonkeyPatch.context() as patch:
         written = []
-        patch.setattr(pod, "say", lambda text, to=1: written.append(text))
-        patch.setattr(pod.Child, "__init__", lambda self: setattr(self, "process", None) or setattr(self, "signal", 0))
-        patch.setattr(pod.Child, "run", started)
-        patch.setattr(pod.sys, "argv", ["pod.py", str(path)])
+        for module in (entry, failures, process):
+            patch.setattr(module, "say", lambda text, to=1: written.append(text))
+        patch.setattr(process.Child, "__init__", lambda self: setattr(self, "process", None) or setattr(self, "signal", 0))
+        patch.setattr(process.Child, "run", started)
+        patch.setattr(entry.sys, "argv", ["pod.py", str(path)])
         patch.setenv("TMPDIR", str(folder))
-        code = pod.main()
-    assert "Traceback" not in "\n".join(written) and (code == 0 or code in set(pod.FAILURES) - {pod.INTERNAL}), written
+        code = entry.main()
+    assert "Traceback" not in "\n".join(written) and (code == 0 or code in set(failures.FAILURES) - {failures.INTERNAL}), written
     tried("manifests", code)

@@ -241,7 +241,7 @@ def test_a_private_certificate_authority(here, certificate):
         assert here.main("logs", result.run).code == 0
         here.profile(ca_bundle="/no/such/file.pem")
         result = here.launch()
-        assert result.code == 2 and "ca_bundle /no/such/file.pem is not there" in result.err
+        assert result.code == 2 and "ca_bundle /no/such/file.pem does not exist" in result.err
 
 
 def test_the_usual_proxy_variables(here):

@@ -94,7 +94,7 @@ def test_tables_merge_as_under_extends():
 def test_a_table_is_a_mount_of_leptons_wherever_it_stands():
     storage = {"path": "/d", "mount_path": "/data", "from": "node-nfs:s"}
     found, notes = settle("lepton", yaml={"mounts": [storage, "/y:/y"]}, profile={"mounts": [storage]})
-    assert found["mounts"] == [storage, storage] and notes == ["/y:/y is not mounted: lepton has no hosts to mount from"]
+    assert found["mounts"] == [storage, storage] and notes == ["/y:/y is not mounted: on lepton there is no host folder to mount"]
     assert settle("dgxcloud", yaml={"mounts": [storage]})[0]["mounts"] == []
 
 
@@ -145,10 +145,10 @@ def test_the_yamls_settings_have_types_too(executor, env, what):
 
 def test_what_the_yaml_holds_for_others_is_said_or_passed_over():
     found, notes = settle(yaml={"sandbox": 1, "apptainer": {}, "account": "a", "time": 1, 3: 4})
-    assert notes == ["run.env holds 3, apptainer, sandbox, which Airlift does not use"]
+    assert notes == ["run.env has 3, apptainer, sandbox, which Airlift does not use"]
     assert "account" not in found
     found, notes = settle("local", forced={"node_group": "x"})
-    assert notes == ["run.env holds node_group, which is not for executor local"]
+    assert notes == ["run.env has node_group, which is not for executor local"]
     assert "node_group" not in found
 
 
@@ -183,7 +183,7 @@ def test_secrets_are_references():
             ("local", "lepton:a", 'write "env"'), ("local", 3, 'write "env"'), ("lepton", "hf_abc", '"lepton:name"'),
             ("lepton", "lepton:", '"lepton:name"'), ("dgxcloud", "lepton:a", '"runai:')]:
         found = refusal(jobs.check_secrets, {"TOKEN": value}, executor)
-        assert found.what == "secrets.TOKEN is not a reference that %s has" % executor
+        assert found.what == "secrets.TOKEN is not a reference that %s supports" % executor
         assert found.fix.startswith('write "env"') and fix in found.fix and "hf_abc" not in str(found)
 
 
@@ -192,7 +192,7 @@ def test_a_token_that_is_set_but_not_sent_is_mentioned(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("NGC_API_KEY", raising=False)
     assert jobs.check_secrets({}, "local")[1] == [
-        "HF_TOKEN is set here but not sent; name it under [secrets] to send it"]
+        "HF_TOKEN is set here but not sent; add it to [secrets] to send it"]
     assert jobs.check_secrets({"HF_TOKEN": "env"}, "local")[1] == [
         "HF_TOKEN is sent by value, in the job's environment"]
 
@@ -215,8 +215,8 @@ def test_run_env_reads_the_environment(tmp_path):
     assert (found["recipe"]["nodes"], found["recipe"]["image"]) == (3, "/home/<unset MY_USER>/x.sqsh")
     assert (found["env"]["A"], found["env"]["B"]) == ("fallback", "/nemo_run/code/x")
     notes = "\n".join(found["notes"])
-    for words in ("run.env reads MY_USER", "run.nproc_per_node is not read", "executor, which only a profile can set",
-                  "env_vars.C is sent as it is written"):
+    for words in ("run.env reads MY_USER", "run.nproc_per_node has no effect", "executor, which only a profile can set",
+                  "env_vars.C is sent unchanged"):
         assert words in notes, notes
 
 

@@ -99,7 +99,7 @@ def test_a_queued_job_waits_and_can_be_cancelled(here):
     assert here.main("status", begun.run).out.splitlines()[1].split()[1] == "waiting"
     result = here.main("logs", begun.run)
     assert result.code == 2 and "has no log yet: it is waiting (Queueing)" in result.err and "logs -f" in result.err
-    assert here.main("cancel", begun.run).out.endswith("was stopped\n")
+    assert here.main("cancel", begun.run).out.endswith("was cancelled\n")
     result = here.main("logs", begun.run)
     assert result.code == 2 and "its pods never started" in result.err
 

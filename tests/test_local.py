@@ -285,7 +285,7 @@ time.sleep(300)
 
 
 @pytest.mark.parametrize(("profile", "code", "what"), [
-    ('startup_commands = ["true", "no-such-command"]', 86, "a startup command failed; mend startup_commands"),
+    ('startup_commands = ["true", "no-such-command"]', 86, "a startup command failed; fix startup_commands"),
     ('run_command = "no-such-tool {script}"', 87, "the image lacks what the recipe is started with"),
     ('workdir = "/no/such/folder"', 87, "the image lacks what the recipe is started with"),
     ('workspace = "/proc/nowhere"', 83, "the pod could not put the files in place"),
@@ -467,7 +467,7 @@ def test_diff_names_what_is_not_as_it_was_sent(place):
     old.write_text("old = 1\n")
     run = run_id(place.run(*WORDS).stdout)
     same = place.run("diff", run)
-    assert same.returncode == 0 and same.stdout.endswith("they are the same\n")
+    assert same.returncode == 0 and same.stdout.endswith("the files are the same\n")
     old.unlink()
     (place.folder / "src/nemotron/recipes/nano3/sft" / "new.py").write_text("new = 1\n")
     place.recipe("print('two')", nodes=1)
@@ -571,4 +571,4 @@ def test_an_override_that_no_stage_knows_is_refused_before_anything_starts(place
     stage(place, "nano3/train", "steps: 9\n")
     refused = place.run("nano3", "prep,train", "local", "stepz=2")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("airlift: the config of no stage has stepz\n")
+    assert refused.stderr.startswith("airlift: no stage has stepz in its config\n")

@@ -134,7 +134,7 @@ def test_cancel(runai, nodes):
     run = runai.up("--nodes", nodes)
     executor.cancel(runai.job.id)
     assert runai.server.requests[-1].status == 405 and runai.job.state == "Running"
-    assert runai.main("cancel", run).out.endswith("was stopped\n") and runai.job.state == "Stopped"
+    assert runai.main("cancel", run).out.endswith("was cancelled\n") and runai.job.state == "Stopped"
 
 
 def test_a_bad_secret(runai, naps):

@@ -49,13 +49,13 @@ def test_notes_are_said(say, here, monkeypatch):
     recipe(here, path="src/nemotron/recipes/nano3/stage1_sft/train.py",
            yaml="run: {env: {sandbox: 1, node_group: x}}\na: ${run.wandb.project}\n")
     notes = plan_of(say, *FAMILY, "docker", "run.env.mounts=[]")["notes"]
-    assert "run.env holds sandbox, which Airlift does not use" in notes
-    assert "HF_TOKEN is set here but not sent; name it under [secrets] to send it" in notes
-    assert "the config still holds ${run.wandb.project}, which nothing sets here" in notes
+    assert "run.env has sandbox, which Airlift does not use" in notes
+    assert "HF_TOKEN is set here but not sent; add it to [secrets] to send it" in notes
+    assert "the config refers to ${run.wandb.project}, which is not set anywhere" in notes
     assert "left out, as they look like credentials: src/nemotron/kit/.env" in notes
     assert "left out, data or model file: 2, like src/nemotron/kit/big.bin" in notes
     write(here / "profiles/bare.toml", 'executor = "docker"')
-    stays = "no workspace is set: what the job writes stays in the pod and goes with it"
+    stays = "no workspace is set: what the job writes stays in the pod and is lost with it"
     assert stays in plan_of(say, *FAMILY, "bare")["notes"]
     assert "note     " + stays in say(*FAMILY, "bare", "--dry-run")[1]
 
@@ -96,8 +96,8 @@ def test_a_dry_run_says_what_a_launch_would_be_refused_for(say, here):
         """)
     assert not [note for note in plan_of(say, *FAMILY, "mine")["notes"] if "refused" in note]
     notes = plan_of(say, *FAMILY, "mine", "--nodes", "2", "run.env.retries=1")["notes"]
-    assert ("a launch would be refused: retries is 1, and the job has 2 nodes; run:AI starts one pod again without the "
-            "others; take it out, and launch again: it resumes") in notes
+    assert ("a launch would be refused: retries is 1, and the job has 2 nodes; run:AI restarts one pod without the "
+            "others; remove retries, and launch again to resume") in notes
     notes = plan_of(say, *FAMILY, "mine", "run.env.custom_spec.args=x")["notes"]
     assert [note for note in notes if note.startswith("a launch would be refused: custom_spec")], notes
     assert say(*FAMILY, "mine", "run.env.custom_spec.args=x")[0] == 2

@@ -181,7 +181,7 @@ def test_what_nothing_would_replace_is_refused(folder):
         env_vars = { A = "${HOME}/x" }
         workspace = "/shared/${user_dir}/x"
     """)
-    assert refusal(profiles.load, "p").what == "profile p: workspace holds ${user_dir}, which nothing replaces"
+    assert refusal(profiles.load, "p").what == "profile p: workspace contains ${user_dir}, which is not replaced"
 
 
 def test_the_env_toml_of_a_launch_counts_wherever_we_are(folder, tmp_path, monkeypatch):
@@ -208,17 +208,17 @@ def test_paths_of_this_machine_begin_at_the_launchers_folder(folder, monkeypatch
 
 BAD = [
     # (text, what, fix)
-    ("", "profile p names no executor", "add executor = one of local, docker, lepton, dgxcloud, slurm"),
+    ("", "profile p has no executor", "add executor = one of local, docker, lepton, dgxcloud, slurm"),
     ('executor = "lepten"', "profile p: executor 'lepten' is not known", "did you mean lepton?"),
     ("executor = 3", "profile p: executor 3 is not known", "did you mean "),
     ('executor = ["local"]', "profile p: executor ['local'] is not known", "did you mean local?"),
-    ("executor = ", "p.toml is not TOML: Invalid value", "mend the file"),
-    ("a = " + "[" * 5000, "p.toml is not TOML: ", "mend the file"),
-    ("a = " + "9" * 5000, "p.toml is not TOML: ", "mend the file"),
-    ("executor = 'local'\nexecutor = 'local'", "p.toml is not TOML: Cannot overwrite a value", "mend the file"),
-    ('extends = "p"', "profiles extend each other in a circle: p -> p", "take one extends out"),
-    ('extends = "q"', "profiles extend each other in a circle: p -> q -> p", "take one extends out"),
-    ('extends = "lokal"', "profile p extends 'lokal', which is not there", "did you mean local?"),
+    ("executor = ", "p.toml is not TOML: Invalid value", "fix the file"),
+    ("a = " + "[" * 5000, "p.toml is not TOML: ", "fix the file"),
+    ("a = " + "9" * 5000, "p.toml is not TOML: ", "fix the file"),
+    ("executor = 'local'\nexecutor = 'local'", "p.toml is not TOML: Cannot overwrite a value", "fix the file"),
+    ('extends = "p"', "profiles extend each other in a cycle: p -> p", "remove one extends"),
+    ('extends = "q"', "profiles extend each other in a cycle: p -> q -> p", "remove one extends"),
+    ('extends = "lokal"', "profile p extends 'lokal', which does not exist", "did you mean local?"),
     ("extends = 3", "p.toml: extends is 3", 'write extends = "name"'),
     ('extends = ["local"]', "p.toml: extends is ['local']", 'write extends = "name"'),
     ('executor = "local"\nenv_var = {}', "profile p: there is no key 'env_var'", "did you mean env_vars?"),
@@ -232,8 +232,8 @@ BAD = [
     ('executor = "local"\nexclude = [1]', "exclude is [1]", "it must be a list of strings"),
     ('executor = "local"\nworkspace = 1', "workspace is 1", "it must be a string"),
     ('executor = "local"\nenv_vars = "A=1"', "env_vars is 'A=1'", "it must be a table"),
-    ('executor = "local"\nenv_vars = {"A B" = 1}', "env_vars is ***", "see A B: its name has letters"),
-    ('executor = "local"\nenv_vars = {A = [1], TOKEN = "hush"}', "env_vars is ***", "see A: its name has letters"),
+    ('executor = "local"\nenv_vars = {"A B" = 1}', "env_vars is ***", "see A B: a name may have letters"),
+    ('executor = "local"\nenv_vars = {A = [1], TOKEN = "hush"}', "env_vars is ***", "see A: a name may have letters"),
     ('executor = "local"\nenv_vars = {A = "\\u0000"}', "env_vars is ***", "without NUL"),
     ('executor = "local"\ncompression = "zip"', "compression is 'zip'", "it must be xz or gz"),
     ('executor = "local"\nunpack = "everywhere"', "unpack is 'everywhere'", "it must be local"),
@@ -244,9 +244,9 @@ BAD = [
     ('executor = "dgxcloud"\nclient_secret = 12345', "client_secret is ***", "it must be a string"),
     ('executor = "dgxcloud"\napp_secret = 12345', "client_secret is ***", "it must be a string"),
     ('executor = "local"\nnode_group = "x"', "profile p: node_group is not for executor local",
-     "it is for lepton; take"),
+     "it is for lepton; remove"),
     ('executor = "lepton"\naccount = "x"', "profile p: account is not for executor lepton",
-     "it is for slurm; take it out"),
+     "it is for slurm; remove it"),
     ('executor = "slurm"\nchunk_bytes = 9', "chunk_bytes is not for executor slurm", "it is for local, docker, lepton"),
     ('executor = "local"\ncontainer_image = "x"', "container_image is not for executor local", "docker, slurm, lepton"),
     ('executor = "docker"\ncontainer = "x"\ncontainer_image = "y"', "container_image is set twice, once as an alias",
@@ -282,10 +282,10 @@ def test_a_bad_profile_is_refused(folder, text, what, fix):
 
 
 def test_unknown_profiles_name_the_nearest(shipped):
-    assert str(refusal(profiles.load, "leptn")) == "profile 'leptn' is not there\ndid you mean lepton or lepton_gcp?"
+    assert str(refusal(profiles.load, "leptn")) == "profile 'leptn' does not exist\ndid you mean lepton or lepton_gcp?"
     assert "did you mean dgxcloud or docker or" in refusal(profiles.load, "zzz").fix
     for name in ("../profiles/local", "", ".", "local.toml", "local\0"):
-        assert "is not there" in refusal(profiles.load, name).what
+        assert "does not exist" in refusal(profiles.load, name).what
 
 
 def test_a_file_that_is_no_text_or_no_file(folder):
@@ -300,7 +300,7 @@ def test_a_file_that_is_no_text_or_no_file(folder):
 
 def test_every_key_has_a_kind_that_can_be_checked():
     for name, key in profiles.KEYS.items():
-        assert profiles.wrong(name, object()), name
+        assert profiles.must_be(name, object()), name
         assert not key.alias or profiles.KEYS[key.alias].alias == ""
         assert set(key.executors) <= set(LIMITS)
     for required in profiles.REQUIRED.values():

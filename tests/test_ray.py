@@ -16,8 +16,8 @@ import support
 from cloud import EMULATED, KEEPS_ON, cloud, wait_for
 from layout import flat_folder, launcher, recipe
 
-import pod
 from backends.common import http
+from pod import ray_cluster
 from tests.emulators import fields
 
 PATIENCE = 40
@@ -54,7 +54,7 @@ def free_port():
 def pods(tmp_path, ranks, nodes=2, env=None, body=WHERE, **changes):
     """Pods of one Ray job on this machine; their driver is `body`."""
     files = {"src/family_helper.py": b"", support.SCRIPT: body.encode()}
-    changes = {"launch": "ray", "nodes": nodes, "patience": PATIENCE, "run": "r%05d" % (os.getpid() % 100000),
+    changes = {"launch": "ray", "nodes": nodes, "patience": PATIENCE, "cluster": "pods", "run": "r%05d" % (os.getpid() % 100000),
                "command": 'python "$AIRLIFT_CODE"/%s' % support.SCRIPT} | changes
     plan = support.plan(files, **changes)
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "HOME": str(tmp_path)} | (env or {})
@@ -447,8 +447,8 @@ def test_the_emulators_fields_of_a_cluster_are_the_sdks():
 
 
 def test_a_driver_masks_the_chunks_and_tells_workers_where_the_source_is():
-    env = {"AIRLIFT_TREE_0000": "x" * 98304, pod.RAY_JOB: '{"metadata": {"a": "b"}}'}
-    given = pod.driver_env(env, {"A": "1", "AIRLIFT_RUN": "r"}, "/tmp/airlift-r/code")
+    env = {"AIRLIFT_TREE_0000": "x" * 98304, ray_cluster.RAY_JOB: '{"metadata": {"a": "b"}}'}
+    given = ray_cluster.driver_env(env, {"A": "1", "AIRLIFT_RUN": "r"}, "/tmp/airlift-r/code")
     config = {"metadata": {"a": "b"}, "py_driver_sys_path": ["/tmp/airlift-r/code/src"]}
-    assert json.loads(given.pop(pod.RAY_JOB)) == config
+    assert json.loads(given.pop(ray_cluster.RAY_JOB)) == config
     assert given == {"AIRLIFT_TREE_0000": "", "A": "1", "AIRLIFT_RUN": "r"}

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import launch
-import pod
 import profiles
 import transport
+from pod.failures import FAILURES
 from tests import podman, slurm, support
 from tests.emulators import LeptonEmulator, RunaiEmulator, no_pods_because
 
@@ -145,7 +145,7 @@ def test_make_knows_the_targets(target: str) -> None:
 
 def test_the_exit_codes_are_those_of_the_pod() -> None:
     table = dict(re.findall(r"^\| ([89]\d) \| (.+?) \|$", README, re.MULTILINE))
-    assert table == {str(code): what for code, (what, _) in pod.FAILURES.items()}
+    assert table == {str(code): what for code, (what, _) in FAILURES.items()}
 
 
 @pytest.mark.parametrize("figure", [

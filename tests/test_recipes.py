@@ -68,10 +68,10 @@ def test_scripts_without_a_header_are_no_recipes(tmp_path, text):
 
 BAD_HEADERS = [
     # (lines of the block, line of the file that is named, what is wrong, what to do)
-    (["[tool.runspec]", 'name = "a/b'], 4, "is not TOML: Illegal character", "mend the block"),
-    (["[tool.runspec]", 'name = "a/b"', "x ="], 5, "is not TOML: Invalid value", "mend the block"),
-    (["[tool.runspec]", 'name = "a/b"', "n = " + "9" * 5000], 2, "is not TOML: Exceeds the limit", "mend the block"),
-    (["[tool.runspec]", "name = " + "[" * 3000], 2, "is not TOML: ", "mend the block"),
+    (["[tool.runspec]", 'name = "a/b'], 4, "is not TOML: Illegal character", "fix the block"),
+    (["[tool.runspec]", 'name = "a/b"', "x ="], 5, "is not TOML: Invalid value", "fix the block"),
+    (["[tool.runspec]", 'name = "a/b"', "n = " + "9" * 5000], 2, "is not TOML: Exceeds the limit", "fix the block"),
+    (["[tool.runspec]", "name = " + "[" * 3000], 2, "is not TOML: ", "fix the block"),
     (["[tool.runspec]", 'nmae = "a/b"'], 4, "unknown field 'nmae'", "did you mean name"),
     (["[tool.runspec]", 'name = "a/b"', "", "[tool.runspec.run]", 'lauch = "ray"'], 7, "unknown field 'lauch'",
      "did you mean launch?"),
@@ -122,7 +122,7 @@ def test_a_broken_header_does_not_stop_another_recipe(tmp_path):
     assert recipes.find(tmp_path, "nano3/sft").name == "nano3/sft"
     found = refusal(recipes.find, tmp_path, "nano3/bad")
     assert found.what == "nano3 has no stage 'bad'"
-    assert "or mend src/nemotron/recipes/nano3/bad/train.py:8: the header has an unknown field 'lauch'" in found.fix
+    assert "or fix src/nemotron/recipes/nano3/bad/train.py:8: the header has an unknown field 'lauch'" in found.fix
     (tmp_path / "src/nemotron/recipes/nano3/sft/train.py").unlink()
     assert "unknown field 'lauch'" in refusal(recipes.find, tmp_path, "nano3/sft").what
 
@@ -303,7 +303,7 @@ def test_uv_run_needs_a_project(tmp_path, shell):
     command, tool, notes = made(tmp_path, ["x=1"], cloud=True, cmd=cmd)
     assert shell(command) == ["python", SCRIPT, *CONFIG, "x=1"]
     assert tool == "python"
-    assert notes == ["`%s` needs a project and the network; the pod runs plain python" % cmd]
+    assert notes == ["`%s` needs a project and the network, so the pod runs plain python instead" % cmd]
     here = ["uv", "run", "--extra", "xenna", "python", SCRIPT, *CONFIG]
     assert shell(made(tmp_path, cmd=cmd)[0]) == here  # not a cloud
     assert shell(made(tmp_path, cloud=True, cmd=cmd, workdir="/opt/nemo-rl")[0]) == here  # a project in the image

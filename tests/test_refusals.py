@@ -17,12 +17,12 @@ from layout import recipe, write
 
 import jobs
 import launch
-import pod
 import prepare
 import profiles
 import runs
 import transport
 from backends.common import http
+from pod import failures
 
 RECIPE = "src/pkg/recipes/nano3/sft"
 
@@ -116,41 +116,41 @@ def hd(*lines):
 # files is a variable of the environment.
 CASES = [
     # command line
-    ({}, "", 2, "no recipe was named", "python launch.py list shows them; --help shows the rest"),
+    ({}, "", 2, "no recipe was named", "python launch.py list shows them; --help shows all commands"),
     ({}, "nano3", 2, "a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local"),
     ({}, "nano3 sft local more", 2,
-     "'more' is one word too many",
-     "overrides are KEY=VALUE; what follows -- goes to the script"),
-    ({}, "nano3 sft --nodes 0", 2, "--nodes is 0", "a job has one node or more"),
+     "unexpected word 'more'",
+     "overrides are KEY=VALUE; arguments for the script follow --"),
+    ({}, "nano3 sft --nodes 0", 2, "--nodes is 0", "it must be a whole number, 1 or more"),
     ({}, "nano3 sft --nodes two", 2, "--nodes is 'two'", "it must be a whole number, 1 or more"),
     ({}, "nano3 sft --nodes", 2, "--nodes needs a value", "write it after the option, like: --nodes 2, -c default"),
     ({}, "nano3 sft -c", 2, "--config needs a value", "write it after the option, like: --nodes 2, -c default"),
     ({}, "nano3 sft --dry", 2, "there is no option --dry", "did you mean --dry-run?"),
     ({}, "nano3 sft --lr=1", 2,
      "there is no option --lr",
-     "overrides are KEY=VALUE, without dashes; --help shows the options"),
+     "overrides are KEY=VALUE without dashes; --help shows the options"),
     ({}, "nano3 stf", 2, "nano3 has no stage 'stf'", "did you mean sft?"),
     ({}, "nano sft", 2, "there is no family 'nano'", "did you mean nano3?"),
-    ({}, "nano3 sft lokal", 2, "profile 'lokal' is not there", "did you mean local?"),
+    ({}, "nano3 sft lokal", 2, "profile 'lokal' does not exist", "did you mean local?"),
     ({}, "nano3 sft,stf --dry-run", 2, "nano3 has no stage 'stf'", "did you mean sft?"),
     ({}, "nano3 sft,,sft --dry-run", 2, "nano3 has no stage ''", "did you mean rl or sft?"),
     ({}, "nano3 sft,sft --detach", 2,
-     "a pipeline of stages needs a launcher that stays to start the next one",
+     "--detach is not possible with several stages: the launcher has to start the next one",
      "leave --detach out, or launch the stages one by one"),
     ({}, "nano3 sft -c defualt", 2,
      "nano3/sft has no config 'defualt' in ROOT/src/pkg/recipes/nano3/sft/config",
      "did you mean default?"),
     ({}, "nano3 sft -c ./x.yaml", 2,
      "there is no config file ./x.yaml",
-     "name a file, or a config of ROOT/src/pkg/recipes/nano3/sft/config"),
+     "give the path of a file, or the name of a config in ROOT/src/pkg/recipes/nano3/sft/config"),
     ({}, "nano3 sft a=\udcff", 2, "the word 'a=\\udcff' is not UTF-8", "write it in UTF-8"),
     ({}, "nano3 sft --repo-root /nonexistent", 2,
      "there is no recipe under /nonexistent/src/*/recipes or steps",
      "name the source tree with --repo-root"),
     ({}, "list nan", 2, "ROOT has no recipe of family nan", "did you mean nano3?"),
     ({}, "list --nodes 2", 2, "list does not take --nodes", "leave it out"),
-    ({}, "list a b", 2, "'b' is one word too many", "list takes a family at most"),
-    ({}, "profiles x", 2, "'x' is one word too many", "profiles takes none"),
+    ({}, "list a b", 2, "unexpected word 'b'", "list takes only a family"),
+    ({}, "profiles x", 2, "unexpected word 'x'", "profiles takes no words"),
     ({}, "files nano3 sft,sft", 2, "files takes one stage at a time", "name one of sft, sft"),
     ({}, "status zzzzzz", 2, "there is no run 'zzzzzz'", "python launch.py status lists them"),
     ({}, "status a b", 2, "name one run", "python launch.py status lists them"),
@@ -165,14 +165,14 @@ CASES = [
      "use --nodes 1, or another executor"),
     ({}, "nano3 sft local --all", 2, "there is no option --all", "did you mean --all-ranks?"),
     # profile
-    ({P: ""}, RUN, 2, "profile p names no executor", "add executor = one of local, docker, lepton, dgxcloud, slurm"),
+    ({P: ""}, RUN, 2, "profile p has no executor", "add executor = one of local, docker, lepton, dgxcloud, slurm"),
     ({P: "executor = 'lepten'"}, RUN, 2, "profile p: executor 'lepten' is not known", "did you mean lepton?"),
     ({P: "executor = "}, RUN, 2,
      "ROOT/profiles/p.toml is not TOML: Invalid value (at end of document)",
-     "mend the file"),
+     "fix the file"),
     ({P: b"executor = '\xff'"}, RUN, 2, "ROOT/profiles/p.toml is not TOML: it is not UTF-8", "save it as UTF-8"),
-    ({P: "extends = 'p'"}, RUN, 2, "profiles extend each other in a circle: p -> p", "take one extends out"),
-    ({P: "extends = 'lokal'"}, RUN, 2, "profile p extends 'lokal', which is not there", "did you mean local?"),
+    ({P: "extends = 'p'"}, RUN, 2, "profiles extend each other in a cycle: p -> p", "remove one extends"),
+    ({P: "extends = 'lokal'"}, RUN, 2, "profile p extends 'lokal', which does not exist", "did you mean local?"),
     ({P: "extends = 3"}, RUN, 2, "ROOT/profiles/p.toml: extends is 3", 'write extends = "name"'),
     ({P: LOCAL + "env_var = {}"}, RUN, 2, "profile p: there is no key 'env_var'", "did you mean env_vars?"),
     ({P: LOCAL + "nodes = '2'"}, RUN, 2, "profile p: nodes is '2'", "it must be a whole number, 1 or more"),
@@ -184,12 +184,12 @@ CASES = [
      "it must be a list of strings"),
     ({P: LOCAL + "env_vars = {'A B' = 'hush'}"}, RUN, 2,
      "profile p: env_vars is ***",
-     "it must be a table of variables; see A B: its name has letters, digits and _, and it is a string, a "
-     "number or true or false, without NUL"),
+     "it must be a table of variables; see A B: a name may have letters, digits and _; a value must be a string, "
+     "number, true or false, and without NUL"),
     ({P: LOCAL + "compression = 'zip'"}, RUN, 2, "profile p: compression is 'zip'", "it must be xz or gz"),
     ({P: LOCAL + "node_group = 'g'"}, RUN, 2,
      "profile p: node_group is not for executor local",
-     "it is for lepton; take it out"),
+     "it is for lepton; remove it"),
     ({P: DOCKER + "container = 'j'"}, RUN, 2,
      "profile p: container_image is set twice, once as an alias",
      "keep one of them"),
@@ -198,10 +198,10 @@ CASES = [
      "executor slurm needs it; see profiles/slurm.toml"),
     ({P: SLURM + "launcher = 'torchrun'"}, RUN, 2,
      "profile p: launcher is not supported",
-     "the recipe's header says how it is launched; take it out"),
+     "the recipe's header says how it is launched; remove it"),
     ({P: SLURM + "build_time = '1'"}, RUN, 2,
      "profile p: build_time is not supported",
-     "images are used as they are named, and never built; take it out"),
+     "images are used as they are, and never built; remove it"),
     ({P: LOCAL + "stages = 3"}, RUN, 2, "profile p: stages is 3", "write tables like [stages.rl]"),
     ({P: LOCAL + "[stages.sft]\nnode = 3"}, RUN, 2,
      "profile p, stages.sft: there is no key 'node'",
@@ -218,24 +218,24 @@ CASES = [
     ({P: "executor = 'dgxcloud'\nclient_secret = 12345"}, RUN, 2,
      "profile p: client_secret is ***",
      "it must be a string"),
-    ({P: LOCAL + "[secrets]\nT = 'hf_x'"}, RUN, 2, "secrets.T is not a reference that local has", 'write "env"'),
+    ({P: LOCAL + "[secrets]\nT = 'hf_x'"}, RUN, 2, "secrets.T is not a reference that local supports", 'write "env"'),
     ({P: LEPTON + "[secrets]\nT = 'vault:x'"}, RUN, 2,
-     "secrets.T is not a reference that lepton has",
+     "secrets.T is not a reference that lepton supports",
      'write "env", or "lepton:name" for a secret of the workspace'),
     ({P: LOCAL + "[secrets]\nT = 'env'"}, GO, 2,
      "secret T is not set here",
-     "export it, or take it out of [secrets]"),
+     "export it, or remove it from [secrets]"),
     ({P: LEPTON + "workspace = 'out'"}, RUN, 2,
      "the workspace is 'out'",
      "it must be an absolute path, as the pod sees it"),
     ({P: LOCAL + "unpack = 'shared'"}, RUN, 2,
      'unpack = "shared" needs a workspace that all pods see',
-     "set workspace in the profile, or leave unpack out"),
+     "set workspace in the profile, or remove unpack"),
     ({P: LEPTON + "mounts = ['/a:/b']"}, RUN, 2,
-     "the mount /a:/b cannot be had on lepton",
+     "the mount /a:/b is not possible on lepton",
      "write a table with path, mount_path and from"),
     ({P: DOCKER + "mounts = ['${auto_mount:x}']"}, RUN, 2,
-     "the mount ${auto_mount:x} cannot be read",
+     "the mount ${auto_mount:x} cannot be parsed",
      "write ${auto_mount:git+https://host/path.git@ref,/target}"),
     ({P: "executor = 'kubeflow'"}, RUN, 2,
      "profile p: executor kubeflow is not supported",
@@ -246,32 +246,32 @@ CASES = [
      "only {script} and {config} are filled in; double other braces"),
     # env.toml
     ({"$NEMOTRON_ENV_FILE": "/nowhere/env.toml"}, RUN, 2,
-     "NEMOTRON_ENV_FILE names /nowhere/env.toml, which is not there",
-     "mend it, or unset it"),
+     "NEMOTRON_ENV_FILE names /nowhere/env.toml, which does not exist",
+     "correct it, or unset it"),
     ({E: "[p"}, RUN, 2,
      "ROOT/env.toml is not TOML: Expected ']' at the end of a table declaration (at end of document)",
-     "mend the file"),
-    ({E: "nodes = 1"}, RUN, 2, "ROOT/env.toml: nodes stands in no section", "put it below a [profile]"),
-    ({E: "[q]\n" + LOCAL}, RUN, 2, "profile 'p' is not there", "did you mean local or q?"),
+     "fix the file"),
+    ({E: "nodes = 1"}, RUN, 2, "ROOT/env.toml: the key nodes is in no section", "move it below the [name] of a profile"),
+    ({E: "[q]\n" + LOCAL}, RUN, 2, "profile 'p' does not exist", "did you mean local or q?"),
     ({E: "[p]\nextends = 'wandb'\n[wandb]\n"}, RUN, 2,
-     "profile p extends 'wandb', which is not there",
+     "profile p extends 'wandb', which does not exist",
      "did you mean local or p?"),
     ({E: "[wandb]\nproject = '${oc.env:GONE}'"}, "nano3 sft local", 2,
      "[wandb] of ROOT/env.toml reads GONE, which is not set",
-     "export it, or write it there"),
+     "export it, or write the value there"),
     ({E: "[p]\n" + LOCAL + "node = 1"}, RUN, 2,
      "profile p: there is no key 'node'",
      "did you mean nodes or node_group or ipc_mode?"),
     ({E: "[p]\n" + LOCAL + "packager = 'git'"}, RUN, 2,
      "profile p: packager is not supported",
-     "Airlift packs the tree itself; exclude and scope say what ships"),
+     "Airlift packs the tree itself; exclude and scope say what is sent"),
     ({E: "[artifacts]\nroot = '/a'", Y: "artifacts: x"}, "nano3 sft local --dry-run", 2,
      "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml: artifacts is 'x', not a table",
-     "mend the config's artifacts section"),
+     "fix the config's artifacts section"),
     # header
     ({H: hd("[tool.runspec]", 'name = "nano3/sft')}, "list", 2,
      "src/pkg/recipes/nano3/sft/train.py:3: the runspec header is not TOML: Illegal character '\\n'",
-     "mend the block between `# /// script` and `# ///`"),
+     "fix the block between `# /// script` and `# ///`"),
     ({H: "# /// script\n# [tool.runspec]\n# name = 'nano3/sft'\n"}, "list", 2,
      "src/pkg/recipes/nano3/sft/train.py:1: the runspec header does not end",
      "end it with a line `# ///`; each line of it begins with #"),
@@ -286,7 +286,7 @@ CASES = [
      "use one of torchrun, ray, direct, python"),
     ({H: hd(*N, "[tool.runspec.run]", 'launch = "mpi"')}, "nano3 sft --dry-run", 2,
      "nano3 has no stage 'sft'",
-     "did you mean rl?; or mend src/pkg/recipes/nano3/sft/train.py:5: launch mode 'mpi' is not known"),
+     "did you mean rl?; or fix src/pkg/recipes/nano3/sft/train.py:5: launch mode 'mpi' is not known"),
     ({H: hd(*N, "[tool.runspec.resources]", 'nodes = "2"')}, "list", 2,
      "src/pkg/recipes/nano3/sft/train.py:5: the header's nodes is '2'",
      "it must be a whole number"),
@@ -295,7 +295,7 @@ CASES = [
      'nodes must be 1 or more, gpus_per_node 0 or more or "gpu"'),
     ({H: hd(*N, "[tool.runspec.env]", 'A = [1]')}, "list", 2,
      "src/pkg/recipes/nano3/sft/train.py:5: the header's env.A is [1]",
-     "mend it: its name has letters, digits and _, and it is a string, a number or true or false, without NUL"),
+     "a name may have letters, digits and _; a value must be a string, number, true or false, and without NUL"),
     ({H: hd(*N, "[tool.runspec.run]", 'cmd = "go {nowhere}"')}, "nano3 sft --dry-run", 2,
      "the command 'go {nowhere}' cannot be filled in: it names {nowhere}",
      "only {script} and {config} are filled in; double other braces"),
@@ -304,31 +304,31 @@ CASES = [
      "rename one of them"),
     ({H: hd(*N, "[tool.runspec.config]", 'dir = "./nowhere"')}, "nano3 sft --dry-run", 2,
      "nano3/sft has no config 'default' in ROOT/src/pkg/recipes/nano3/sft/nowhere",
-     "write one there"),
+     "create one there"),
     # config
     ({Y: "a: ["}, "nano3 sft --dry-run", 2,
      "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml is not a config: line 2: did not find expected node content",
-     "mend the YAML"),
+     "fix the YAML"),
     ({Y: "- 1"}, "nano3 sft --dry-run", 2,
      "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml is not a config: it is a list, not a table of settings",
-     "mend the YAML"),
+     "fix the YAML"),
     ({Y: b"\xff"}, "nano3 sft --dry-run", 2,
      "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml is not a config: it is not UTF-8",
      "save it as UTF-8"),
     ({Y: "defaults: default"}, "nano3 sft --dry-run", 2,
-     "defaults: leads in a circle: default.yaml -> default.yaml",
-     "take one of them out of its defaults:"),
+     "the defaults: of configs form a cycle: default.yaml -> default.yaml",
+     "remove one of them from the defaults: that names it"),
     ({Y: "defaults: [gone]"}, "nano3 sft --dry-run", 2,
      "ROOT/src/pkg/recipes/nano3/sft/config/gone.yaml is named in defaults: of "
-     "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml, but is not there",
-     "mend the defaults:"),
+     "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml, but does not exist",
+     "fix the defaults:"),
     ({Y: "defaults: [b]\na: [1]", S + "/config/b.yaml": "a: {x: 1}"}, "nano3 sft --dry-run", 2,
      "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml does not fit what its defaults: name: Cannot "
      "merge incompatible container types",
      "a table cannot take the place of a list, nor a list that of a table"),
     ({Y: "run: [1]"}, "nano3 sft --dry-run", 2,
      "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml: run is [1], not a table",
-     "mend the config's run section"),
+     "fix the config's run section"),
     ({Y: "run: {env: {nodes: two}}"}, "nano3 sft --dry-run", 2,
      "nodes is 'two'",
      "it must be a whole number, 1 or more"),
@@ -337,20 +337,20 @@ CASES = [
      "it must be a list of strings or tables"),
     ({Y: "run: {env: {env_vars: {A: [1]}}}"}, "nano3 sft --dry-run", 2,
      "run.env.env_vars is ***",
-     "it must be a table of variables; see A: its name has letters, digits and _, and it is a string, a "
-     "number or true or false, without NUL"),
+     "it must be a table of variables; see A: a name may have letters, digits and _; a value must be a string, "
+     "number, true or false, and without NUL"),
     ({}, "nano3 sft =1", 2, "the override '=1' names no setting", "overrides are KEY=VALUE with dots between names"),
     ({}, "nano3 sft a=[", 2,
-     "the override 'a=[' cannot be read: line 2: did not find expected node content",
+     "the override 'a=[' cannot be parsed: line 2: did not find expected node content",
      "its value is read as YAML; put a text in quotes, like: 'key=\"[text\"'"),
     ({}, "nano3 sft run.env.run_command={x} --dry-run", 2, "run.env.run_command is ***", "it must be a string"),
     ({E: "[wandb]\nproject = 'p'"}, "nano3 sft run.wandb=x --dry-run", 2,
      "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml: run.wandb is 'x', not a table",
-     "mend the config's run section"),
+     "fix the config's run section"),
     ({Y: "a: ${"}, "nano3 sft --dry-run", 2,
-     "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml is not a config: a holds a ${ that cannot be "
-     "read; a plain one is written \\${",
-     "mend the YAML"),
+     "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml is not a config: a has a ${ that cannot be "
+     "parsed; write a literal one as \\${",
+     "fix the YAML"),
     # tree
     ({"src/pkg/out": "-> /etc/hostname"}, "nano3 sft --dry-run", 2,
      "src/pkg/out is a link that leaves the tree: it points to /etc/hostname",
@@ -437,21 +437,21 @@ HERE = {"$LEPTON_WORKSPACE_ID": "w", "$LEPTON_WORKSPACE_TOKEN": "hush-4711",
         "$LEPTON_WORKSPACE_URL": "http://127.0.0.1:9/api"}
 WITHOUT = [
     ({P: SLURM.replace("/j", "/my jobs")}, GO, 2,
-     "remote_job_dir is '/my jobs', and nemo-run hands it to shells as it is",
-     "name a folder by its whole path, of letters, digits and . _ - + = @"),
+     "remote_job_dir is '/my jobs', which nemo-run passes to shells without quotes",
+     "use an absolute path of letters, digits and . _ - + = @ /"),
     ({P: SLURM + 'tunnel = "ssh"'}, GO, 2,
-     'tunnel is "ssh", but the profile names no host',
+     'tunnel is "ssh", but the profile has no host',
      'set host and user, or tunnel = "local" on the cluster itself'),
     ({P: SLURM + 'tunnel = "ssh"\nhost = "h"\nuser = "u"\nidentity = "/nowhere/key"'}, GO, 2,
-     "there is no key /nowhere/key", "mend identity in the profile, or leave it out"),
+     "there is no key file /nowhere/key", "correct identity in the profile, or remove it"),
     ({P: SLURM + 'mounts = ["/data"]'}, GO, 2,
-     "the mount '/data' cannot be read",
-     'write "SRC:DST" or "SRC:DST:FLAGS", two whole paths of the cluster and the container'),
+     "the mount '/data' cannot be parsed",
+     'write "SRC:DST" or "SRC:DST:FLAGS", with absolute paths on the cluster and in the container'),
     ({P: SLURM + 'mounts = ["${auto_mount:git+https://h/x@main,/x}"]'}, GO, 2,
      "${auto_mount:git+https://h/x@main,/x} needs a container to be mounted into",
      "set container_image in the profile"),
     ({P: SLURM, "bin/sh": "-> /bin/sh", "$PATH": "ROOT/bin"}, GO, 4,
-     "this machine: cannot use /j: there is no sbatch: no login node, or not in the PATH that ssh gives",
+     "this machine: cannot use /j: there is no sbatch: this is not a login node, or sbatch is not in the PATH of ssh sessions",
      "fix what it names, then launch again"),
     ({P: SLURM + 'tunnel = "ssh"\nhost = "127.0.0.1"\nuser = "u"\nport = 1'}, GO, 5,
      "u@127.0.0.1:1 cannot be reached: ssh: connect to host 127.0.0.1 port 1: Connection refused",
@@ -462,7 +462,7 @@ WITHOUT = [
     ({P: 'executor = "docker"'}, GO, 2,
      "the job has no image", "set container_image in the profile, or image in the recipe's header"),
     ({P: DOCKER + 'mounts = ["/data"]'}, GO, 2,
-     "the mount '/data' cannot be read", 'write "SRC:DST" or "SRC:DST:ro", DST a whole path'),
+     "the mount '/data' cannot be parsed", 'write "SRC:DST" or "SRC:DST:ro", where DST is an absolute path'),
     ({P: DOCKER + 'mounts = ["$GONE/x:/x"]'}, GO, 2,
      "the mount '$GONE/x:/x' reads GONE, which is not set", "export it, or write the path"),
     ({P: DOCKER, "$DOCKER_HOST": "unix:///nowhere/socket"}, GO, 5,
@@ -475,12 +475,12 @@ WITHOUT = [
     ({P: L.replace('"i"', '""')} | HERE, GO, 2,
      "the job has no image", "set container_image in the profile, or image in the recipe's header"),
     ({P: L + 'ca_bundle = "/nowhere/ca.pem"'} | HERE, GO, 2,
-     "ca_bundle /nowhere/ca.pem is not there", "name the PEM file of your certificate authority"),
+     "ca_bundle /nowhere/ca.pem does not exist", "name the PEM file of your certificate authority"),
     ({P: L + '[[mounts]]\npath = "/"\nmount_path = "/x"'} | HERE, GO, 2,
      "a mount lacks from: {'path': '/', 'mount_path': '/x'}",
      'like: { path = "/", mount_path = "/shared", from = "node-nfs:my-storage" }'),
     ({P: L + '[secrets]\nLEPTON_X = "lepton:x"'} | HERE, GO, 2,
-     "Lepton keeps the variable LEPTON_X for itself", "use another name under [secrets]"),
+     "Lepton reserves the variable LEPTON_X", "use another name in [secrets]"),
     ({P: D}, GO, 5,
      "run:AI at http://127.0.0.1:9/api/v1 cannot be reached",
      "check the address, the proxy variables and the network"),
@@ -492,7 +492,7 @@ WITHOUT = [
     ({P: D.replace("= 1", '= "gpu"')}, GO, 2,
      'gpus_per_node is "gpu"', "run:AI needs a number; set gpus_per_node in the profile"),
     ({P: D + 'distributed_framework = "MPI"\nnodes = 2'}, GO, 2,
-     "distributed_framework is 'MPI'", "only PyTorch tells each pod its rank; take the key out"),
+     "distributed_framework is 'MPI'", "only PyTorch tells each pod its rank; remove the key"),
 ]
 
 
@@ -560,93 +560,93 @@ CREATES = "/(jobs|trainings)$"
 # (platform, what is done to it or to the profile, exit code, what is wrong, what to do)
 PLATFORM = [
     ("lepton", env(TOKEN, "hush"), 4,
-     "Lepton: list the node groups was answered 401: invalid or expired token",
+     "Lepton: cannot list the node groups: HTTP 401: invalid or expired token",
      "renew LEPTON_WORKSPACE_TOKEN, or run `lep login` again"),
     ("lepton", lambda here: here.monkeypatch.delenv(TOKEN), 4,
      "there are no Lepton credentials here",
      "export LEPTON_WORKSPACE_ID and LEPTON_WORKSPACE_TOKEN, or run `lep login`"),
     ("lepton", lambda here: here.monkeypatch.setenv(TOKEN, here.server.foreign_token), 4,
-     "Lepton: list the node groups was answered 403: the token has no access to workspace ws0",
-     "the credentials are known; ask for the right or the quota, or change what it names in the profile"),
+     "Lepton: cannot list the node groups: HTTP 403: the token has no access to workspace ws0",
+     "the credentials are valid; request the permission or quota, or change what it names in the profile"),
     ("lepton", profile(node_group="defualt-group"), 4,
      "Lepton has no node group 'defualt-group'", "this workspace has default-group; set node_group in the profile"),
     ("lepton", profile(resource_shape="eight"), 4,
-     'Lepton: create job nano3-sft-... was answered 400: unknown resource_shape "eight"',
+     'Lepton: cannot create job nano3-sft-...: HTTP 400: unknown resource_shape "eight"',
      "change what it names in the profile, then launch again"),
     ("lepton", profile(mounts=[{"path": "/", "mount_path": "/shared", "from": "node-nfs:nowhere"}]), 4,
-     'Lepton: create job nano3-sft-... was answered 400: mounts[0]: unknown volume "node-nfs:nowhere"',
+     'Lepton: cannot create job nano3-sft-...: HTTP 400: mounts[0]: unknown volume "node-nfs:nowhere"',
      "change what it names in the profile, then launch again"),
     ("lepton", profile("[secrets]\nT = 'lepton:nowhere'\n"), 4,
-     'Lepton: create job nano3-sft-... was answered 400: secret "nowhere" not found',
+     'Lepton: cannot create job nano3-sft-...: HTTP 400: secret "nowhere" not found',
      "change what it names in the profile, then launch again"),
     ("lepton", profile(custom_spec={"nonsense": 1}), 2,
      "a Lepton job has no field nonsense",
-     "take it out of custom_spec or mounts; there are resource_shape, affinity, ..."),
+     "remove it from custom_spec or mounts; the fields are resource_shape, affinity, ..."),
     ("lepton", profile(custom_spec={"completions": 3}), 2,
-     "custom_spec sets completions, which Airlift sets itself", "take it out"),
+     "custom_spec sets completions, which Airlift sets itself", "remove it"),
     ("lepton", lambda here: here.server.missing_images.add("registry.test/nemo:1"), 4,
      "the image cannot be pulled: ImagePullBackOff, ErrImagePull",
-     "mend container_image or the pull secrets; end the job with: python launch.py cancel ..."),
+     "correct container_image or the pull secrets; end the job with: python launch.py cancel ..."),
     ("lepton", fault("status", status=500), 5,
-     "Lepton: list the node groups was answered 500: injected by the test",
-     "the platform has trouble of its own; try again later"),
+     "Lepton: cannot list the node groups: HTTP 500: injected by the test",
+     "the platform has a problem of its own; try again later"),
     ("lepton", fault("status", status=429, retry_after=0.01), 5,
-     "Lepton: list the node groups was answered 429: injected by the test",
-     "the platform has trouble of its own; try again later"),
+     "Lepton: cannot list the node groups: HTTP 429: injected by the test",
+     "the platform has a problem of its own; try again later"),
     ("lepton", fault("drop"), 5,
      "Lepton at URL cannot be reached", "check the address, the proxy variables and the network"),
     ("lepton", fault("hang"), 5,
      "Lepton at URL did not answer in time", "check the address, the proxy variables and the network"),
     ("lepton", fault("status", status=403, method="POST", path=CREATES, message="over quota"), 4,
-     "Lepton: create job nano3-sft-... was answered 403: over quota",
-     "the credentials are known; ask for the right or the quota, or change what it names in the profile"),
+     "Lepton: cannot create job nano3-sft-...: HTTP 403: over quota",
+     "the credentials are valid; request the permission or quota, or change what it names in the profile"),
     ("lepton", fault("drop", method="POST", path=CREATES), 5,
      "Lepton at URL cannot be reached",
-     "look for nano3-sft-... in the console before you launch again: the request had been sent"),
+     "the request may have arrived: look for nano3-sft-... in the console before you launch again"),
     ("dgxcloud", env(SECRET, "hush"), 4,
-     "run:AI: get a token for client_id airlift-test was answered 401: Unauthorized: wrong secret, or no "
+     "run:AI: cannot get a token for client_id airlift-test: HTTP 401: Unauthorized: wrong secret, or no "
      'service account "airlift-test"',
      "check client_id and client_secret of this profile"),
     ("dgxcloud", lambda here: here.monkeypatch.delenv(SECRET), 2,
      "profile dgxcloud reads RUNAI_CLIENT_SECRET, which is not set",
      "export it, or write the value into .../profiles/dgxcloud.toml"),
     ("dgxcloud", env("RUNAI_CLIENT_ID", "nobody"), 4,
-     "run:AI: get a token for client_id nobody was answered 401: Unauthorized: wrong secret, or no service"
+     "run:AI: cannot get a token for client_id nobody: HTTP 401: Unauthorized: wrong secret, or no service"
      ' account "nobody"',
      "check client_id and client_secret of this profile"),
     ("dgxcloud", profile(project_name="team-z"), 4,
      "run:AI has no project 'team-z' that this client may see",
      "it sees team-a, team-without-quota; set project_name in the profile"),
     ("dgxcloud", profile(project_name="team-without-quota"), 4,
-     'run:AI: create workload nano3-sft-... was answered 403: project "team-without-quota" has a quota of '
+     'run:AI: cannot create workload nano3-sft-...: HTTP 403: project "team-without-quota" has a quota of '
      "0 GPUs; the workload asks for 1",
-     "the credentials are known; ask for the right or the quota, or change what it names in the profile"),
+     "the credentials are valid; request the permission or quota, or change what it names in the profile"),
     ("dgxcloud", profile(pvcs=[{"claimName": "gone", "path": "/shared", "existingPvc": True}]), 4,
-     'run:AI: create workload nano3-sft-... was answered 400: spec.storage.pvc[0]: PVC "gone" does not exist',
+     'run:AI: cannot create workload nano3-sft-...: HTTP 400: spec.storage.pvc[0]: PVC "gone" does not exist',
      "change what it names in the profile, then launch again"),
     ("dgxcloud", profile("[secrets]\nT = 'runai:no/where'\n"), 4,
-     "run:AI: create workload nano3-sft-... was answered 400: environmentVariables[...].userCredential: no"
+     "run:AI: cannot create workload nano3-sft-...: HTTP 400: environmentVariables[...].userCredential: no"
      " credential {'name': 'no', 'key': 'where'}",
      "change what it names in the profile, then launch again"),
     ("dgxcloud", profile(custom_spec={"args": "x"}), 2,
-     "custom_spec sets args, which Airlift sets itself", "take it out"),
+     "custom_spec sets args, which Airlift sets itself", "remove it"),
     ("dgxcloud", lambda here: here.server.missing_images.add("registry.test/nemo:1"), 4,
      'the image cannot be pulled: ImagePullBackOff: Back-off pulling image "registry.test/nemo:1"; '
      'ErrImagePull: Failed to pull image "registry.test/nemo:1": not found',
-     "mend container_image or the pull secrets; end the job with: python launch.py cancel ..."),
+     "correct container_image or the pull secrets; end the job with: python launch.py cancel ..."),
     ("dgxcloud", fault("status", status=503), 5,
-     "run:AI: get a token for client_id airlift-test was answered 503: injected by the test",
-     "the platform has trouble of its own; try again later"),
+     "run:AI: cannot get a token for client_id airlift-test: HTTP 503: injected by the test",
+     "the platform has a problem of its own; try again later"),
     ("dgxcloud", fault("status", status=500, path="/projects"), 5,
-     "run:AI: list the projects was answered 500: injected by the test",
-     "the platform has trouble of its own; try again later"),
+     "run:AI: cannot list the projects: HTTP 500: injected by the test",
+     "the platform has a problem of its own; try again later"),
     ("dgxcloud", fault("reset"), 5,
      "run:AI at URL cannot be reached", "check the address, the proxy variables and the network"),
     ("dgxcloud", fault("hang"), 5,
      "run:AI at URL did not answer in time", "check the address, the proxy variables and the network"),
     ("dgxcloud", fault("drop", method="POST", path=CREATES), 5,
      "run:AI at URL/workloads/trainings cannot be reached",
-     "look for nano3-sft-... in the console before you launch again: the request had been sent"),
+     "the request may have arrived: look for nano3-sft-... in the console before you launch again"),
 ]
 
 
@@ -715,12 +715,12 @@ def cloned(place):
 
 
 def alone(place):
-    plan = support.plan(launch="ray", nodes=2, patience=1)
+    plan = support.plan(launch="ray", nodes=2, cluster="pods", patience=1)
     return plan, {"NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
 # (what makes the plan and the pod's environment, exit code, rank, what was seen). What is wrong and what to do about it
-# are those of pod.FAILURES.
+# are those of pod/failures.py.
 POD = [
     (without("AIRLIFT_POD_0000"), 80, "unknown", ""),
     (without("AIRLIFT_POD_CHUNKS"), 80, "?", "AIRLIFT_POD_CHUNKS is ''"),
@@ -760,17 +760,17 @@ def test_a_pod_that_refuses(tmp_path, make, code, rank, seen):
     lines = out.text.splitlines()
     assert found == code, out.text
     assert "Traceback" not in out.text
-    if seen == "":  # the bootstrap's own words: pod.py has not arrived
-        assert lines == ["airlift: " + pod.FAILURES[code][0], "airlift: rank unknown ended with exit code %d" % code]
+    if seen == "":  # the bootstrap's own words: the program has not arrived
+        assert lines == ["airlift: " + failures.FAILURES[code][0], "airlift: rank unknown ended with exit code %d" % code]
         return
-    what, fix = pod.FAILURES[code]
+    what, fix = failures.FAILURES[code]
     assert lines[-2:] == ["airlift: what to do: " + fix, "airlift: rank %s ended with exit code %d" % (rank, code)]
     assert same(lines[-3], "airlift: rank %s: %s: %s" % (rank, what, seen), scratch), lines[-3]
 
 
 def test_every_code_of_a_pod_is_in_the_list():
-    assert {case[1] for case in POD} == set(pod.FAILURES) - {
-        pod.INTERNAL, pod.LOST}  # nothing known provokes the one; the other takes a real cluster: test_ray.py
+    assert {case[1] for case in POD} == set(failures.FAILURES) - {
+        failures.INTERNAL, failures.LOST}  # nothing known provokes the one; the other takes a real cluster: test_ray.py
 
 
 # ---------------------------------------------------------------- what is left out, and said
@@ -787,15 +787,15 @@ NOTES = [
      "left out, data or model file: 2, like src/pkg/a.safetensors"),
     ({"src/pkg/notes.txt": "x", ".airliftignore": "notes.txt"},
      "left out, excluded by notes.txt: 1, like src/pkg/notes.txt"),
-    ({"$HF_TOKEN": "hush-4711"}, "HF_TOKEN is set here but not sent; name it under [secrets] to send it"),
+    ({"$HF_TOKEN": "hush-4711"}, "HF_TOKEN is set here but not sent; add it to [secrets] to send it"),
     ({P: LOCAL + "[secrets]\nT = 'env'", "$T": "hush-4711"}, "T is sent by value, in the job's environment"),
     ({P: LOCAL + "[env_vars]\nHF_TOKEN = 'hush-4711'"},
-     "HF_TOKEN is sent as a plain variable; under [secrets] it would stay out of files and records"),
-    ({}, "no workspace is set: what the job writes stays in the pod and goes with it"),
-    ({Y: "run: {env: {sandbox: 1}}"}, "run.env holds sandbox, which Airlift does not use"),
-    ({Y: "a: ${run.nowhere}"}, "the config still holds ${run.nowhere}, which nothing sets here"),
+     "HF_TOKEN is sent as a plain variable; in [secrets] it would stay out of files and records"),
+    ({}, "no workspace is set: what the job writes stays in the pod and is lost with it"),
+    ({Y: "run: {env: {sandbox: 1}}"}, "run.env has sandbox, which Airlift does not use"),
+    ({Y: "a: ${run.nowhere}"}, "the config refers to ${run.nowhere}, which is not set anywhere"),
     ({E: "[p]\n" + LOCAL + "build_time = '1'"},
-     "profile p: build_time is not used: images are used as they are named, and never built"),
+     "profile p: build_time has no effect: images are used as they are, and never built"),
 ]
 
 

@@ -8,9 +8,9 @@ import pytest
 from support import need, plan, ran
 
 import jobs
-import pod
 from backends.common import repositories
 from backends.common.ssh import Host
+from pod.failures import CLONE
 from transport import Refusal
 
 
@@ -93,7 +93,7 @@ def test_the_images_own_copy_is_replaced_whole(repository: Path, tmp_path: Path)
 def test_a_clone_that_fails_ends_the_pod_and_says_both_ways_out(repository: Path, tmp_path: Path, mount: str) -> None:
     source = mount % repository if "%s" in mount else mount
     code, text, _ = launched(tmp_path, "${auto_mount:git+%s,%s/opt/lib}" % (source, tmp_path), {})
-    assert code == pod.CLONE == 88
+    assert code == CLONE == 88
     assert "[git_mirrors]" in text and 'auto_mount = "image"' in text
     assert "Traceback" not in text
 
@@ -104,7 +104,7 @@ def test_image_uses_what_the_image_has(repository: Path, tmp_path: Path) -> None
     mount = "${auto_mount:git+https://github.com/org/lib.git@main,%s/opt/lib}" % tmp_path
     code, text, notes = launched(tmp_path, mount, {}, auto_mount="image")
     assert code == 0 and "of the image" in text
-    assert notes == ["%s/opt/lib is used as the image has it" % tmp_path]
+    assert notes == ["%s/opt/lib: the copy inside the image is used" % tmp_path]
 
 
 # ---------------------------------------------------------------- on a cluster

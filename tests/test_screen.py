@@ -38,9 +38,9 @@ def test_where_the_time_went() -> None:
 
 def test_a_state_is_told_with_its_time_only_while_it_is_news() -> None:
     run = Run("t23456", "a/b", "p", "local", 1, "0" * 64)
-    assert re.fullmatch(r"-- done \(Completed\) after \d s", screen.told(Status("done", "Completed"), run))
+    assert re.fullmatch(r"-- done \(Completed\) after \d s", screen.status_line(Status("done", "Completed"), run))
     run.ended = ["done", "Completed"]
-    assert screen.told(Status("done", "Completed"), run) == "-- done (Completed)"
+    assert screen.status_line(Status("done", "Completed"), run) == "-- done (Completed)"
 
 
 @given(st.lists(st.lists(st.text("ab c", max_size=9), min_size=3, max_size=3), min_size=1, max_size=6))
@@ -245,7 +245,7 @@ def test_no_secret_shows_in_a_note_an_error_or_a_config(say, here, monkeypatch):
            yaml="key: ${run.wandb.api_key}\ntoken: %s\n" % token)
     plan = plan_of(say, *FAMILY, "mine")
     assert "each pod clones https://***@mirror/x at main to /x" in plan["notes"]
-    assert "the config holds what looks like a credential, and is sent as it is" in plan["notes"]
+    assert "the config contains what looks like a credential, and is sent as it is" in plan["notes"]
     write(here / "profiles/bad.toml", 'extends = "mine"\nstartup_commands = "login ${env:DEPLOY_TOKEN}"')
     write(here / "profiles/worse.toml", 'extends = "mine"\nrun_command = "login ${env:DEPLOY_TOKEN} {x}"')
     said = json.dumps(plan) + repr([say(*FAMILY, name, "--dry-run") for name in ("mine", "bad", "worse")])

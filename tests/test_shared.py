@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from layout import REPO, flat_folder, launcher, recipe, write
 from support import need, plan, ran, started, tmpfs
 
-import pod
+from pod.shared import SharedTree
 
 SOURCES = [source(number) for number in range(4)]
 ONE, TWO, THREE, FOUR = SOURCES
@@ -105,7 +105,7 @@ def test_a_storm_finds_flaws(flaw):
                                str(seed), "--flaw", flaw], capture_output=True, text=True, timeout=600)
         if done.returncode == 1 and "violation:" in done.stdout:
             return
-    pytest.fail("no storm finds a pod.py that " + flaw)
+    pytest.fail("no storm finds a pod that " + flaw)
 
 
 @pytest.mark.slow
@@ -298,7 +298,7 @@ def test_what_a_killed_sweeper_left_is_swept(ground):
 
 
 def test_what_failed_and_what_was_begun_does_not_pile_up(ground):
-    left = pod.Shared.LEFT
+    left = SharedTree.LEFT
     os.makedirs(ground.path("private"))
     os.makedirs(ground.path("failed"))
     for number in range(3 * left):
@@ -379,7 +379,7 @@ def test_another_user(tmp_path):
     entry, = run(ground, Pod("a", ONE, uid=65534))
     assert entry["code"] == 83 and "Permission denied" in entry["seen"]
     assert results(ground, [waiting])[0]["code"] == 84
-    for folder in pod.Shared.FOLDERS:  # a folder for all users: another user's tree is passed over, and left
+    for folder in SharedTree.FOLDERS:  # a folder for all users: another user's tree is passed over, and left
         os.chmod(ground.path(folder), 0o1777)
     done = run(ground, *[Pod("b", ONE, rank=rank, uid=65534, keep=0) for rank in (0, 1)])
     assert [entry["code"] for entry in done] == [0, 0] and len(ground.published()) == 2

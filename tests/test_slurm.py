@@ -64,7 +64,7 @@ def script_of(changed: Job, attached: bool = True) -> str:
     host = slurm.host_of(changed.settings)
     mounts = changed.settings["mounts"] if changed.image else []
     folder = "/shared/jobs/x"
-    executor = slurm.slurm_executor(changed, host, "/shared/jobs", changed.image, mounts, folder, attached, None)
+    executor = slurm.slurm_executor(changed, host, "/shared/jobs", changed.image, mounts, folder, attached)
     executor.assign("fam-train-t23456_1", "/home/exp", "fam-train-t23456", "fam-train-t23456")
     request = SlurmBatchRequest(launch_cmd=["sbatch"], jobs=["fam-train-t23456"], command_groups=[["python3 pod.py"]],
                                 executor=executor, max_retries=0, extra_env={})

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import tokenize
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import SCRIPT, job, need, plan, plant, pythons, tree
 
-import pod
 import transport
+from pod import payload, process
 from transport import LIMITS, Entry, Limits, Refusal, Tree, collect, pack, plan_for
 
 ROOT = Path(transport.__file__).parent
@@ -398,14 +399,12 @@ def test_folders_without_end(repo: Path) -> None:
 
 
 def test_folders_as_deep_as_allowed(repo: Path, tmp_path: Path) -> None:
-    import pod
-
     deep = "src/" + "d/" * 509 + "x"
     assert len(deep) == transport.MAX_PATH - 1
     plant(repo, {deep: "here"})
     found = collect(repo, SCRIPT)
     assert deep in {entry.path for entry in found.entries}
-    pod.unpack(pack(found), str(tmp_path / "code"))
+    payload.unpack(pack(found), str(tmp_path / "code"))
     assert (tmp_path / "code" / deep).read_text() == "here"
 
 
@@ -432,7 +431,6 @@ FIXED_SHA256 = "e62beb72eb53f342f68d5d51295ffa1726e76b90f264cfaaee5e65054226ff8a
 PRINT_DIGEST = """
 import hashlib, os, random, sys
 sys.path.insert(0, %r)
-import pod
 import transport
 from pathlib import Path
 real = os.scandir
@@ -536,13 +534,48 @@ def test_unknown_compression_and_executor() -> None:
             plan_for(executor, tree(), job(), compression=compression)
 
 
-# ---------------------------------------------------------------- pod.py's source
+# ---------------------------------------------------------------- the pod program
+
+JOBS: list[dict[str, str]] = [{}, {"unpack": "shared"}, {"cluster": "pods"}, {"cluster": "platform"},
+                              {"unpack": "shared", "cluster": "pods"}]
 
 
-def test_the_stripped_program_is_the_same_program() -> None:
-    source, bare = (ROOT / "pod.py").read_text(), transport.pod_program().decode()
+def parts_of(program: bytes) -> dict[str, str]:
+    """module -> source of what a program holds."""
+    parts = ast.parse(program).body[0]
+    assert isinstance(parts, ast.Assign)
+    return dict(ast.literal_eval(parts.value))
+
+
+@pytest.mark.parametrize("description", JOBS, ids=str)
+def test_a_program_holds_what_its_job_needs(description: dict[str, str]) -> None:
+    made = plan(**(description | {"shared": "/s"} if description else {}))
+    assert made.program == transport.pod_program(description)
+    sent = "".join(made.env["AIRLIFT_POD_%04d" % number] for number in range(int(made.env["AIRLIFT_POD_CHUNKS"])))
+    assert zlib.decompress(base64.b64decode(sent)) == made.program
+    found = parts_of(made.program)
+    optional = {"pod.shared": "unpack" in description, "pod.ray_nodes": description.get("cluster") == "pods",
+                "pod.ray_cluster": description.get("cluster") == "platform"}
+    base = {"pod", "pod.failures", "pod.rank", "pod.payload", "pod.places", "pod.process", "pod.entry"}
+    assert set(found) == base | {name for name, there in optional.items() if there}
+    for name in set(found) - {"pod"}:
+        source = (ROOT / (name.replace(".", "/") + ".py")).read_text()
+        assert found[name] == transport._bare(source)
+    assert made.program.decode().endswith(transport._bare((ROOT / "pod/__main__.py").read_text()))
+
+
+def test_every_module_of_the_pod_has_its_place_in_a_program() -> None:
+    assert {path.stem for path in (ROOT / "pod").glob("*.py")} == {*transport.PARTS, "__init__", "__main__"}
+    init = ast.parse((ROOT / "pod/__init__.py").read_text())
+    assert len(init.body) == 1 and ast.get_docstring(init), "it travels as an empty one"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pod").glob("*.py")), ids=lambda path: path.name)
+def test_the_stripped_program_is_the_same_program(path: Path) -> None:
+    source = path.read_text()
+    bare = transport._bare(source)
     assert bare.count("\n") == source.count("\n"), "lines keep their numbers"
-    assert len(bare) < len(source) * 0.9
+    assert len(bare) < len(source)
 
     def code(text: str) -> str:
         module = ast.parse(text)
@@ -552,9 +585,9 @@ def test_the_stripped_program_is_the_same_program() -> None:
         return ast.dump(module)
 
     assert code(source) == code(bare)
-    with open(ROOT / "pod.py", "rb") as file:
+    with open(path, "rb") as file:
         comments = [token.string for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT]
-    assert len(comments) > 5 and not any(comment in bare for comment in comments)
+    assert not any(comment in bare for comment in comments)
 
 
 SNIPPETS = ['"""doc"""\nx = "# no comment"  # yes\n', 'def f():\n    """doc\n    more"""\n    return "#"\n',
@@ -842,7 +875,7 @@ CLONES = st.lists(st.fixed_dictionaries({name: st.text("ab/'é:", min_size=1, ma
 def test_the_pods_script_is_no_longer_than_was_counted(setup, clones, command, workdir):
     described = job(setup=setup, clones=clones, command=command, tool="python" if command else "")
     counted = transport._recipe_exec({}, described)[1][2]
-    assert len(pod.script_for(described, workdir, 9).encode()) <= len(counted.encode())
+    assert len(process.script_for(described, workdir, 9).encode()) <= len(counted.encode())
 
 
 def test_a_startup_command_of_quotes_does_not_fit() -> None:

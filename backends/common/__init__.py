@@ -1,12 +1,76 @@
-"""What several executors share, one subject a file. Nothing here imports an executor."""
+"""What several executors share: each larger subject in a file of its own, the smaller ones here. Nothing imports an
+executor."""
 
+import re
+from collections.abc import Iterable, Mapping
 from types import ModuleType
+from typing import Any
 
 import screen
+from jobs import Job
+from transport import LIMITS, Plan, Refusal, human
 
 
 def import_nemo() -> ModuleType:
-    """nemo.py of this folder, whose import takes two seconds: what can be refused should have been by then."""
+    """nemo.py of this folder. Its import takes two seconds, so what can be refused should be refused before."""
     with screen.step("import nemo_run"):
         from backends.common import nemo
     return nemo
+
+
+# ---------------------------------------------------------------- requests
+
+def job_name(recipe: str, run_id: str, longest: int) -> str:
+    """A name for the platform: lower case, letters, digits and dashes, a letter first, ending in the run's id."""
+    stem = re.sub(r"[^a-z0-9]+", "-", recipe.lower()).strip("-")
+    stem = stem if re.match(r"[a-z]", stem) else "job-" + stem
+    return stem[: longest - len(run_id) - 1].rstrip("-") + "-" + run_id
+
+
+def with_custom(spec: dict[str, Any], custom: Mapping[str, Any], ours: tuple[str, ...], where: str = "") -> Any:
+    """`spec` with custom_spec merged over it: tables deeply, lists of variables appended, everything else replaced.
+    Raises Refusal for a field in `ours` (dotted names), without which the job could not start."""
+    merged = dict(spec)
+    for key, value in custom.items():
+        here = merged.get(key)
+        if where + key in ours:
+            raise Refusal("custom_spec sets %s, which Airlift sets itself" % (where + key), "remove it")
+        if isinstance(here, dict) and isinstance(value, dict):
+            merged[key] = with_custom(here, value, ours, where + key + ".")
+        elif key in ("envs", "environmentVariables") and isinstance(value, list):
+            merged[key] = here + value if here else value
+        else:
+            merged[key] = value
+    return merged
+
+
+def require_object(what: str, size: int, executor: str, also: str = "") -> None:
+    """Raises Refusal (exit code 3) for an API object of more bytes than the limit; `also` is another way to fix it."""
+    limit = LIMITS[executor].object
+    if size > limit:
+        raise Refusal("the %s's API object is %s of %s; nothing was submitted" % (what, human(size), human(limit)),
+                      "leave files out with exclude" + also, 3)
+
+
+def sent_by_value(job: Job, plan: Plan) -> tuple[str, ...]:
+    """The values of secrets that are in the request, and that a server's answer may repeat."""
+    return tuple(plan.env[name] for name, source in job.secrets.items() if source == "env")
+
+
+# ---------------------------------------------------------------- what pods print
+
+ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d+)")  # a pod's last line (pod/entry.py)
+BEGUN = re.compile(r"airlift: rank \d+ of \d+, sha256 .*, begun ")  # its first, where the job may be retried
+NOT_WHOLE = "airlift_pod_program_did_not_arrive_whole"  # of the bootstrap in transport.py
+ECHOES = (137, 143)  # killed: the exit codes of other ranks when a job ends because of one
+
+
+def codes_in(lines: Iterable[str]) -> dict[str, int]:
+    """rank, as the pod prints it -> exit code; the last line counts."""
+    return {found.group(1): int(found.group(2)) for found in map(ENDED.search, lines) if found}
+
+
+def first_failure(codes: dict[str, int]) -> int | None:
+    """The exit code that the job failed with; that of a killed rank only if there is no other."""
+    failures = [code for _, code in sorted(codes.items()) if code]
+    return next((code for code in failures if code not in ECHOES), failures[0] if failures else None)

@@ -1,10 +1,6 @@
-"""`check`: what can be known before a launch, as findings. What only a platform knows, its backend's probe() asks.
+"""The findings of `check`. What only a platform knows is checked by its backend's probe()."""
 
-A finding is ok, a warning (a launch may still work, or it could not be found out), or a failure (it would not).
-"""
-
-from __future__ import annotations
-
+import importlib.metadata
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,49 +20,55 @@ NEEDS = {"local": (), "docker": ("nemo-run", "docker"), "slurm": ("nemo-run",), 
          "dgxcloud": ("nemo-run", "requests")}
 
 
-def tried(what: str, look: Callable[[], object], said: str = "") -> Finding:
-    """A finding: ok with what `look` gives, or `said` where it gives nothing; a failure with its Refusal's words."""
+def attempt(what: str, make: Callable[[], Any], text: Callable[[Any], object]) -> tuple[Any, Finding]:
+    """(what `make` returns, a finding that is ok with the `text` of it); (None, a failure) for a Refusal."""
     try:
-        return Finding(what, "ok", str(look() or said))
+        made = make()
+        return made, Finding(what, "ok", str(text(made)))
     except Refusal as refusal:
-        return Finding(what, "failure", refusal.what, refusal.fix, refusal.code)
+        return None, Finding(what, "failure", refusal.what, refusal.fix, refusal.code)
 
 
-def listed(what: str, wanted: list[str], look: Callable[[], list[str]], fix: str, surely: bool = True
+def finding(what: str, call: Callable[[], object], text: str = "") -> Finding:
+    """A finding that is ok with what `call` returns, or with `text` if that is nothing; a failure for a Refusal."""
+    return attempt(what, call, lambda made: made or text)[1]
+
+
+def listed(what: str, wanted: list[str], ask: Callable[[], list[str]], fix: str, certain: bool = True
            ) -> Iterator[Finding]:
-    """Findings for names that a platform lists: one that is missing is a failure, or a warning unless it is `surely`
-    missing; a list that cannot be had is a warning."""
+    """Whether each wanted name is in a platform's list. A missing one is a failure, or a warning if the list is not
+    `certain`; if the list cannot be read, that is a warning."""
     try:
-        known = look() if wanted else []
+        known = ask() if wanted else []
     except Refusal as refusal:
-        yield Finding(what, "warning", "cannot be asked for: " + refusal.what, refusal.fix)
+        yield Finding(what, "warning", "cannot be checked: " + refusal.what, refusal.fix)
         return
     for name in wanted:
         if name in known:
             yield Finding(what, "ok", name)
         else:
             said = "%s is not among %s" % (name, ", ".join(sorted(known)) or "none")
-            yield Finding(what, "failure" if surely else "warning", said, fix, 4 if surely else 0)
+            yield Finding(what, "failure" if certain else "warning", said, fix, 4 if certain else 0)
 
 
-def look(profile: Profile, launch: Launch | None = None) -> Iterator[Finding]:
-    """All findings for a profile, and for a recipe on it where there is a launch."""
-    yield tried("profile", profile.require_set, "%s, executor %s, from %s" % (
+def findings(profile: Profile, launch: "Launch | None" = None) -> Iterator[Finding]:
+    """All findings for a profile, and for a recipe on it if there is a launch."""
+    yield finding("profile", profile.require_set, "%s, executor %s, from %s" % (
         profile.name, profile.executor, ", ".join(Path(name).name for name in profile.files)))
     yield from versions(profile.executor)
     settings = launch.job.settings if launch else profile.settings
     if launch:
-        yield from recipe(launch)
+        yield from recipe_findings(launch)
     if not profile.unset:
         yield from backends.backend(profile.executor).probe(settings, launch.job if launch else None)
 
 
-def recipe(launch: Launch) -> Iterator[Finding]:
+def recipe_findings(launch: "Launch") -> Iterator[Finding]:
     job = launch.job
     yield Finding("recipe", "ok", "%s, %s, %d files" % (job.name, job.description["launch"], launch.plan.files))
-    yield tried("secrets", lambda: ", ".join(secret_values(job, False)), "none is sent by value")
+    yield finding("secrets", lambda: ", ".join(secret_values(job, False)), "no secret is sent by value")
     if not launch.profile.unset:
-        yield tried("job", partial(launch.check, True), "%s can launch it" % job.executor)
+        yield finding("job", partial(launch.check, True), "%s can launch it" % job.executor)
     for name, used, limit in launch.plan.budgets:
         said = "%d %% of %s" % (-(-used * 100 // limit), human(limit) if limit >= 65536 else limit)
         if used > limit or (used > 0.9 * limit and not name.startswith("one ")):  # a chunk fills its value by design
@@ -79,32 +81,31 @@ def recipe(launch: Launch) -> Iterator[Finding]:
 
 
 def image_finding(settings: dict[str, Any], job: Any) -> Finding:
-    """Whether there is an image. Only a recipe's header may have it."""
+    """Whether there is an image; without a job, only the profile's is known."""
     name = job.image if job else settings.get("container_image")
     if name:
         return Finding("image", "ok", str(name))
     if job:
         return Finding("image", "failure", "the job has none",
                        "set container_image in the profile, or image in the recipe's header", 2)
-    return Finding("image", "warning", "the profile has none: the recipe's header must", "check FAMILY STAGE PROFILE")
+    return Finding("image", "warning", "the profile has none, so the recipe's header must have one",
+                   "check FAMILY STAGE PROFILE")
 
 
-def workspace_finding(settings: dict[str, Any], places: list[str]) -> Finding:
-    """Whether what a job writes is kept: on a workspace that lies on storage, mounted at one of `places`."""
+def workspace_finding(settings: dict[str, Any], mounts: list[str]) -> Finding:
+    """Whether there is a workspace, on storage that is mounted at one of these paths."""
     base = workspace(settings)
     if not base:
-        return Finding("workspace", "warning", "there is none: what a job writes goes with its pod",
+        return Finding("workspace", "warning", "there is none: what a job writes is lost with its pod",
                        "set workspace in the profile")
-    if lies_on(base, places):
+    if lies_on(base, mounts):
         return Finding("workspace", "ok", base)
-    return Finding("workspace", "failure", "%s lies on none of the mounts" % base,
+    return Finding("workspace", "failure", "%s is on none of the mounts" % base,
                    "mount its storage, or change the workspace", 2)
 
 
 def versions(executor: str) -> Iterator[Finding]:
-    """The libraries that the executor needs, against the versions that requirements.txt pins."""
-    import importlib.metadata
-
+    """Whether the libraries that the executor needs have the versions that requirements.txt pins."""
     pins = FOLDER.parent / "requirements.txt"
     pinned = dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s\\;]+)", pins.read_text(), re.M)) if pins.exists() else {}
     for name in ("omegaconf", *NEEDS[executor]):
@@ -114,6 +115,5 @@ def versions(executor: str) -> Iterator[Finding]:
             yield Finding(name, "failure", "is not installed", "pip install -r requirements.txt, or make install", 2)
             continue
         wanted = pinned.get(name, found)
-        yield Finding(name, "ok" if found == wanted else "warning", found if found == wanted else
-                      "%s, and requirements.txt pins %s" % (found, wanted),
-                      "" if found == wanted else "pip install -r requirements.txt")
+        yield Finding(name, "ok", found) if found == wanted else Finding(
+            name, "warning", "%s, and requirements.txt pins %s" % (found, wanted), "pip install -r requirements.txt")

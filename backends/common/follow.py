@@ -1,6 +1,4 @@
-"""Following a job of a cloud: its states with elapsed time, the logs of some ranks, and how it ended."""
-
-from __future__ import annotations
+"""Following a job on a cloud: its states with elapsed time, the logs of some ranks, and how it ended."""
 
 import queue
 import re
@@ -14,43 +12,43 @@ import requests
 import urllib3
 
 import screen
-from backends import FINAL, Status, await_end, ended_already
-from backends.common.podlog import BEGUN, ECHOES, NOT_WHOLE, codes_in, first_failure
-from pod import POD
+from backends import FINAL, Status
+from backends.common import BEGUN, ECHOES, NOT_WHOLE, codes_in, first_failure
+from pod.failures import POD
 from runs import Run
 from transport import Refusal
 
-POLL_S, SLOWER_AFTER_S = 2.0, 120.0  # between two questions for the state; five times that for a job that takes long
-PATIENCE_S = 600.0  # how long the platform of a job that is followed may be out of reach
-QUIET_S, SO_FAR_S = 1.5, 20.0  # when a stream that follows its pod has given what there was
+POLL_S, SLOWER_AFTER_S = 2.0, 120.0  # seconds between two requests for the state; five times that for a long job
+PATIENCE_S = 600.0  # how long the platform may be out of reach while a job is followed
+QUIET_S, SO_FAR_S = 1.5, 20.0  # a log that never ends has been read after that silence, or that time
 OTHERS_S = 30.0  # for reading the logs of all ranks after a failure
 IMAGE_TROUBLE = re.compile("ErrImagePull|ImagePullBackOff|InvalidImageName|[Ff]ailed to pull image|[Bb]ack-off pulling")
 BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, Refusal)
 
 
 class Follower:
-    """Follows one job: states with elapsed time, and the logs of some ranks, each read by a thread of its own.
+    """Follows one job: its states with elapsed time, and the logs of some ranks, each read by its own thread.
 
-    `ask()` gives the Status. `open_log(rank, follow)` yields text from the beginning: all there is, or on as it comes
-    until the platform closes it; None instead means no log yet, a Refusal with code 4 that there is no way to it.
-    `trouble()` tells what keeps the job's pods from starting, or "".
+    `ask()` returns the Status. `open_log(rank, follow)` yields text from the beginning: the log so far, or as it grows
+    until the platform closes it; None means that there is no log yet, a Refusal with code 4 that there is no access.
+    `trouble()` returns what keeps the job's pods from starting, or "".
     """
 
     def __init__(self, run: Run, ask: Callable[[], Status], open_log: Callable[[int, bool], Iterator[str] | None],
                  trouble: Callable[[], str]) -> None:
         self.run, self.ask, self.open_log, self.trouble = run, ask, open_log, trouble
         self.ranks = run.ranks
-        self.codes: dict[str, int] = {}  # rank, as pod.py says it -> exit code
-        self.attempts = 0  # of the first rank that is shown, as its log tells
-        self.ran = False  # all pods have been up at once
+        self.codes: dict[str, int] = {}  # rank, as the pod prints it -> exit code
+        self.attempts = 0  # starts of the first rank that is shown, by its log
+        self.ran = False  # all pods have been up at the same time
         self.heard = time.monotonic()  # when the platform last answered
         self.over = threading.Event()
         self.lock = threading.Lock()
         self.mute = False
 
     def follow(self) -> Status:
-        """To the end of the job. The Status has the exit code of the recipe where a pod told it. Raises Refusal (exit
-        code 4) for an image that cannot be pulled, which some platforms try for ever."""
+        """To the end of the job; the Status has the recipe's exit code if a pod printed it. Raises Refusal (exit code
+        4) for an image that cannot be pulled, which some platforms retry for ever."""
         readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in self.ranks]
         for reader in readers:
             reader.start()
@@ -62,12 +60,12 @@ class Follower:
                 reader.join(max(0.0, deadline - time.monotonic()))
         finally:
             self.over.set()
-            with self.lock:  # a thread that still reads must not stand in the middle of a write when Python ends
+            with self.lock:  # a thread that still reads must not be in the middle of a write when Python ends
                 self.mute = True
         return self.explain(status)
 
     def logs(self) -> None:
-        """Print the logs that there are. Raises Refusal where there is none."""
+        """Print the logs so far. Raises Refusal if there are none."""
         status, found = self.ask(), False
         for rank in self.ranks:
             for line in lines(self.open_log(rank, status.state in FINAL) or ()):
@@ -81,7 +79,7 @@ class Follower:
                           "python launch.py logs -f %s waits for it" % self.run.id)
 
     def explain(self, status: Status) -> Status:
-        """A Status that is final, with the exit code that the pods told, or with what is known instead."""
+        """The Status with the exit code that the pods printed, or else with what is known about the failure."""
         status = self.with_attempt(status, self.attempts)
         if status.state != "failed":
             return replace(status, exit_code=0 if status.state == "done" else None)
@@ -89,13 +87,13 @@ class Follower:
         code = first_failure(self.codes)
         if code is not None and (code not in ECHOES or not silent):
             return Status("failed", status.detail, code)
-        quiet = "rank %s ended without a word" % ", ".join(map(str, silent)) if silent else ""
-        return Status("failed", "; ".join(filter(None, (status.detail, quiet, self._trouble()))))
+        no_code = "rank %s ended without an exit code in its log" % ", ".join(map(str, silent)) if silent else ""
+        return Status("failed", "; ".join(filter(None, (status.detail, no_code, self._trouble()))))
 
     def with_attempt(self, status: Status, number: int) -> Status:
-        """The Status with what is known of retries."""
-        said = "attempt %d of %d" % (number, self.run.starts) if number > 1 else ""
-        return replace(status, detail=", ".join(filter(None, (status.detail, said))))
+        """The Status with the number of the attempt, if it is not the first."""
+        attempt = "attempt %d of %d" % (number, self.run.starts) if number > 1 else ""
+        return replace(status, detail=", ".join(filter(None, (status.detail, attempt))))
 
     def _watch(self) -> Status:
         last, warned, begun = None, False, time.monotonic()
@@ -114,21 +112,19 @@ class Follower:
                 if status.state == "running":
                     self.run.seen_running()
                 if status != last:
-                    self._print(screen.told(status, self.run) + "\n")
+                    self._print(screen.status_line(status, self.run) + "\n")
                 last = status
                 self.ran = self.ran or status.state in ("running", "done")
+                trouble = ""
                 if status.state in ("waiting", "failed") and not self.ran and not self.codes:
-                    self._check_image()
+                    trouble = self._trouble()
+                if IMAGE_TROUBLE.search(trouble):
+                    raise Refusal("the image cannot be pulled: " + trouble[:300], "correct container_image or the pull "
+                                  "secrets; end the job with: python launch.py cancel " + self.run.id, 4)
                 if status.state in FINAL:
                     return status
-            slower = 5 if time.monotonic() - begun > SLOWER_AFTER_S else 1  # an answer holds all the chunks
+            slower = 5 if time.monotonic() - begun > SLOWER_AFTER_S else 1  # each answer contains all the chunks
             time.sleep(slower * POLL_S)
-
-    def _check_image(self) -> None:
-        trouble = self._trouble()
-        if IMAGE_TROUBLE.search(trouble):
-            raise Refusal("the image cannot be pulled: " + trouble[:300], "mend container_image or the pull secrets; "
-                          "end the job with: python launch.py cancel " + self.run.id, 4)
 
     def _trouble(self) -> str:
         try:
@@ -180,7 +176,7 @@ class Follower:
                 sys.stdout.flush()
 
     def _read_others(self) -> list[int]:
-        """Note what the logs that were not shown tell of the end. The ranks whose log is there but tells nothing."""
+        """Collect exit codes from the logs that were not shown. Returns the ranks whose log has none."""
         silent = []
         deadline = time.monotonic() + OTHERS_S
         for rank in range(self.run.nodes):
@@ -200,7 +196,7 @@ class Follower:
 
 
 def lines(pieces: Iterable[str]) -> Iterator[str]:
-    """Whole lines, with their ends, from text in pieces; a last line without an end gets one."""
+    """Whole lines, with line ends, from pieces of text; a last line without an end gets one."""
     rest = ""
     for piece in pieces:
         *whole, rest = (rest + piece).split("\n")
@@ -211,8 +207,7 @@ def lines(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def so_far(pieces: Iterator[str]) -> Iterator[str]:
-    """What a stream gives that follows its pod and has no other form: all that comes until it is quiet for QUIET_S, or
-    SO_FAR_S are over."""
+    """The log so far, from a stream that follows its pod: until it is silent for QUIET_S, or for SO_FAR_S at most."""
     came: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
 
     def read() -> None:
@@ -235,13 +230,3 @@ def so_far(pieces: Iterator[str]) -> Iterator[str]:
         if piece is None:
             return
         yield piece
-
-
-def cancel(what: str, ask: Callable[[], Status], stop: Callable[[], object]) -> str:
-    """Stop a job that has not ended yet, and wait for its end, a minute at most. One sentence: what was done."""
-    before = ask()
-    if before.state in FINAL:
-        return ended_already(before.detail)
-    stop()
-    after = await_end(ask, min(POLL_S, 0.5))
-    return what + (" was stopped" if after.state in FINAL else " was told to stop; it is still " + after.detail)

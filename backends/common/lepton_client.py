@@ -1,6 +1,4 @@
-"""The client of Lepton's API: the SDK's own, with timeouts and retries of ours, and its errors in plain words."""
-
-from __future__ import annotations
+"""The client of Lepton's API: the SDK's own, with Airlift's timeouts and retries, and its errors in plain English."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +9,7 @@ from transport import Refusal
 
 
 def connect(ca_bundle: str | None) -> Any:
-    """The SDK's client, with timeouts and retries. Raises Refusal (exit code 4) where there are no credentials."""
+    """The SDK's client. Raises Refusal (exit code 4) if there are no credentials."""
     from backends.common import http
 
     try:
@@ -22,7 +20,7 @@ def connect(ca_bundle: str | None) -> Any:
         raise Refusal("the Lepton SDK cannot be imported: %s" % error, "pip install -r requirements.txt") from None
     try:
         client = APIClient()
-    except (WorkspaceConfigurationError, TypeError):  # without a token the SDK fails with a TypeError
+    except (WorkspaceConfigurationError, TypeError):  # a TypeError if there is no token
         raise Refusal("there are no Lepton credentials here",
                       "export LEPTON_WORKSPACE_ID and LEPTON_WORKSPACE_TOKEN, or run `lep login`", 4) from None
     http.harden(client._session, ca_bundle)
@@ -33,12 +31,12 @@ def reconnect(run: Run) -> Any:
     client = connect(run.record.get("ca_bundle"))
     if client.url != run.record["url"]:
         raise Refusal("run %s is in the workspace at %s, and the credentials here are for %s"
-                      % (run.id, run.record["url"], client.url), "use that workspace's credentials", 4)
+                      % (run.id, run.record["url"], client.url), "use the credentials of that workspace", 4)
     return client
 
 
-def asked(doing: str, client: Any, call: Callable[[], Any], sent: str = "", secrets: tuple[str, ...] = ()) -> Any:
-    """The call's result. Raises Refusal in plain words for what the SDK or the network raises."""
+def ask_lepton(doing: str, client: Any, call: Callable[[], Any], sent: str = "", secrets: tuple[str, ...] = ()) -> Any:
+    """The call's result. Raises Refusal for an error of the SDK or the network. `sent` and `secrets` as in http.py."""
     import requests
     from leptonai.api.v1.api_resource import ClientError, ServerError
 
@@ -52,12 +50,24 @@ def asked(doing: str, client: Any, call: Callable[[], Any], sent: str = "", secr
         raise http.unreachable("Lepton", client.url, error, sent) from None
 
 
+def valid(what: str, make: Callable[[], Any]) -> Any:
+    """The SDK's object that `make` returns. Raises Refusal for a field that the API does not allow."""
+    from pydantic import ValidationError
+
+    try:
+        return make()
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Refusal("the %s does not fit Lepton's API: %s: %s" % (
+            what, ".".join(map(str, first["loc"])), first["msg"]), "correct it in the profile") from None
+
+
 def node_group(client: Any, name: str) -> str:
-    """The id of a node group, by its name. Raises Refusal (exit code 4) that names those there are."""
-    groups = asked("list the node groups", client, client.nodegroup.list_all)
+    """The id of a node group, by its name. Raises Refusal (exit code 4) that names the existing ones."""
+    groups = ask_lepton("list the node groups", client, client.nodegroup.list_all)
     for group in groups:
         if name in (group.metadata.name, group.metadata.id_):
             return str(group.metadata.id_)
-    known = ", ".join(sorted(str(group.metadata.name) for group in groups)) or "none at all"
+    known = ", ".join(sorted(str(group.metadata.name) for group in groups)) or "none"
     raise Refusal("Lepton has no node group %r" % name,
                   "this workspace has %s; set node_group in the profile" % known, 4)

@@ -1,14 +1,11 @@
-"""nemo-run's part in every job: executors of ours that it registers, submits and finds again.
+"""nemo-run's part in every job: Airlift's subclasses of its executors, and the submission with its experiments.
 
-Each subclass works around what is broken in nemo-run 0.11.1, and says what that is; no library is patched. What they
-submit is made by the backend and handed over (Handed), since nemo-run writes every field of an executor to disk:
-environment, chunks and secrets are never among them. In another process, where nobody has handed over anything,
-nemo-run asks them how a run is: they find its backend in the table of executors.
+Each subclass works around a defect of nemo-run 0.11.1, which its docstring names; the library is not patched. nemo-run
+writes every field of an executor to disk, so environment, chunks and secrets are not fields: the backend hands them
+over in Handed. When nemo-run asks for the state of a job in another process, an executor finds the backend by the run.
 
-Importing this costs two seconds, nemo-run's own: backends import it only where they submit.
+The import takes two seconds, so backends import this only when they submit.
 """
-
-from __future__ import annotations
 
 import fcntl
 import logging
@@ -19,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import nemo_run as run
@@ -27,13 +25,7 @@ from leptonai.api.v1.types.job import LeptonJobState
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.execution.base import Executor
 from nemo_run.core.execution.dgxcloud import DGXCloudExecutor, DGXCloudState
-from nemo_run.core.execution.docker import (
-    LABEL_ID,
-    LABEL_NAME,
-    DockerContainer,
-    DockerExecutor,
-    DockerJobRequest,
-)
+from nemo_run.core.execution.docker import LABEL_ID, LABEL_NAME, DockerContainer, DockerExecutor, DockerJobRequest
 from nemo_run.core.execution.lepton import LeptonExecutor
 from nemo_run.core.execution.slurm import SlurmExecutor, SlurmJobDetails
 from nemo_run.core.packaging.base import Packager
@@ -48,23 +40,23 @@ from transport import MANIFEST, Refusal
 
 @dataclass
 class Handed:
-    """What a launch hands over to nemo-run's objects for one run; each executor uses some of it."""
+    """What a launch hands over to nemo-run's objects for one run; each executor uses a part of it."""
 
-    create: Callable[[], tuple[str, Any]] | None = None  # on a cloud: create the job; gives (job id, state)
-    package: bytes = b""  # on Slurm: the gz tar that the packager hands on
-    prepare: Callable[[], None] | None = None  # on Slurm: what is to happen on the cluster before sbatch
+    create: Callable[[], tuple[str, Any]] | None = None  # on a cloud: create the job and return (job id, state)
+    package: bytes = b""  # on Slurm: the gz tar for the packager
+    prepare: Callable[[], None] | None = None  # on Slurm: called before sbatch
     environment: dict[str, str] | None = None  # of a container
 
 
-HANDED: dict[str, Handed] = {}  # run id -> what was handed over for it
+HANDED: dict[str, Handed] = {}  # by run id
 
 
 class Carried:
-    """What jobs that carry themselves have in common on the clouds. The library packages a job for a data mover, or a
-    script for shared storage: ours is in the job's environment, so that nothing is packaged and nothing is copied."""
+    """Jobs on the clouds. The library packages a job for a data mover, or a script for shared storage; here the job is
+    in its own environment, so nothing is packaged or copied."""
 
     airlift_run: str
-    STATES: ClassVar[dict[str, Any]]  # our words for a state -> the library's
+    STATES: ClassVar[dict[str, Any]]  # Airlift's states -> the library's
 
     def package(self, packager: Any, job_name: str) -> None:
         """Nothing to package."""
@@ -73,7 +65,7 @@ class Carried:
         return []
 
     def assign(self: Any, exp_id: str, exp_dir: str, task_id: str, task_dir: str) -> None:
-        """As the library's, without the folder on shared storage."""
+        """Like the library's, without a folder on shared storage."""
         self.job_name, self.experiment_id, self.experiment_dir = task_id, exp_id, exp_dir
         self.job_dir = os.path.join(exp_dir, task_dir)
 
@@ -92,12 +84,12 @@ class Carried:
 
 @dataclass(kw_only=True)
 class CarriedLepton(Carried, LeptonExecutor):
-    """A Lepton job. The library's data mover is named by the second, so that two at once collide, and puts the whole
-    job folder into one argument; its job names may end in `-`, or be used twice, which the API refuses; its logs()
-    waits for ever for a job that has ended to run."""
+    """A Lepton job. The library's data movers collide if two start in one second, and take the whole job folder as one
+    argument; its job names may end in `-`, or be used twice, which the API refuses; its logs() waits for ever until a
+    job that has ended runs."""
 
     airlift_run: str = ""
-    STATES: ClassVar[dict[str, Any]] = {  # those that nemo-run has a word of its own for
+    STATES: ClassVar[dict[str, Any]] = {
         "waiting": LeptonJobState.Starting, "running": LeptonJobState.Running, "done": LeptonJobState.Completed,
         "failed": LeptonJobState.Failed, "cancelled": LeptonJobState.Stopped}
 
@@ -105,14 +97,14 @@ class CarriedLepton(Carried, LeptonExecutor):
     def logs(cls, app_id: str, fallback_path: str | None) -> None:
         try:
             ours = _run_of(app_id)
-        except Refusal:  # nemo-run asks us for every job on Lepton
+        except Refusal:  # this is called for every job on Lepton, other people's too
             super().logs(app_id, fallback_path)
         else:
             backends.backend(ours.executor).logs(ours)
 
 
 def lepton_executor(job: Job) -> CarriedLepton:
-    """What nemo-run's records say of a job on Lepton."""
+    """The executor for nemo-run's records of a job on Lepton."""
     return CarriedLepton(
         container_image=str(job.image), nemo_run_dir=workspace(job.settings) or "", nodes=job.nodes,
         resource_shape=job.settings["resource_shape"], node_group=job.settings["node_group"], airlift_run=job.run_id)
@@ -121,9 +113,9 @@ def lepton_executor(job: Job) -> CarriedLepton:
 @dataclass(kw_only=True)
 class CarriedDGXCloud(Carried, DGXCloudExecutor):
     """A run:AI workload. The library's launch script loses the exit code in a pipe into `tee`, and two jobs of one
-    experiment run the same script; it writes `export NAME=VALUE` without quotes; its cancel is a GET, of distributed
-    workloads only; it logs the environment and writes the client secret to disk and onto shared storage; it retries a
-    bad secret for half a minute and then reports PENDING for ever; no request of it has a timeout."""
+    experiment run the same script; it writes `export NAME=VALUE` without quotes; its cancel is a GET, for distributed
+    workloads only; it logs the environment and writes the client secret to disk and shared storage; it retries a bad
+    secret for half a minute and then reports PENDING for ever; its requests have no timeouts."""
 
     airlift_run: str = ""
     STATES: ClassVar[dict[str, Any]] = {
@@ -136,7 +128,7 @@ class CarriedDGXCloud(Carried, DGXCloudExecutor):
 
 
 def dgxcloud_executor(job: Job) -> CarriedDGXCloud:
-    """What nemo-run's records say of a workload: no credentials among it."""
+    """The executor for nemo-run's records of a workload, without credentials."""
     settings = job.settings
     return CarriedDGXCloud(
         base_url=settings["base_url"], kube_apiserver_url=settings.get("kube_apiserver_url", ""), client_id="",
@@ -145,7 +137,7 @@ def dgxcloud_executor(job: Job) -> CarriedDGXCloud:
 
 
 def _run_of(app_id: str) -> Run:
-    """The run of <experiment>___<task>___<job id>: an experiment's title ends in our run id."""
+    """The run of <experiment>___<task>___<job id>: an experiment's title ends in the run id."""
     return load_run(app_id.split("___")[1].rpartition("-")[2])
 
 
@@ -154,7 +146,7 @@ def _run_of(app_id: str) -> Run:
 
 @dataclass(kw_only=True)
 class TreePackager(Packager):
-    """Hands over what transport.native packed. It extracts with `tar -xz`, so that gz is the one compression."""
+    """Hands over what transport.native packed; nemo-run extracts it with `tar -xz`."""
 
     airlift_run: str = ""
 
@@ -167,7 +159,7 @@ class TreePackager(Packager):
 
 @dataclass(kw_only=True)
 class LogOfEachRank(SlurmJobDetails):
-    """One log for each task, written on its node, and for each start of the job, instead of one in which they mix."""
+    """One log for each task and each start of the job, written on its node, instead of one log for all."""
 
     @property
     def srun_stdout(self) -> Path:
@@ -176,28 +168,21 @@ class LogOfEachRank(SlurmJobDetails):
 
 @dataclass(kw_only=True)
 class CarriedSlurm(SlurmExecutor):
-    """A Slurm job that brings its tree and has no environment of its own: the library's exports are not quoted, and
-    its batch script traces them into the log."""
+    """A Slurm job that brings its tree, but no environment: the library does not quote its exports, and its batch
+    script traces them into the log."""
 
     airlift_run: str = ""
 
     def package(self, packager: Packager, job_name: str) -> None:
         super().package(packager, job_name)
-        Path(self.job_dir, "airlift.tar.gz").unlink()  # extracted; it need not be copied as well
+        Path(self.job_dir, "airlift.tar.gz").unlink()  # it has been extracted, and need not be copied
         prepare = HANDED[self.airlift_run].prepare
         assert prepare
         prepare()
 
 
-@dataclass
-class Answer:
-    command: str
-    stdout: str = ""
-    return_code: int = 0
-
-
 class Session:
-    """What nemo-run's tunnel and its rsync want of a connection, by way of the system's ssh."""
+    """The connection that nemo-run's tunnel and its rsync need, made with the system's ssh."""
 
     is_connected = True
 
@@ -206,29 +191,30 @@ class Session:
         self.user, self.host, self.port = host.user, host.name, host.port or 22
         self.connect_kwargs = {"key_filename": [host.identity] if host.identity else []}
 
-    def run(self, command: str, hide: bool = True, warn: bool = False, **_: Any) -> Answer:
+    def run(self, command: str, hide: bool = True, warn: bool = False, **_: Any) -> SimpleNamespace:
         done = self._host.run(command)
         if done.returncode and not warn:
             doing = "submit the job" if command.startswith("sbatch") else "run `%s`" % command
             raise Refusal("%s: cannot %s: %s" % (self._host, doing, last_lines(done.stderr)),
                           "fix what it names, then launch again", 4)
-        return Answer(command, done.stdout.decode("utf-8", "replace"), done.returncode)
+        return SimpleNamespace(command=command, stdout=done.stdout.decode("utf-8", "replace"),
+                               return_code=done.returncode)
 
-    def local(self, command: str, hide: bool = True) -> Answer:
-        """rsync, on this machine. It asks for nothing: the connection has been tried."""
+    def local(self, command: str, hide: bool = True) -> SimpleNamespace:
+        """Run rsync on this machine; the connection has been tried before, so it does not prompt."""
         done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True)
         if done.returncode:
             raise Refusal("the files cannot be copied to %s: %s" % (self._host, last_lines(done.stderr)),
-                          "look whether both machines have rsync, and the folder has space", 4)
-        return Answer(command)
+                          "check that both machines have rsync, and that the folder has space", 4)
+        return SimpleNamespace(command=command)
 
     def close(self) -> None:
         """The shared connection ends with the launcher."""
 
 
 @dataclass(kw_only=True)
-class SSHTunnel(run.SSHTunnel):  # by this name nemo-run's own list of jobs knows it
-    """nemo-run's, without a second SSH client that takes any host key, asks for passwords and ends the process."""
+class SSHTunnel(run.SSHTunnel):  # nemo-run's list of jobs needs this name
+    """nemo-run's, without its own ssh client, which accepts any host key, asks for passwords and ends the process."""
 
     def connect(self) -> None:
         self.session = Session(Host(self.host, self.user, self.port, self.identity))
@@ -236,7 +222,7 @@ class SSHTunnel(run.SSHTunnel):  # by this name nemo-run's own list of jobs know
 
 @dataclass(kw_only=True)
 class LocalTunnel(run.LocalTunnel):
-    """nemo-run's, with the words of a command that failed."""
+    """nemo-run's, with the error output of a command that failed."""
 
     def run(self, command: str, hide: bool = True, warn: bool = False, **_: Any) -> Any:
         return Session(Host()).run(command, warn=warn)
@@ -250,10 +236,10 @@ def tunnel(host: Host, folder: str) -> Any:
 
 def submit_slurm(title: str, executor: CarriedSlurm, run_id: str, package: bytes, base: str,
                  prepare: Callable[[], None]) -> str:
-    """Have an Experiment pack, copy and sbatch; gives Slurm's job id. `prepare()` is called before sbatch."""
+    """Have an Experiment pack, copy and sbatch; returns Slurm's job id. `prepare()` is called before sbatch."""
     HANDED[run_id] = Handed(package=package, prepare=prepare)
     script = run.Script(path="/nemo_run/code/pod.py", args=["/nemo_run/code/" + MANIFEST], entrypoint="python3")
-    # On the cluster itself nothing is copied: nemo-run's own folder must be the job's.
+    # On the cluster itself nothing is copied, so nemo-run's folder must be the job's.
     local = base if isinstance(executor.tunnel, LocalTunnel) else None
     return _experiment(title, executor, script, local).split("/")[-1]
 
@@ -262,8 +248,8 @@ def submit_slurm(title: str, executor: CarriedSlurm, run_id: str, package: bytes
 
 @dataclass(kw_only=True)
 class CarriedContainer(DockerContainer):
-    """A container that carries itself: nemo-run writes its own environment and the executor's to disk, puts argv into a
-    shell in quotes, and has the daemon remove the container with its log."""
+    """A container that carries its source. nemo-run writes its own environment and the executor's to disk, quotes argv
+    for a shell, and has the daemon remove the container together with its log."""
 
     def run(self, client: Any, id: str) -> Any:
         executor, options = self.executor, {}
@@ -299,17 +285,14 @@ api.REVERSE_EXECUTOR_MAPPING["lepton"] = CarriedLepton  # its logs() is called
 
 
 def submit(title: str, executor: Executor, run_id: str, create: Callable[[], tuple[str, Any]]) -> None:
-    """Have an Experiment call `create()`, once, and remember the job. Whatever `create` raises comes out."""
+    """Have an Experiment call `create()`, once, and record the job. What `create` raises is passed on."""
     HANDED[run_id] = Handed(create)
     _experiment(title, executor, run.Script(inline="# Airlift run %s: pod.py starts the recipe" % run_id))
 
 
 def _experiment(title: str, executor: Executor, script: run.Script, base: str | None = None) -> str:
-    """Run an Experiment of one job, which nobody waits for; gives nemo-run's handle of the job.
-
-    One launcher at a time: nemo-run rewrites its lists of jobs without a lock, and of four submissions at once one is
-    lost.
-    """
+    """Run an Experiment of one job without waiting for it; returns nemo-run's handle of the job. Launchers take turns,
+    since nemo-run rewrites its lists of jobs without a lock."""
     logging.getLogger("nemo_run").setLevel(logging.WARNING)
     home = get_nemorun_home()
     os.makedirs(home, exist_ok=True)
@@ -321,7 +304,7 @@ def _experiment(title: str, executor: Executor, script: run.Script, base: str | 
             try:
                 experiment.run(detach=True)
             except Exception:
-                folder = os.path.join(base or home, "experiments", title)  # the title is ours alone
+                folder = os.path.join(base or home, "experiments", title)  # used by this run only
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             handle = str(experiment.jobs[0].handle)

@@ -1,11 +1,9 @@
 """`${auto_mount:git+URL@REF,TARGET}`: a repository that is cloned on the cluster and mounted into the container.
 
-Each commit has a folder of its own, <remote_job_dir>/auto_mounts/<name>-<digest of the URL>/<commit>, which is complete
-or absent: it is fetched beside it and renamed. So two launches can want two commits at once, and a job that runs keeps
-the one that it was started with.
+Each commit has a folder, <remote_job_dir>/auto_mounts/<name>-<digest of the URL>/<commit>, which is complete or absent:
+it is fetched under another name and renamed. So two launches can use two commits at once, and a running job keeps the
+one that it was started with.
 """
-
-from __future__ import annotations
 
 import shlex
 
@@ -13,9 +11,7 @@ from backends.common.ssh import Host
 from jobs import AutoMount
 
 FETCH_S = 900.0  # seconds for a clone
-
-
-# Prints the folder. What can fail says why on standard error, and nothing is left half done under a commit's name.
+# Prints the folder; errors go to standard error.
 CLONE = r"""
 set -e
 export GIT_TERMINAL_PROMPT=0 GIT_SSH_COMMAND="${GIT_SSH_COMMAND:-ssh -o BatchMode=yes -o ConnectTimeout=10}"
@@ -50,7 +46,7 @@ printf '%%s\n' "$base/$commit"
 
 
 def clone(host: Host, mount: AutoMount, base: str) -> str:
-    """Have the commit on the cluster, and give its folder. Raises Refusal with git's own words."""
+    """Clone the commit on the cluster, unless it is there; returns its folder. Raises Refusal with git's reason."""
     values = {"url": mount.url, "ref": mount.ref, "base": mount.folder(base)}
     script = CLONE % {name: shlex.quote(value) for name, value in values.items()}
-    return host.ask(script, "get %s of %s" % (mount.ref, mount.url), FETCH_S).strip().splitlines()[-1]
+    return host.output(script, "get %s of %s" % (mount.ref, mount.url), FETCH_S).strip().splitlines()[-1]

@@ -1,7 +1,6 @@
-"""The client of run:AI's control plane: its REST API, a token that is renewed, and its errors in plain words."""
+"""The client of run:AI's control plane: its REST API, a token that is renewed, and its errors in plain English."""
 
-from __future__ import annotations
-
+import urllib.parse
 from typing import Any
 
 import requests
@@ -11,15 +10,20 @@ from transport import Refusal
 
 
 class Client:
-    """The control plane's REST API with the profile's client id and secret; a token is asked for when it is needed."""
+    """The control plane's REST API with the profile's client id and secret; a token is requested when it is needed."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.base = settings["base_url"].rstrip("/")
+        self.origin = "%s://%s" % urllib.parse.urlsplit(self.base)[:2]
         self.kube = (settings.get("kube_apiserver_url") or "").rstrip("/")
         self.identity, self.secret = settings["client_id"], settings["client_secret"]
         self.session = http.harden(requests.Session(), settings.get("ca_bundle"))
-        self.session.mount(self.base + "/token", http.Adapter(settings.get("ca_bundle"), http.ASKING | {"POST"}))
+        self.session.mount(self.base + "/token", http.Adapter(settings.get("ca_bundle"), http.REPEATABLE | {"POST"}))
         self.token = ""
+
+    def signed_in(self) -> "Client":
+        self.token = self.ask_token()
+        return self
 
     def call(self, method: str, path: str, doing: str, body: Any = None, sent: str = "", secrets: tuple[str, ...] = (),
              **query: str) -> Any:
@@ -33,7 +37,7 @@ class Client:
                 return answer
         except ValueError:
             pass
-        raise Refusal("run:AI at %s answered with no JSON object to: %s" % (self.base, doing),
+        raise Refusal("run:AI at %s did not answer with a JSON object to: %s" % (self.base, doing),
                       "check base_url: it ends in /api/v1", 5)
 
     def send(self, method: str, url: str, doing: str, body: Any = None, sent: str = "", query: Any = None,
@@ -69,7 +73,7 @@ class Client:
             raise Refusal("run:AI at %s gave no token" % self.base, "check base_url: it ends in /api/v1", 5) from None
 
     def project(self, name: str) -> tuple[str, str]:
-        """(project id, cluster id). Raises Refusal (exit code 4) that names the projects there are."""
+        """(project id, cluster id). Raises Refusal (exit code 4) that names the existing projects."""
         known: list[str] = []
         offset = 0
         while True:

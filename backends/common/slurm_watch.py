@@ -1,25 +1,22 @@
-"""What became of a Slurm job: its state by Slurm's word, the exit code of its ranks, and their logs as they grow."""
-
-from __future__ import annotations
+"""Watching a Slurm job: its state by Slurm, the exit codes of its ranks, and their logs as they grow."""
 
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TypedDict
 
 import screen
 from backends import FINAL, GONE, Status
-from backends.common.podlog import ENDED, codes_in, first_failure
+from backends.common import ENDED, codes_in, first_failure
 from backends.common.ssh import Host, last_lines
 from runs import Run
 from transport import Refusal
 
-POLL_S = 2.0  # seconds between two questions
+POLL_S = 2.0  # seconds between two requests
 PATIENCE_S = 120.0  # seconds without an answer until following gives up
-LATE_S = 10.0  # seconds for a log's end to reach the login node through a shared file system
+LATE_S = 10.0  # seconds for the end of a log to reach the login node through a shared file system
 MOST = 1 << 20  # bytes of one log in one answer
 STATES = {
     "RUNNING": "running", "COMPLETING": "running", "RESIZING": "running", "SIGNALING": "running", "STOPPED": "running",
@@ -30,24 +27,21 @@ STATES = {
 
 
 class Record(TypedDict, total=False):
-    """What is remembered of a Slurm job."""
+    """What is kept of a Slurm job."""
 
     host: dict[str, object]  # the fields of the Host that has sbatch
-    name: str  # the job's, by which it is found where its number never arrived
-    folder: str  # its folder on the cluster
-    secrets: bool  # whether secrets.json lies there while the job may still run
-    job: str  # Slurm's number, once it is known
-
-
-# ---------------------------------------------------------------- its state
+    name: str  # of the job, to find it if its id never arrived
+    folder: str  # of the job, on the cluster
+    secrets: bool  # whether the folder has secrets.json while the job may still run
+    job: str  # Slurm's job id, once it is known
 
 
 def job_id(host: Host, run: Run) -> str:
-    """Slurm's number of the job; by its name where the launcher was cut off before it knew. Raises Refusal."""
+    """Slurm's job id, looked up by name if the launcher was cut off before it arrived. Raises Refusal."""
     if not run.record.get("job"):
         name = shlex.quote(run.record["name"])
         script = "squeue -h -n %s -o %%i; sacct -X -n -P --name %s -o JobID" % (name, name)
-        found = host.ask(script, "look for the job").split()
+        found = host.output(script, "look for the job").split()
         if not found:
             raise Refusal("%s has no job of run %s" % (host, run.id), "it was not submitted; launch it again")
         run.keep(Record(job=found[0]))
@@ -66,16 +60,16 @@ printf '%%s\\n' "$said"
 
 
 def ask(host: Host, run: Run) -> Status:
-    """Slurm's word. Raises Refusal (exit code 5) where the controller does not answer."""
+    """The job's state by Slurm. Raises Refusal (exit code 5) if the controller does not answer."""
     done = host.run(STATE % {"job": job_id(host, run)})
     if done.returncode:
-        raise Refusal("%s: Slurm does not tell the job's state: %s" % (host, last_lines(done.stderr)),
+        raise Refusal("%s: Slurm does not give the job's state: %s" % (host, last_lines(done.stderr)),
                       "try again later", 5)
     return read_state(done.stdout.decode("utf-8", "replace"), run.starts)
 
 
 def read_state(text: str, starts: int = 1) -> Status:
-    """The Status that scontrol's line tells, or sacct's: State|ExitCode|Timelimit; `starts` is how many it may have."""
+    """The Status of scontrol's line, or of sacct's (State|ExitCode|Timelimit), for a job of at most `starts` starts."""
     fields = dict(re.findall(r"(\w+)=(\S*)", text))
     if not fields:
         row = [*(text.strip().splitlines() or [""])[-1].split("|"), "", ""]
@@ -84,15 +78,11 @@ def read_state(text: str, starts: int = 1) -> Status:
     if not word:
         return Status("failed", GONE, gone=True)
     state = STATES.get(word, "waiting")
-    detail = word
-    if word == "TIMEOUT":
-        detail = "TIMEOUT: it reached its time limit of %s" % fields.get("TimeLimit", "")
-    elif word == "NODE_FAIL":
-        detail = "NODE_FAIL: a node went down"
-    elif word == "OUT_OF_MEMORY":
-        detail = "OUT_OF_MEMORY: it needed more than mem"
-    elif state == "waiting" and fields.get("Reason", "None") != "None":
-        detail = "%s: %s" % (word, fields["Reason"])
+    why = {"TIMEOUT": "it reached its time limit of %s" % fields.get("TimeLimit", ""),
+           "NODE_FAIL": "a node went down", "OUT_OF_MEMORY": "it needed more than mem"}.get(word, "")
+    if state == "waiting" and fields.get("Reason", "None") != "None":
+        why = fields["Reason"]
+    detail = "%s: %s" % (word, why) if why else word
     if fields.get("Restarts", "0") != "0":
         detail += ", attempt %d of %d" % (int(fields["Restarts"]) + 1, starts)
     code = re.match("[0-9]+", fields.get("ExitCode", "")) if word == "FAILED" else None
@@ -103,26 +93,6 @@ def forget(folder: str) -> str:
     """The command that removes a job's secrets."""
     return "rm -f %s/secrets.json" % folder
 
-
-def settled(host: Host, run: Run, status: Status) -> Status:
-    """At the end for good: no secret stays, and a failed job gets the code of the rank that failed first."""
-    if status.state not in FINAL:
-        return status
-    if run.record.get("secrets"):
-        host.run(forget(run.record["folder"]))
-    if status.state == "failed" and status.exit_code is not None:
-        return Status(status.state, status.detail, rank_code(host, run) or status.exit_code)
-    return status
-
-
-def rank_code(host: Host, run: Run) -> int | None:
-    """The first failure that is not an echo of another's end, from the last lines of each rank's newest log."""
-    place = run.record["folder"], run.record["job"]
-    script = "cd %s && for log in log-*_%s_*.out; do tail -c 300 \"$log\"; done" % place
-    return first_failure(codes_in(host.run(script).stdout.decode("utf-8", "replace").splitlines()))
-
-
-# ---------------------------------------------------------------- logs
 
 # Each log that has grown: a line "NAME BYTES", then that many bytes.
 GROWN = """\
@@ -142,18 +112,33 @@ done
 """
 
 
-@dataclass
 class Watch:
-    """Watches one job: tells its states through `tell`, and prints what its logs have grown by."""
+    """Watches one job: its states, and what its logs have grown by."""
 
-    host: Host
-    run: Run
-    tell: Callable[[str], None]
-    offsets: dict[str, int] = field(default_factory=dict)  # of each log
-    rests: dict[str, bytes] = field(default_factory=dict)  # the last line of each, while it is not whole
-    ended: set[str] = field(default_factory=set)  # logs that say so
+    def __init__(self, run: Run) -> None:
+        self.run, self.host = run, Host(**run.record["host"])
+        self.offsets: dict[str, int] = {}  # bytes read of each log
+        self.rests: dict[str, bytes] = {}  # the last line of each, while it is incomplete
+        self.ended: set[str] = set()  # logs whose last line says that the rank has ended
+
+    def status(self) -> Status:
+        return self.final(ask(self.host, self.run))
+
+    def final(self, status: Status) -> Status:
+        """For a final status, remove the secrets, and find the exit code of the rank that failed first."""
+        if status.state not in FINAL:
+            return status
+        if self.run.record.get("secrets"):
+            self.host.run(forget(self.run.record["folder"]))
+        if status.state == "failed" and status.exit_code is not None:
+            where = self.run.record["folder"], self.run.record["job"]
+            script = "cd %s && for log in log-*_%s_*.out; do tail -c 300 \"$log\"; done" % where
+            ends = self.host.run(script).stdout.decode("utf-8", "replace").splitlines()
+            return replace(status, exit_code=first_failure(codes_in(ends)) or status.exit_code)
+        return status
 
     def to_the_end(self) -> Status:
+        """Print states and logs until the job ends for good."""
         last, heard, late = None, time.monotonic(), 0.0
         while True:
             try:
@@ -168,7 +153,7 @@ class Watch:
             if status.state == "running":
                 self.run.seen_running()
             if status != last:
-                self.tell(screen.told(status, self.run))
+                print(screen.status_line(status, self.run), flush=True)
                 last = status
             if status.state in FINAL:
                 late = late or heard + LATE_S
@@ -179,10 +164,10 @@ class Watch:
         self.print_rests()
         if status.state == "failed" and not self.ended:
             self.print_batch_log()
-        return status
+        return self.final(status)
 
     def print_all(self) -> None:
-        """Print what there is. Raises Refusal where there is nothing."""
+        """Print the logs so far. Raises Refusal if there are none."""
         status = ask(self.host, self.run)
         while self.print_grown() >= MOST:
             pass
@@ -192,7 +177,7 @@ class Watch:
                           "python launch.py logs -f %s waits for it" % self.run.id)
 
     def print_grown(self) -> int:
-        """Print what is new; gives how much that is."""
+        """Print what is new; returns the number of bytes."""
         job = job_id(self.host, self.run)
         known = "\n".join("  %s) from=%d ;;" % (shlex.quote(name), offset) for name, offset in self.offsets.items())
         every = len(self.run.ranks) == self.run.nodes > 1
@@ -227,9 +212,9 @@ class Watch:
         sys.stdout.flush()
 
     def print_batch_log(self) -> bool:
-        """No rank got as far as pod.py's end: the batch script's log tells why."""
+        """Print the end of the batch script's log, for a job whose ranks have no complete log. Whether there is one."""
         script = "tail -n 20 %s/sbatch_*_%s.out" % (self.run.record["folder"], self.run.record["job"])
-        said = self.host.run(script).stdout
-        sys.stdout.buffer.write(said)
+        log = self.host.run(script).stdout
+        sys.stdout.buffer.write(log)
         sys.stdout.flush()
-        return bool(said)
+        return bool(log)

@@ -1,4 +1,4 @@
-"""common/bodies.py: names of jobs, custom_spec and the size of the API object, on both clouds."""
+"""common/common.py: names of jobs, custom_spec and the size of the API object, on both clouds."""
 
 import re
 
@@ -7,7 +7,7 @@ from cloud import EMULATED, PLATFORMS, cloud, noise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.common import bodies
+from backends import common
 
 pytestmark = EMULATED
 
@@ -19,7 +19,7 @@ def here(request, tmp_path, monkeypatch, capsys):
 
 @given(st.text(max_size=60), st.from_regex(r"[a-z][a-z0-9]{5}", fullmatch=True), st.sampled_from([34, 36]))
 def test_names_fit_the_platforms_rules(recipe, run, longest):
-    name = bodies.job_name(recipe, run, longest)
+    name = common.job_name(recipe, run, longest)
     assert re.fullmatch(r"[a-z]([a-z0-9-]{0,%d}[a-z0-9])?" % (longest - 2), name) and name.endswith("-" + run)
 
 

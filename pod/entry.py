@@ -1,0 +1,136 @@
+"""The order of the steps, from the pod's start to the recipe's end.
+
+A word tells what else it is to be: the manifest of a tree that has come by itself (Slurm); `driver`, perhaps with a
+file of chunks (on a Ray cluster of the platform's); `ray`, `spread` or `place` (this program again, as a part of one).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import shutil
+import socket
+import sys
+import time
+from typing import Any
+
+from pod.failures import CLONE, FAILURES, INTERNAL, PYTHON, SETUP, TOOL, Failure, complain, say
+from pod.payload import checked, nodes_sent, read_file, read_payload
+from pod.places import Places, places_beside
+from pod.process import Child, recipe_env, script_for
+from pod.rank import find_rank
+
+
+def main() -> int:
+    """All of it; the exit code. Every failure is said, and the last line says the code."""
+    word = "".join(sys.argv[1:2])
+    if word == "ray":
+        from pod import ray_nodes
+        return ray_nodes.main(sys.argv[2])
+    if word in ("spread", "place"):
+        from pod import ray_cluster
+        return ray_cluster.main(*sys.argv[1:])
+    child, pod = Child(), Pod()
+    try:
+        code = pod.run(child, "" if word == "driver" else word, word == "driver")
+    except Failure as failure:
+        code = complain(pod.rank, failure)
+    except SystemExit as early:
+        say("rank %s: ended by a signal before the recipe was started" % pod.rank)
+        code = int(early.args[0])
+    except Exception:
+        import traceback
+        say(traceback.format_exc(), 2)
+        say("rank %s: %s" % (pod.rank, FAILURES[INTERNAL][0]))
+        code = INTERNAL
+    finally:
+        if pod.shared:
+            pod.shared.release()
+        if pod.own:
+            shutil.rmtree(pod.own, ignore_errors=True)
+    say("rank %s ended with exit code %d" % (pod.rank, code))  # the launcher looks for this line in the logs
+    return code
+
+
+class Pod:
+    """One start of this pod, and what must be known at its end."""
+
+    rank = "?"
+    shared: Any = None  # the SharedTree that it uses
+    own = ""  # a folder that is removed
+
+    def run(self, child: Child, manifest: str, driver: bool) -> int:
+        """Everything up to the recipe's end; its code. Raises Failure."""
+        if sys.version_info < (3, 8):
+            raise Failure(PYTHON, "python3 is %d.%d; 3.8 is the oldest that works" % sys.version_info[:2])
+        env = dict(os.environ)
+        if sys.argv[2:]:
+            env.update(read_file(sys.argv[2]))
+        job: dict = checked(read_file(manifest), members=True) if manifest else {"nodes": nodes_sent(env)}
+        rank = 0 if driver else find_rank(env, socket.gethostname(), job["nodes"])
+        self.rank = str(rank)
+        if manifest:
+            places = places_beside(manifest, job, env)
+            self.own = places.base
+        else:
+            job, tar = read_payload(env)
+            if driver:
+                from pod import ray_cluster
+                job = dict(job, nodes=1, on_cluster=job["nodes"], stays=bool(sys.argv[2:]))
+            if job.get("unpack") == "shared":
+                from pod.shared import SharedTree
+                self.shared = SharedTree(job, env, rank, tar)
+            places = Places(job, env, ray_cluster.BASE % job["run"] if driver else "")
+            places.put(tar, job, self.shared)
+        said = rank, job["nodes"], job["tree"]["sha256"], job["tree"]["files"], places.code
+        # The launcher tells one start from the next by this.
+        begun = ", begun %s.%03d" % (time.strftime("%H:%M:%S"), time.time() % 1 * 1000) if job.get("retries") else ""
+        say("rank %d of %d, sha256 %s, %d files in %s" % said + begun)
+        return start(child, env, job, places, rank)
+
+
+def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: int) -> int:
+    """Run the recipe to its end and return its code; with a workspace, keep log and code under the run's folder."""
+    workdir = os.path.join(places.code, places.fill(job["workdir"])) if job.get("workdir") else places.code
+    if not os.path.isdir(workdir):
+        raise Failure(TOOL, "there is no folder %s, where the recipe is to be started" % workdir)
+    for name in [name for name in os.environ if name.startswith("AIRLIFT_")]:
+        del os.environ[name]
+    log = os.path.join(places.logs, "rank-%d.log" % rank) if places.logs else None
+    keep_code(log, None)
+    if job.get("cluster") == "pods":
+        from pod import ray_nodes
+        job = dict(job, command=ray_nodes.command_for(job, places, rank, env))
+    given = recipe_env(env, job, places, rank)
+    if job.get("on_cluster"):
+        from pod import ray_cluster
+        ray_cluster.spread(env, job, places)
+        given = ray_cluster.driver_env(env, given, places.code)
+    begun, low = os.pipe()
+    ready = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100)  # startup commands may use the low numbers for their own
+    os.close(low)
+    code = child.run(script_for(job, workdir, ready), given, log, ready)
+    if job.get("cluster") == "pods":
+        shutil.rmtree(ray_nodes.folder(dict(env, **job["env"]), job["run"]), ignore_errors=True)
+    ran = bool(select.select([begun], [], [], 0)[0] and os.read(begun, 1))
+    os.close(begun)
+    if not ran:
+        code = 128 + child.signal if child.signal else code if code in (TOOL, CLONE) else SETUP
+    keep_code(log, code)
+    if not ran and not child.signal:
+        raise Failure(code, "see the lines above")
+    return code
+
+
+def keep_code(log: str | None, code: int | None) -> None:
+    """Write the exit code beside the log, if there is one; None: remove that of an earlier start of this pod."""
+    path = log and log[:-len("log")] + "exit"
+    try:
+        if path and code is not None:
+            with open(path, "w") as file:
+                file.write("%d\n" % code)
+        elif path and os.path.exists(path):
+            os.unlink(path)
+    except OSError as error:
+        say("the exit code cannot be kept in %s: %s" % (path, error.strerror))
