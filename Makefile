@@ -6,6 +6,8 @@ VENV := .venv
 # The first Python that is new enough.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/python3; do \
 	$$p -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+# How the tests are spread over the cores. PYTEST_ADDOPTS wins: with -n 0 or -p no:xdist they run one by one.
+SPREAD := $(if $(findstring no:xdist,$(PYTEST_ADDOPTS)),,-n auto --maxprocesses 8 --dist worksteal)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 help:
@@ -41,7 +43,7 @@ run: setup
 	$(VENV)/bin/python launch.py nano3 sft local
 
 test: setup $(VENV)/dev
-	$(VENV)/bin/python -m pytest -m 'not slow'
+	PYTEST_ADDOPTS="$(SPREAD) $$PYTEST_ADDOPTS" $(VENV)/bin/python -m pytest -m 'not slow'
 
 slow: setup $(VENV)/dev
 	$(VENV)/bin/python -m pytest -m slow

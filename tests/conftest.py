@@ -15,6 +15,8 @@ for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
+os.environ.pop("PYTEST_ADDOPTS", None)  # it is for this run of pytest, not for those that tests start
+
 SLOW_MACHINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("default", deadline=None, max_examples=60, suppress_health_check=SLOW_MACHINE)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)

@@ -1,5 +1,6 @@
 """launch.py: words, refusals as text, help, several stages, and where and under what it runs."""
 
+import contextlib
 import json
 import os
 import re
@@ -376,12 +377,19 @@ def test_slow_imports_are_told_where_that_is_asked_for(flat, bare):
 
 def test_ctrl_c_while_it_packs(flat, bare, tmp_path):
     root = nemotron(tmp_path / "slow")
-    os.mkfifo(root / CONFIGS / "wait.yaml")  # reading it blocks
-    process = subprocess.Popen([sys.executable, str(flat / "launch.py"), *FAMILY, "-c",
-                                str(root / CONFIGS / "wait.yaml"), "--repo-root", str(root), "--dry-run"],
-                               env=bare, stderr=subprocess.PIPE, text=True)
-    time.sleep(0.5)
+    write(root / CONFIGS / "wait.yaml", "defaults: pipe\n")
+    pipe = root / CONFIGS / "pipe.yaml"
+    os.mkfifo(pipe)  # reading it blocks
+    process = subprocess.Popen([sys.executable, str(flat / "launch.py"), *FAMILY, "-c", "wait", "--repo-root", str(root),
+                                "--dry-run"], env=bare, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer, deadline = -1, time.monotonic() + 30
+    while writer < 0:
+        assert process.poll() is None and time.monotonic() < deadline
+        with contextlib.suppress(OSError):  # nobody reads it yet
+            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out = process.communicate(timeout=20)[1]
-    assert "Traceback" not in out and len(out.splitlines()) == 2
-    assert process.returncode in (2, 130)
+    out, err = process.communicate(timeout=20)
+    os.close(writer)
+    assert (process.returncode, out) == (130, "")
+    assert err == "airlift: interrupted\npython launch.py status shows what was started\n"
