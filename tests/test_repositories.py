@@ -53,7 +53,7 @@ def test_auto_mounts_are_read_and_go_by_way_of_mirrors(mount: str, parsed: tuple
 
 
 def test_an_entry_that_cannot_be_read_is_refused() -> None:
-    with pytest.raises(Refusal, match="cannot be read"):
+    with pytest.raises(Refusal, match="cannot be parsed"):
         jobs.clones({"mounts": ["${auto_mount:https://host/x@main}"]}, "dgxcloud")
 
 
