@@ -94,6 +94,7 @@ DOCUMENTS = ("README*", "CHANGELOG*", "CONTRIBUTING*", "AGENTS.md", "CLAUDE.md",
 CREDENTIAL_FILES = (".env", ".env.*", ".netrc", "_netrc", ".pypirc", ".npmrc", ".pgpass", "id_rsa*", "id_dsa*",
                     "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.keystore", "*.kubeconfig",
                     "kubeconfig", "credentials", "credentials.json", "service-account*.json", "env.toml")
+CREDENTIAL_NAME = re.compile("|".join(map(fnmatch.translate, CREDENTIAL_FILES)))
 CREDENTIAL_FOLDERS = (".ssh", ".aws", ".docker", ".kube", ".gnupg")
 HARMLESS_FILES = (".env.example", ".env.sample", ".env.template")
 # By shape: Hugging Face, GitHub, GitLab, NVIDIA, AWS, OpenAI-like and Slack tokens, and private keys, also inside JSON.
@@ -232,7 +233,7 @@ class _Walk:
         name, folder = path.rpartition("/")[2], os.path.isdir(item.path)
         if name in CACHES or name.endswith(CACHE_SUFFIXES) or (folder and os.path.exists(item.path + "/pyvenv.cfg")):
             return ""
-        if name in CREDENTIAL_FOLDERS if folder else _named_secret(name):
+        if name in CREDENTIAL_FOLDERS if folder else CREDENTIAL_NAME.match(name) and name not in HARMLESS_FILES:
             return "credential"
         if name.endswith(DATA_SUFFIXES) and not folder:
             return "data or model file"
@@ -289,10 +290,6 @@ def _read_whole(path: str) -> bytes:
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != after.st_size:
         raise Refusal("%s changed while it was packed" % path, "wait until it is written, then launch again")
     return data
-
-
-def _named_secret(name: str) -> bool:
-    return name not in HARMLESS_FILES and any(fnmatch.fnmatchcase(name, pattern) for pattern in CREDENTIAL_FILES)
 
 
 def looks_secret(data: bytes) -> bool:
@@ -578,11 +575,6 @@ def _recipe_exec(env: dict[str, str], job: dict[str, Any]) -> tuple[dict[str, st
     return result, ["bash", "-c", setup + clones + texts[-1] + " " * SCRIPT_RESERVE]
 
 
-def _bytes(text: str) -> int:
-    """Bytes of one string as the kernel counts it, with its NUL."""
-    return len(text.encode("utf-8", "surrogateescape")) + 1
-
-
 def limits_for(executor: str, job: dict[str, Any], args: int = 0) -> Limits:
     """The executor's limits for a job of this shape, with `args` in place of its own. The environment stands twice in a
     RayCluster (head and worker spec) and in a distributed run:AI workload (the operator's master and worker spec)."""
@@ -594,13 +586,13 @@ def limits_for(executor: str, job: dict[str, Any], args: int = 0) -> Limits:
 def exec_bytes(env: dict[str, str], argv: list[str]) -> int:
     """Bytes that the kernel counts for argv and environment of one execve, but for the program's path and its NUL."""
     strings = [name + "=" + value for name, value in env.items()] + argv
-    return sum(_bytes(string) + POINTER for string in strings)
+    return sum(len(string.encode("utf-8", "surrogateescape")) + 1 + POINTER for string in strings)
 
 
 def _budgets(env: dict[str, str], argv: list[str], limits: Limits,
              recipe: tuple[dict[str, str], list[str]]) -> list[tuple[str, int, int]]:
     strings = [n + "=" + v for n, v in (env | recipe[0]).items()] + argv + recipe[1]
-    budgets = [("one string", max(map(_bytes, strings)), MAX_STRING),
+    budgets = [("one string", max(len(text.encode("utf-8", "surrogateescape")) + 1 for text in strings), MAX_STRING),
                ("environment", exec_bytes(env, argv), MAX_EXEC - EXEC_RESERVE)]
     if exec_bytes(*recipe) > budgets[-1][2]:  # seldom: only what compresses well comes as far as this
         budgets.append(("recipe's environment", exec_bytes(*recipe), MAX_EXEC - EXEC_RESERVE))

@@ -8,6 +8,7 @@ Airlift's home and it is removed, since chunks and secrets are in its environmen
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
@@ -42,7 +43,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     run.keep(Record(name=name))
     nemo = import_nemo()
     ask_docker(lambda: nemo.submit_docker(docker_executor(job, mounts), job.run_id, name, plan.argv, plan.env, client))
-    run.seen_running()
+    run.running_since = run.running_since or time.time()
 
 
 def follow(run: Run) -> Status:

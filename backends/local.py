@@ -65,7 +65,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
             traceback.print_exc()  # into the log
         finally:
             os._exit(70)
-    run.seen_running()
+    run.running_since = run.running_since or time.time()
     run.keep(Record(folder=str(folder), pid=pid, born=_born(pid)))
 
 

@@ -111,7 +111,7 @@ class Follower:
                 warned = True
             else:
                 if status.state == "running":
-                    self.run.seen_running()
+                    self.run.running_since = self.run.running_since or time.time()
                 if status != last:
                     self._print(screen.status_line(status, self.run) + "\n")
                 last = status

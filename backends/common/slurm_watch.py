@@ -151,7 +151,7 @@ class Watch:
                 continue
             heard = time.monotonic()
             if status.state == "running":
-                self.run.seen_running()
+                self.run.running_since = self.run.running_since or time.time()
             if status != last:
                 print(screen.status_line(status, self.run), flush=True)
                 last = status
