@@ -119,12 +119,13 @@ def _show(run: Run, data: bytes) -> bytes:
 
 
 def status(run: Run) -> Status:
-    alive = _alive(run)  # before the file is read: a supervisor that has ended has written it
+    if _alive(run):  # whatever the file says, which a pod could have written; the supervisor writes it at its end
+        return Status("running")
     folder = Path(run.record["folder"])
     try:
         code = int((folder / "exit").read_text())
     except FileNotFoundError:
-        return Status("running") if alive else Status("failed", "its supervisor was killed")
+        return Status("failed", "its supervisor was killed")
     state = "done" if code == 0 else "cancelled" if (folder / "cancelled").exists() else "failed"
     return Status(state, "exit code %d" % code, code)
 

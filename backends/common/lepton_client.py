@@ -23,6 +23,7 @@ def connect(ca_bundle: str | None) -> Any:
     except (WorkspaceConfigurationError, TypeError):  # a TypeError if there is no token
         raise Refusal("there are no Lepton credentials here",
                       "export LEPTON_WORKSPACE_ID and LEPTON_WORKSPACE_TOKEN, or run `lep login`", 4) from None
+    screen.conceal(client.auth_token)
     http.harden(client._session, ca_bundle)
     return client
 
