@@ -197,13 +197,14 @@ def show(launch: Launch, refused: str) -> None:
             plan.files, transport.human(len(plan.tar)), plan.compression,
             "1 chunk" if plan.chunks == 1 else "%d chunks" % plan.chunks, plan.digest[:16])),
     ]
+    rows = [(label, plain(value or "")) for label, value in rows]
     rows += [("" if number else "budgets", budget(*one)) for number, one in enumerate(plan.budgets)]
     env = [pair for pair in sorted(shown_env(launch).items()) if not pair[0].startswith("AIRLIFT_")]
-    rows += [("env", "%s=%s" % pair) for pair in env]
-    rows += [("note", note) for note in [*filter(None, [refused]), *launch.notes()]]
+    rows += [("env", plain("%s=%s" % pair)) for pair in env]
+    rows += [("note", plain(note)) for note in [*filter(None, [refused]), *launch.notes()]]
     for label, value in rows:
         if value:
-            print("  %s%s" % (paint("%-9s" % label, "yellow" if label == "note" else "dim"), plain(value)))
+            print("  %s%s" % (paint("%-9s" % label, "yellow" if label == "note" else "dim"), value))
     print("nothing was submitted")
 
 
