@@ -52,6 +52,7 @@ class Server:
                 """Quiet."""
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *_: None  # a client that went away is no news
         self.http.daemon_threads = True
         self.url = "http://127.0.0.1:%d" % self.http.server_address[1]
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
@@ -463,7 +464,14 @@ def test_tokens_are_hidden_once_they_are_known(serve, monkeypatch):
     assert screen.hide("echo: of the job itself") == "echo: ***"
 
 
-@pytest.mark.parametrize("at", range(270, 312))
+def test_nor_does_the_sdk_print_them(serve, monkeypatch, capsys):
+    client = sdk_client(serve(say([{"bad": TOKEN + "\x1b[2J", "much": "a" * 100_000}])).url, monkeypatch)
+    assert lepton_client.ask_lepton("list", client, client.nodegroup.list_all) == []
+    said = capsys.readouterr().err
+    assert "Skipped 1 invalid item" in said and TOKEN not in said and "\x1b" not in said and len(said) < 20_000
+
+
+@pytest.mark.parametrize("at", range(270, 312, 3))
 def test_a_secret_is_hidden_before_the_text_is_cut(at):
     screen.conceal(SECRET)
     assert SECRET[:6] not in screen.said("x " * (at // 2) + " " * (at % 2) + SECRET + " rest")
@@ -577,7 +585,7 @@ def test_a_code_of_our_own_is_told_as_the_logs_word(monkeypatch, capsys, tmp_pat
 
 def test_on_slurm_each_rank_has_a_file_of_its_own(tmp_path):
     logs = {0: END % (1, 85) + END % (0, 143) + "\nsrun: error: task 0 was ended",
-            1: END % (0, 85) + "\r log-fam_7_0_0.out " + END % (0, 85) + END % (1, 37) + "\n\nlog-fam_7_0_0.out " + END % (0, 0)}
+            1: END % (0, 85) + "\r log-fam_7_0_0.out " + END % (0, 85) + END % (1, 37) + "\n\nlog-fam_7_0_0.out " + END % (0, 85)}
     for rank, text in logs.items():
         (tmp_path / ("log-fam_7_%d_0.out" % rank)).write_text(text)
     run = Run("t23456", "fam/x", "p", "slurm", 2, "0" * 64, record={
