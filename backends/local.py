@@ -119,9 +119,9 @@ def _show(run: Run, data: bytes) -> bytes:
 
 
 def status(run: Run) -> Status:
-    alive = _alive(run)  # before the file is read: a supervisor that has ended has written it
-    return exit_status(Path(run.record["folder"])) or (
-        Status("running") if alive else Status("failed", "its supervisor was killed"))
+    if _alive(run):  # whatever the file says, which a pod could have written; the supervisor writes it at its end
+        return Status("running")
+    return exit_status(Path(run.record["folder"])) or Status("failed", "its supervisor was killed")
 
 
 def cancel(run: Run) -> str:
