@@ -10,9 +10,8 @@ import hashlib
 import os
 import posixpath
 import re
-import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from configs import places
@@ -32,6 +31,7 @@ class Description(TypedDict, total=False):
     run_root: str | None  # None: outputs stay in the pod
     config: str  # YAML
     env: dict[str, str]  # the recipe's own
+    pip: list[str]  # what pip installs first: the profile's own word that the network may be used
     setup: list[str]  # commands that run before it, in its shell
     command: str  # what bash runs
     tool: str  # the program that it begins with, "" if that cannot be told
@@ -41,6 +41,7 @@ class Description(TypedDict, total=False):
     retries: int
     patience: int  # seconds that pods wait for each other
     cluster: str  # who makes the Ray cluster that it runs on: "pods", "platform", or "" for none
+    secret: str  # by which pods that form a cluster know each other
     unpack: str  # "local" or "shared"
     shared: str  # the folder of shared trees
     keep: int  # how many of them stay
@@ -58,7 +59,7 @@ class Job:
     nproc: int | str
     image: str | None
     settings: dict[str, Any]  # by the keys of profiles.KEYS, after all that overrides them
-    description: Description
+    description: Description = field(repr=False)
     secrets: dict[str, str]  # NAME -> "env", "lepton:…" or "runai:…"; never a value
     notes: tuple[str, ...] = ()
 
@@ -230,10 +231,9 @@ def require_image(job: Job) -> None:
 
 
 def setup_commands(settings: dict[str, Any]) -> list[str]:
-    """What runs before the recipe, in its shell. pip_extras is the profile's own word that the network may be used."""
-    extras = settings.get("pip_extras") or []
-    pip = ["python3 -m pip install --quiet " + " ".join(map(shlex.quote, extras))] if extras else []
-    return pip + settings.get("pre_launch_commands", []) + settings.get("startup_commands", [])
+    """What runs before the recipe, in its shell."""
+    commands: list[str] = settings.get("pre_launch_commands", []) + settings.get("startup_commands", [])
+    return commands
 
 
 def _text(value: Any) -> str:
