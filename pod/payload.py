@@ -167,16 +167,21 @@ def members(tar: bytes, folder: str) -> Iterator[tuple[str, tarfile.TarInfo, byt
 
 def extract(tar: bytes, folder: str) -> None:
     """Write the tar's files and links below the folder. Raises Failure(PAYLOAD), OSError."""
+    for path, info, data in members(tar, folder):
+        make_folders(os.path.dirname(path))
+        if info.issym():
+            os.symlink(os.fsdecode(data), path)
+            continue
+        with open(path, "wb") as file:
+            file.write(data)
+        os.chmod(path, info.mode & 0o777)
+
+
+def make_folders(path: str) -> None:
+    """Folders that all may read and only this user can change, whatever the umask."""
     umask = os.umask(0o022)
     try:
-        for path, info, data in members(tar, folder):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            if info.issym():
-                os.symlink(os.fsdecode(data), path)
-                continue
-            with open(path, "wb") as file:
-                file.write(data)
-            os.chmod(path, info.mode & 0o777)
+        os.makedirs(path, exist_ok=True)
     finally:
         os.umask(umask)
 

@@ -45,7 +45,7 @@ import stat
 import time
 
 from pod.failures import PLACE, WAIT, Failure, say
-from pod.payload import extract, holds, strays
+from pod.payload import extract, holds, make_folders, strays
 from pod.places import private
 
 
@@ -72,7 +72,7 @@ class SharedTree:
 
     def make(self) -> None:
         above = os.path.dirname(os.path.abspath(self.top))
-        os.makedirs(above, exist_ok=True)
+        make_folders(above)
         open_one = replaceable(above)
         if open_one:
             raise Failure(PLACE, "other users can put a folder of their own in the place of %s: chmod go-w %s, or "
