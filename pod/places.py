@@ -111,8 +111,9 @@ def private(folder: str, owner: int = -1) -> str:
         os.mkdir(folder, 0o700)
         return folder
     info = os.lstat(folder)
-    wrong = "is no folder" if not stat.S_ISDIR(info.st_mode) else "can be written by other users" if (
-        info.st_mode & 0o022) else "belongs to another user" if info.st_uid not in (owner, own_number(folder)) else ""
+    ours = info.st_uid in (owner, os.geteuid()) or info.st_uid == own_number(folder)
+    wrong = "is no folder" if not stat.S_ISDIR(info.st_mode) else "belongs to another user" if (
+        not ours) else "can be written by other users" if info.st_mode & 0o022 else ""
     if wrong:
         raise Failure(PLACE, "%s %s: remove it, or name another place" % (folder, wrong))
     if info.st_mode & 0o055:
@@ -122,9 +123,8 @@ def private(folder: str, owner: int = -1) -> str:
 
 def own_number(folder: str) -> int:
     """The user that what we write there belongs to: a server may file it under another one (NFS with root_squash)."""
-    if os.lstat(folder).st_uid != os.geteuid():
-        with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=folder) as probe:
-            return os.lstat(probe).st_uid
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=folder) as probe:
+        return os.lstat(probe).st_uid
     return os.geteuid()
 
 

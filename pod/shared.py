@@ -275,11 +275,14 @@ class SharedTree:
 
 
 def replaceable(folder: str) -> str:
-    """The folder in which others can rename what leads to `folder`, or it itself; "" if there is none. A group with
-    this user's own number has no other member, by the custom of Linux."""
-    folder = os.path.realpath(folder)
-    info = os.stat(folder)
-    alone = info.st_gid == os.getegid() == os.geteuid()
-    if info.st_mode & (0o002 if alone else 0o022) and not info.st_mode & stat.S_ISVTX:
-        return folder
-    return replaceable(os.path.dirname(folder)) if folder != "/" else ""
+    """The nearest folder, from this one upwards, in which others can rename what lies there; "" if there is none. A
+    group with this user's own number has no other member, by the custom of Linux."""
+    alone, folder = os.getegid() == os.geteuid(), os.path.realpath(folder)
+    while True:
+        info = os.stat(folder)
+        others = 0o002 if alone and info.st_gid == os.getegid() else 0o022
+        if info.st_mode & others and not info.st_mode & stat.S_ISVTX:
+            return folder
+        if folder == "/":
+            return ""
+        folder = os.path.dirname(folder)
