@@ -15,8 +15,7 @@ import urllib3
 
 import screen
 from backends import FINAL, Status, await_end, ended_already
-from backends.common.podlog import BEGUN, ECHOES, NOT_WHOLE, codes_in, first_failure
-from pod.failures import POD
+from backends.common.podlog import BEGUN, ECHOES, first_failure, note
 from runs import Run
 from transport import Refusal
 
@@ -40,7 +39,7 @@ class Follower:
                  trouble: Callable[[], str]) -> None:
         self.run, self.ask, self.open_log, self.trouble = run, ask, open_log, trouble
         self.ranks = run.ranks
-        self.codes: dict[str, int] = {}  # rank, as pod.py says it -> exit code
+        self.codes: dict[str, int] = {}  # rank -> exit code, as its pod said it
         self.attempts = 0  # of the first rank that is shown, as its log tells
         self.ran = False  # all pods have been up at once
         self.heard = time.monotonic()  # when the platform last answered
@@ -161,17 +160,12 @@ class Follower:
             self._print("-- no log of rank %d: %s\n" % (rank, why))
 
     def _show(self, rank: int, line: str) -> None:
-        self._note(line)
+        note(self.codes, str(rank), line)
         if rank == self.ranks[0] and BEGUN.search(line):
             self.attempts += 1
             if self.attempts > 1:
                 self._print("-- attempt %d of %d\n" % (self.attempts, self.run.starts))
         self._print(screen.rank(rank) + line if len(self.ranks) > 1 else line)
-
-    def _note(self, line: str) -> None:
-        self.codes |= codes_in([line])
-        if line.startswith(NOT_WHOLE):
-            self.codes["?"] = POD
 
     def _print(self, text: str) -> None:
         with self.lock:
@@ -189,7 +183,7 @@ class Follower:
             try:
                 log = self.open_log(rank, True)
                 for line in lines(log or ()):
-                    self._note(line)
+                    note(self.codes, str(rank), line)
                     if time.monotonic() > deadline:
                         break
             except BROKEN:

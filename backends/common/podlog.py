@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+
+from pod.failures import POD
 
 ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d+)")  # a pod's last line (pod/entry.py)
 BEGUN = re.compile(r"airlift: rank \d+ of \d+, sha256 .*, begun ")  # its first, where the job may be retried
@@ -11,9 +12,16 @@ NOT_WHOLE = "airlift_pod_program_did_not_arrive_whole"  # of the bootstrap in tr
 ECHOES = (137, 143)  # killed: what the other ranks say when a job ends because of one
 
 
-def codes_in(lines: Iterable[str]) -> dict[str, int]:
-    """rank, as the pod says it -> exit code; what comes later counts."""
-    return {found.group(1): int(found.group(2)) for found in map(ENDED.search, lines) if found}
+def note(codes: dict[str, int], rank: str, line: str) -> None:
+    """Note in `codes` (rank -> exit code) what a line of that rank's log tells. Only a pod's last word tells its code:
+    what is said of other ranks, or followed by more, is the recipe's own talk; so is not what slurmstepd adds."""
+    found = ENDED.fullmatch(line.rstrip())
+    if line.startswith(NOT_WHOLE):
+        codes[rank] = POD
+    elif found and found.group(1) in (rank, "?", "unknown"):
+        codes[rank] = int(found.group(2))
+    elif line.strip() and not line.startswith("slurmstepd: "):
+        codes.pop(rank, None)
 
 
 def first_failure(codes: dict[str, int]) -> int | None:

@@ -12,7 +12,7 @@ from typing import TypedDict
 
 import screen
 from backends import FINAL, GONE, Status
-from backends.common.podlog import ENDED, codes_in, first_failure
+from backends.common.podlog import ENDED, first_failure, note
 from backends.common.ssh import Host, last_lines
 from runs import Run
 from transport import Refusal
@@ -118,8 +118,12 @@ def settled(host: Host, run: Run, status: Status) -> Status:
 def rank_code(host: Host, run: Run) -> int | None:
     """The first failure that is not an echo of another's end, from the last lines of each rank's newest log."""
     place = run.record["folder"], run.record["job"]
-    script = "cd %s && for log in log-*_%s_*.out; do tail -c 300 \"$log\"; done" % place
-    return first_failure(codes_in(host.run(script).stdout.decode("utf-8", "replace").splitlines()))
+    script = "cd %s && for log in log-*_%s_*.out; do tail -c 900 \"$log\" | sed \"s/^/$log /\"; echo; done" % place
+    codes: dict[str, int] = {}
+    for found in host.run(script).stdout.decode("utf-8", "replace").split("\n"):
+        log, _, line = found.partition(" ")
+        note(codes, log.split("_")[-2] if log else "", line)
+    return first_failure(codes)
 
 
 # ---------------------------------------------------------------- logs
