@@ -67,12 +67,21 @@ ECHOES = (137, 143)  # killed: the exit codes of other ranks when a job ends bec
 
 
 def code_in(rank: int, line: str) -> int | None:
-    """The exit code in a line of the log of `rank`. A recipe can print such a line, but not in the log of another rank,
-    and not after the pod's own: so the last one counts, and only if it is about the log's rank."""
+    """The exit code in a line of the log of `rank`, if it is about that rank."""
     if line.startswith(NOT_WHOLE):
         return POD
-    found = [int(code) for name, code in ENDED.findall(line) if name in (str(rank), "unknown")]
+    found = [int(code) for name, code in ENDED.findall(line) if name in (str(rank), "?", "unknown")]
     return found[-1] if found else None
+
+
+def note(codes: dict[int, int], rank: int, line: str) -> None:
+    """Note what a line of that rank's log says of its end. A recipe can print such a line, but not in the log of
+    another rank, and not after the pod's own: so only the last line counts, except for what Slurm adds."""
+    code = code_in(rank, line)
+    if code is not None:
+        codes[rank] = code
+    elif line.strip() and not line.startswith("slurmstepd: "):
+        codes.pop(rank, None)
 
 
 def first_failure(codes: dict[int, int]) -> int | None:

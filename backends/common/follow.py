@@ -13,7 +13,7 @@ import urllib3
 
 import screen
 from backends import FINAL, Status
-from backends.common import BEGUN, ECHOES, code_in, first_failure
+from backends.common import BEGUN, ECHOES, first_failure, note
 from runs import Run
 from transport import Refusal
 
@@ -37,7 +37,7 @@ class Follower:
     def __init__(self, run: Run, ask: Callable[[], Status], open_log: Callable[[int, bool], Iterator[str] | None],
                  trouble: Callable[[], str]) -> None:
         self.run, self.ask, self.open_log, self.trouble = run, ask, open_log, trouble
-        self.codes: dict[int, int] = {}  # rank -> exit code, by its own log
+        self.codes: dict[int, int] = {}  # rank -> exit code, as its pod said it last
         self.attempts = 0  # starts of the first rank that is shown, by its log
         self.ran = False  # all pods have been up at the same time
         self.heard = time.monotonic()  # when the platform last answered
@@ -160,22 +160,16 @@ class Follower:
             self._say("no log of rank %d: %s" % (rank, why))
 
     def _show(self, rank: int, line: str) -> None:
-        self._note(rank, line)
+        note(self.codes, rank, line)
         if rank == self.run.ranks[0] and BEGUN.search(line):
             self.attempts += 1
             if self.attempts > 1:
                 self._say("attempt %d of %d" % (self.attempts, self.run.starts))
         self._print(screen.rank(rank) + line.rstrip("\n") + "\n" if len(self.run.ranks) > 1 else line)
 
-    def _note(self, rank: int, line: str) -> None:
-        code = code_in(rank, line)
-        if code is not None:
-            self.codes[rank] = code
-
     def _say(self, text: str) -> None:
         """A line of our own."""
         self._print("-- %s\n" % screen.plain(text)[:screen.LONGEST])
-
     def _print(self, text: str) -> None:
         with self.lock:
             if not self.mute:
@@ -192,7 +186,7 @@ class Follower:
             try:
                 log = self.open_log(rank, True)
                 for line in lines(log or ()):
-                    self._note(rank, line)
+                    note(self.codes, rank, line)
                     if time.monotonic() > deadline:
                         break
             except BROKEN:

@@ -239,7 +239,7 @@ def stage(client: Any, run: Run, plan: Plan) -> None:
     path = "/api/packages/gcs/" + package_name
     ask_lepton("upload the source", client, lambda: ray(client, run, "PUT", path, data=data))
     name, folder = run.id + "-stage", STAGED % run.id
-    script = "umask 077; mkdir -p %s && cp pod.py chunks.json %s/" % (folder, folder)
+    script = "umask 077; mkdir %s && cp pod.py chunks.json %s/" % (folder, folder)  # what is there is not ours
     submit_job(client, run, name, script, {"working_dir": "gcs://" + package_name})
     deadline = time.monotonic() + DASHBOARD_S
     while (found := details(client, run, name))["status"] in ("PENDING", "RUNNING"):

@@ -137,13 +137,12 @@ class Watch:
             self.host.run(forget(self.run.record["folder"]))
         if status.state == "failed" and status.exit_code is not None:
             where = self.run.record["folder"], self.run.record["job"]
-            script = """cd %s && for log in log-*_%s_*.out; do
-                printf '%%s ' "$log"; tail -c 300 "$log" | tr '\\n' ' '; echo; done"""
-            ends = self.host.run(script % where).stdout.decode("utf-8", "replace").split("\n")
-            codes = dict[int, int]()
-            for log, _, end in (line.partition(" ") for line in ends if ".out " in line):
-                code = code_in(rank_of(log), end)
-                codes |= {} if code is None else {rank_of(log): code}
+            script = "cd %s && for log in log-*_%s_*.out; do tail -c 900 \"$log\" | sed \"s/^/$log /\"; echo; done" % where
+            codes: dict[int, int] = {}
+            for found in self.host.run(script).stdout.decode("utf-8", "replace").split("\n"):
+                log, _, line = found.partition(" ")
+                if log.endswith(".out"):
+                    note(codes, rank_of(log), line)
             return replace(status, exit_code=first_failure(codes) or status.exit_code)
         return status
 
