@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import importlib
 import io
@@ -190,17 +191,19 @@ def holds(folder: str, tar: bytes) -> bool:
     """Whether every file and link of the tar stands in the folder, byte for byte."""
     for path, info, data in members(tar, folder):
         try:
-            if info.issym():
-                same = os.fsencode(os.readlink(path)) == data
-            else:
-                # It may have become a FIFO, which would hold us for ever.
-                with open(path, "rb", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK | os.O_NOFOLLOW)) as file:
-                    same = stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.read(len(data) + 1) == data
+            if (os.fsencode(os.readlink(path)) if info.issym() else content(path, len(data) + 1)) != data:
+                return False
         except OSError:
             return False
-        if not same:
-            return False
     return True
+
+
+def content(path: str, most: int = -1) -> bytes:
+    """What a file holds. Raises OSError, also where it has become a FIFO, which would hold us for ever."""
+    with open(path, "rb", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK | os.O_NOFOLLOW)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no file", path)
+        return file.read(most)
 
 
 def strays(folder: str, tar: bytes) -> list[str]:
@@ -214,16 +217,23 @@ def strays(folder: str, tar: bytes) -> list[str]:
 
 
 def check_tree(folder: str, members: dict[str, str]) -> None:
-    """Raises Failure(PAYLOAD) unless every file has its digest, and every link ("-> target") its target."""
-    for name, wanted in sorted(members.items()):
-        path = os.path.join(folder, os.fsdecode(name.encode()))
-        try:
+    """Raises Failure(PAYLOAD) unless every file has its digest, and every link ("-> target") its target. First nobody
+    else may write there any more, so that what is checked is what will run."""
+    try:
+        for place, _, names in os.walk(folder):
+            for path in [place, *(os.path.join(place, name) for name in names)]:
+                info = os.lstat(path)
+                if info.st_uid not in (0, os.geteuid()):
+                    raise Failure(PAYLOAD, "%s belongs to another user" % path)
+                if info.st_mode & 0o022 and not stat.S_ISLNK(info.st_mode):
+                    os.chmod(path, stat.S_IMODE(info.st_mode) & ~0o022)
+        for name, wanted in sorted(members.items()):
+            path = os.path.join(folder, os.fsdecode(name.encode()))
             if wanted.startswith("-> "):
                 found = "-> " + os.fsencode(os.readlink(path)).decode("utf-8", "replace")
             else:
-                with open(path, "rb") as file:
-                    found = hashlib.sha256(file.read()).hexdigest()
-        except OSError as error:
-            raise Failure(PAYLOAD, "%s: %s" % (path, error.strerror)) from None
-        if found != wanted:
-            raise Failure(PAYLOAD, "%s is not what was sent" % path)
+                found = hashlib.sha256(content(path)).hexdigest()
+            if found != wanted:
+                raise Failure(PAYLOAD, "%s is not what was sent" % path)
+    except OSError as error:
+        raise Failure(PAYLOAD, "%s: %s" % (error.filename, error.strerror)) from None

@@ -19,7 +19,7 @@ import zlib
 from typing import Any
 
 from pod.failures import PLACE, Failure, say
-from pod.payload import check_tree, join, unpack
+from pod.payload import check_tree, join, make_folders, unpack
 
 
 class Places:
@@ -35,7 +35,7 @@ class Places:
 
     def make(self, folders: list[str]) -> None:
         """Make the folders. Outputs follow the umask; what is our own only this user can enter."""
-        os.makedirs(os.path.dirname(self.base), exist_ok=True)
+        make_folders(os.path.dirname(self.base))
         private(self.base)
         for folder in [os.path.dirname(self.logs) or self.run_root, *map(self.fill, folders)]:
             os.makedirs(folder, exist_ok=True)

@@ -46,6 +46,7 @@ class RayNode:
         self.env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(self.env):
             self.env.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": keyed(self.secret, "ray")})
+        self.env.setdefault("RAY_enable_metrics_collection", "0")  # its port answers everybody
         self.address, self.port = self.env["MASTER_ADDR"], int(self.env["MASTER_PORT"])
         self.daemons: dict[int, str] = {}  # pid -> name
         become_subreaper()
@@ -192,7 +193,7 @@ class RayHead(RayNode):
             try:
                 return socket.create_server(at[:2], family=family, backlog=4096)
             except OSError as error:
-                if error.errno != errno.EADDRNOTAVAIL:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise Failure(RAY, "rank 0 cannot listen at %s:%d: %s"
                                   % (at[0], self.port, error.strerror)) from None
         raise Failure(RAY, "rank 0 cannot listen at port %d" % self.port)

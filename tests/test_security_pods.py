@@ -25,7 +25,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from layout import flat_folder, recipe
-from support import ENDED, PATH, SCRIPT, SECRET, Pod, failed, need, plan, plant, ran, started
+from support import ENDED, PATH, SCRIPT, SECRET, Pod, failed, job, need, plan, plant, ran, started, tree
 
 import transport
 from pod import failures, payload
@@ -417,6 +417,31 @@ def test_no_other_user_plants_swaps_or_removes_anything(open_path: Path, mask: i
             lambda: shutil.rmtree(tree / "uses"), lambda: (top / "failed/000001-t23456-0").write_text("give up"),
             lambda: (top / "private/x").mkdir(), lambda: os.listdir(top)]
         assert ["PermissionError" in as_nobody(attack) for attack in attacks] == [True] * len(attacks)
+
+
+# ---------------------------------------------------------------- a tree that has come by itself (Slurm)
+
+
+@pytest.mark.parametrize("how", ["fine", "open", "foreign", "fifo"])
+def test_what_is_checked_beside_a_manifest_is_what_runs(open_path: Path, how: str) -> None:
+    code, sent = open_path / "job/code", job(command="echo RECIPE RAN")
+    run = transport.plan_for("slurm", tree(), sent)
+    with tarfile.open(fileobj=BytesIO(transport.native(run, sent)), mode="r:gz") as tar:
+        tar.extractall(code, filter="fully_trusted")
+    script = code / SCRIPT
+    for path in [code, *code.rglob("*")] if how == "open" else []:
+        path.chmod(0o777)
+    if how == "foreign":
+        os.chown(script, NOBODY, NOBODY)
+    elif how == "fifo":
+        script.unlink()
+        os.mkfifo(script)
+    done, out = ran(run, open_path / "scratch", argv=["python3", str(code / "pod.py"), str(code / "airlift.json")])
+    assert done == (0 if how in ("fine", "open") else failures.PAYLOAD), out.text
+    assert ("RECIPE RAN" in out.text) == (done == 0)
+    if how == "open":
+        assert {stat.S_IMODE(path.stat().st_mode) & 0o022 for path in [code, *code.rglob("*")]} == {0}
+    assert not list((open_path / "scratch").iterdir()), "what is the pod's own goes with it"
 
 
 # ---------------------------------------------------------------- no path leads out
