@@ -78,9 +78,9 @@ def test_image_uses_what_the_image_has(repository: Path, tmp_path: Path) -> None
     mount = "${auto_mount:git+https://github.com/org/lib.git@main,%s/opt/lib}" % tmp_path
     code, text, notes = launched(tmp_path, mount, {}, auto_mount="image")
     assert code == 0 and "of the image" in text
-    assert notes == ["%s/opt/lib is used as the image has it" % tmp_path]
+    assert notes == ["%s/opt/lib: the copy inside the image is used" % tmp_path]
 
 
 def test_an_entry_that_cannot_be_read_is_refused() -> None:
-    with pytest.raises(Refusal, match="cannot be read"):
+    with pytest.raises(Refusal, match="cannot be parsed"):
         jobs.clones({"mounts": ["${auto_mount:https://host/x@main}"]}, "dgxcloud")

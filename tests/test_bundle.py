@@ -112,7 +112,7 @@ def test_no_credential_goes_into_a_bundle(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(bundle, "HERE", place)
     assert len(dict(bundle.scripts())) > 40
     (place / "profiles/mine.toml").write_text('executor = "lepton"\n[env_vars]\nHF_TOKEN = "hf_%s"\n' % ("a1" * 17))
-    with pytest.raises(Refusal, match=r"profiles/mine\.toml holds what looks like a credential"):
+    with pytest.raises(Refusal, match=r"profiles/mine\.toml contains what looks like a credential"):
         list(bundle.scripts())
 
 

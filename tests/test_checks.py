@@ -98,12 +98,12 @@ def test_variables_that_are_not_set(here):
     ({"node_group": "defualt"}, "node group", 4, "no node group 'defualt'"),
     ({"resource_shape": "gpu.8xb200"}, "resource shape", 4, "gpu.8xb200 is not among cpu.large, cpu.small"),
     ({"mounts": [{"path": "/", "mount_path": "/shared", "from": "node-nfs:gone"}]}, "storage", 4, "gone is not among"),
-    ({"nemo_run_dir": "/elsewhere"}, "workspace", 2, "/elsewhere lies on none of the mounts"),
-    ({"nodes": 9}, "nodes", 4, "4 of 4 are ready, 9 wanted"),
+    ({"nemo_run_dir": "/elsewhere"}, "workspace", 2, "/elsewhere is on none of the mounts"),
+    ({"nodes": 9}, "nodes", 4, "4 of 4 are ready, the job needs 9"),
     ({"secrets": {"T": "lepton:gone"}}, "secret", 4, "gone is not among there"),
-    ({"secrets": {"T": "lepton:there"}, "image_pull_secrets": ["reg"]}, "pull secret", 0, "reg: the SDK has no way"),
+    ({"secrets": {"T": "lepton:there"}, "image_pull_secrets": ["reg"]}, "pull secret", 0, "reg: cannot be checked with the SDK"),
     ({"container_image": None}, "image", 0, "the profile has none"),
-    ({"existing_ray_cluster": "gone"}, "Ray cluster", 4, "answered 404"),
+    ({"existing_ray_cluster": "gone"}, "Ray cluster", 4, "HTTP 404"),
     ({"ray_version": "2.60.0", "head_resource_shape": "cpu.huge"}, "resource shape", 4, "cpu.huge is not among"),
 ])
 def test_lepton_knows(lepton, change, what, code, said):
@@ -119,7 +119,7 @@ def test_nodes_that_take_no_pods(lepton):
     lepton.server.unschedulable.update(nodes[1:])
     lepton.profile(nodes=2)
     code, found = checked(lepton)
-    assert code == 0 and (found["nodes"]["state"], found["nodes"]["fix"]) == ("warning", "a job would wait")
+    assert code == 0 and (found["nodes"]["state"], found["nodes"]["fix"]) == ("warning", "it would wait")
     lepton.server.unschedulable.update(nodes)
     assert checked(lepton)[0] == 4
 
@@ -213,5 +213,5 @@ def test_a_look_that_is_refused_is_a_failure(word):
             raise Refusal("no", "do", 4)
         return ""
 
-    found = checks.tried("x", look, "fine")
+    found = checks.finding("x", look, "fine")
     assert (found.state, found.said, found.code) == ((word, "no", 4) if word == "failure" else (word, "fine", 0))

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import backends
 import runs
-from backends.common import bodies, follow, http
+from backends import common
+from backends.common import follow, http
 
 pytestmark = EMULATED
 
@@ -229,7 +230,7 @@ def test_a_killed_rank_ends_the_job(here, moment, nodes, victim):
     result, took = begun.end(10)
     assert pod.wait() == 137 and ("files in" in pod.output) == (moment == "after unpacking")
     assert result.code == 1 and "the job failed, and its exit code is not known" in result.err
-    silent = re.search(r"rank ([\d, ]+) ended without a word", result.err).group(1).split(", ")
+    silent = re.search(r"rank ([\d, ]+) ended without an exit code", result.err).group(1).split(", ")
     assert str(victim) in silent  # TERM may find the others before they can say a word, too
     assert len(here.jobs) == 1 and all(len(replica.runs) == 1 for replica in here.job.replicas)  # nothing was retried
     assert not any(pod.alive for pod in here.job.pods)
@@ -281,7 +282,7 @@ def test_cancel_from_another_process(here, nodes):
     run = here.up("--nodes", nodes)
     process = here.process("cancel", run)
     assert process.communicate(timeout=20) == (
-        "%s, nano3/sft on %s: %s %s was stopped\n" % (
+        "%s, nano3/sft on %s: %s %s was cancelled\n" % (
             run, here.kind, "job" if here.kind == "lepton" else "workload", here.job.name), "")
     assert here.job.state == "Stopped" and not any(pod.alive for pod in here.job.pods)
     assert "cancelled" in here.main("status", run).out
@@ -293,7 +294,7 @@ def test_a_cancelled_job_ends_the_launcher(here):
     begun = Begun(here)
     wait_for(lambda: here.jobs and here.job.pods and "up" in here.job.pods[0].output)
     run = here.job.pods[0].output.split("airlift-")[1][:6]
-    assert backends.backend(here.kind).cancel(runs.load_run(run)).endswith("was stopped")
+    assert backends.backend(here.kind).cancel(runs.load_run(run)).endswith("was cancelled")
     result, _ = begun.end(10)
     assert result.code == 1 and "the job was cancelled" in result.err
 
@@ -309,7 +310,7 @@ def test_four_launches_at_once(here):
     assert {row["run"] for row in rows} <= {name.rpartition("-")[2] for name in here.records}
     stopped = {row["run"] for row in rows[:2]}
     for run in stopped:
-        assert here.main("cancel", run).out.endswith("was stopped\n")
+        assert here.main("cancel", run).out.endswith("was cancelled\n")
     (here.volume / "go").write_text("")
     codes = []
     for launcher in launchers:
@@ -327,7 +328,7 @@ def test_two_in_one_second_and_a_rerun_have_their_own_names(here):
 
 @given(st.text(max_size=60), st.from_regex(r"[a-z][a-z0-9]{5}", fullmatch=True), st.sampled_from([34, 36]))
 def test_names_fit_the_platforms_rules(recipe, run, longest):
-    name = bodies.job_name(recipe, run, longest)
+    name = common.job_name(recipe, run, longest)
     assert re.fullmatch(r"[a-z]([a-z0-9-]{0,%d}[a-z0-9])?" % (longest - 2), name) and name.endswith("-" + run)
 
 
@@ -345,7 +346,7 @@ def test_bad_credentials(here):
     result = here.launch()
     assert time.monotonic() - begin < 5 and result.code == 4 and len(result.err.splitlines()) == 2
     named = {"lepton": "LEPTON_WORKSPACE_TOKEN", "dgxcloud": "client_secret"}[here.kind]
-    assert "answered 401" in result.err and named in result.err.splitlines()[1] and wrong not in result.out + result.err
+    assert "HTTP 401" in result.err and named in result.err.splitlines()[1] and wrong not in result.out + result.err
     assert ("invalid or expired token" if here.kind == "lepton" else "wrong secret") in result.err
     assert here.posts == [] and runs.all_runs() == ([], [])
 
@@ -396,10 +397,10 @@ def test_a_status_that_cannot_be_read_is_an_error(here):
     assert here.launch("--nodes", 1, profile="local").code == 0
     here.monkeypatch.setenv(name, "wrong")
     result = here.main("status", first)
-    assert result.code == 4 and "answered 401" in result.err and result.out == ""
+    assert result.code == 4 and "HTTP 401" in result.err and result.out == ""
     table = here.main("status")
     assert table.code == 4 and len(table.out.splitlines()) == 1 + 2
-    assert re.search(first + r"  unknown .*answered 401", table.out) and " local " in table.out
+    assert re.search(first + r"  unknown .*HTTP 401", table.out) and " local " in table.out
 
 
 TROUBLE = {  # a bad moment, and whether a request that creates survives it by itself
@@ -557,7 +558,7 @@ def test_a_private_certificate_authority(here, certificate):
         assert here.main("logs", result.run).code == 0
         here.profile(ca_bundle="/no/such/file.pem")
         result = here.launch()
-        assert result.code == 2 and "ca_bundle /no/such/file.pem is not there" in result.err
+        assert result.code == 2 and "ca_bundle /no/such/file.pem does not exist" in result.err
 
 
 def test_the_usual_proxy_variables(here):

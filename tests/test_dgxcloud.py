@@ -111,11 +111,11 @@ def test_logs_by_the_routes_there_are(here, kube, cluster):
     for rank in (0, 1):
         there = kube or (cluster and rank == 0)
         assert ("[%d] hello" % rank in result.out) == there
-        none = "-- no log of rank %d: run:AI gives no logs here (the Kubernetes API answered 403" % rank
+        none = "-- no log of rank %d: run:AI gives no access to the logs (the Kubernetes API answered 403" % rank
         assert result.out.count(none) == (not there)  # said once
-        assert there or "lies at /shared/airlift/nano3/runs/%s/rank-%d.log" % (result.run, rank) in result.out
+        assert there or "own log at /shared/airlift/nano3/runs/%s/rank-%d.log" % (result.run, rank) in result.out
     result = here.main("logs", result.run)
-    assert (result.code, "hello" in result.out) == (0, True) if kube or cluster else "lies at /shared" in result.err
+    assert (result.code, "hello" in result.out) == (0, True) if kube or cluster else "own log at /shared" in result.err
 
 
 def test_without_any_address_for_logs(here):
@@ -148,11 +148,11 @@ def test_the_answer_of_a_creation_that_comes_too_late(here):
     here.server.fault("drop", done=True, method="POST", path="/trainings$")
     here.server.fault("status", status=503, times=9, path="^/workloads$")
     result = here.launch()
-    assert result.code == 5 and "the request had been sent" in result.err and len(here.jobs) == 1
+    assert result.code == 5 and "the request may have arrived" in result.err and len(here.jobs) == 1
     here.server._faults.clear()
     run = runs.all_runs()[0][0].id
     assert here.main("status", run).code == 0
-    assert here.main("cancel", run).out.endswith("was stopped\n") and here.job.state == "Stopped"
+    assert here.main("cancel", run).out.endswith("was cancelled\n") and here.job.state == "Stopped"
 
 
 def test_one_that_never_came_to_be(here):

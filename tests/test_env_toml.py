@@ -101,7 +101,7 @@ def test_the_variable_names_it(world):
 def test_a_file_that_is_named_and_not_there_is_refused(world, named):
     world.env("[found]\n" + LOCAL)
     world.monkeypatch.setenv("NEMOTRON_ENV_FILE", named)
-    want = "NEMOTRON_ENV_FILE names %s, which is not there\nmend it, or unset it" % named
+    want = "NEMOTRON_ENV_FILE names %s, which does not exist\ncorrect it, or unset it" % named
     for call in (profiles.env_file, profiles.names, profiles.sections):
         assert refusal(call) == want
     assert world.say("profiles") == (2, "", "airlift: %s\n" % want)
@@ -135,9 +135,9 @@ def test_extends_across_sections_and_files(world):
     assert leaf.files == (str(world.profiles / "leaf.toml"), str(path), str(world.profiles / "base.toml"))
     world.env("[base]\nextends = 'leaf'\n[middle]\nextends = 'base'\n")
     assert refusal(profiles.load,
-                   "leaf").startswith("profiles extend each other in a circle: leaf -> middle -> base -> leaf")
+                   "leaf").startswith("profiles extend each other in a cycle: leaf -> middle -> base -> leaf")
     world.env("[middle]\nextends = 'bass'\n")
-    assert refusal(profiles.load, "leaf") == "profile middle extends 'bass', which is not there\ndid you mean base?"
+    assert refusal(profiles.load, "leaf") == "profile middle extends 'bass', which does not exist\ndid you mean base?"
 
 
 def test_a_path_begins_where_it_is_written(world):
@@ -175,15 +175,15 @@ def test_what_is_no_profile(world):
         {"name": "local", "executor": "local", "about": "Here."},
         {"name": "mine", "executor": "local", "about": "from %s" % path}]
     for name in profiles.NOT_PROFILES:
-        assert refusal(profiles.load, name) == "profile %r is not there\ndid you mean broken or local or mine?" % name
+        assert refusal(profiles.load, name) == "profile %r does not exist\ndid you mean broken or local or mine?" % name
     write(world.profiles / "cache.toml", LOCAL)  # a file of that name is one
     assert profiles.load("cache").executor == "local"
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("nodes = 3\n[a]\n" + LOCAL, "nodes stands in no section\nput it below a [profile]"),
-    ("[a]\nexecutor = \n", "is not TOML: Invalid value (at line 2, column 12)\nmend the file"),
-    ("[[a]]\n" + LOCAL, "a stands in no section\nput it below a [profile]"),
+    ("nodes = 3\n[a]\n" + LOCAL, "the key nodes is in no section\nmove it below the [name] of a profile"),
+    ("[a]\nexecutor = \n", "is not TOML: Invalid value (at line 2, column 12)\nfix the file"),
+    ("[[a]]\n" + LOCAL, "the key a is in no section\nmove it below the [name] of a profile"),
 ])
 def test_a_file_that_cannot_be_used(world, text, said):
     path = world.env(text)
@@ -225,7 +225,7 @@ def test_a_variable_that_a_child_replaces_need_not_be_set(world):
 
 def test_too_many_variables_in_one_value(world):
     world.env("[a]\n" + LOCAL + "run_dir = '%s'\n" % ("${env:X,${" * 2000))
-    assert refusal(profiles.load, "a").endswith("\nwrite it out")
+    assert refusal(profiles.load, "a").endswith("\nwrite the text itself")
 
 
 # ---------------------------------------------------------------- [wandb] and [artifacts]
@@ -245,7 +245,7 @@ def test_wandb_replaces_the_yamls(world):
     world.env("[wandb]\nproject = 'env.toml'\nentity = '${oc.env:TEAM}'\ntags = ['a', 'b']\n")
     plan = world.plan("local")
     assert config_of(plan)["logger"] == "env.toml/${run.wandb.group}"  # replaced, not merged
-    assert "the config still holds ${run.wandb.group}, which nothing sets here" in plan["notes"]
+    assert "the config refers to ${run.wandb.group}, which is not set anywhere" in plan["notes"]
     assert {name: value for name, value in plan["env"].items() if name.startswith("WANDB_")} == {
         "WANDB_PROJECT": "env.toml", "WANDB_ENTITY": "us", "WANDB_TAGS": "a,b", "WANDB_ENABLED": "true",
         "WANDB_NAME": "nano3-sft", "WANDB_JOB_TYPE": "nano3/sft"}
@@ -254,7 +254,7 @@ def test_wandb_replaces_the_yamls(world):
     world.yaml("{}\n")
     for bad in ("run.wandb=x", "run.wandb=[1]"):
         code, _, err = world.say("nano3", "sft", "local", bad, "--dry-run", "--repo-root", world.project)
-        assert code == 2 and ": run.wandb is " in err and err.endswith("not a table\nmend the config's run section\n")
+        assert code == 2 and ": run.wandb is " in err and err.endswith("not a table\nfix the config's run section\n")
     assert world.plan("local", "run.wandb.tags=one")["env"]["WANDB_TAGS"] == "one"
     assert world.plan("local", "run.wandb.tags=3")["env"]["WANDB_TAGS"] == "3"
 
@@ -277,7 +277,7 @@ def test_a_variable_of_theirs_that_is_not_set(world):
     path = world.env("[wandb]\nproject = '${oc.env:GONE}'\n[cache]\ngit_dir = '${oc.env:GONE}'\n")
     assert world.plan("local")["env"]["WANDB_PROJECT"] == "<unset GONE>"  # a dry run shows it
     assert world.say("nano3", "sft", "local", "--repo-root", world.project) == (
-        2, "", "airlift: [wandb] of %s reads GONE, which is not set\nexport it, or write it there\n" % path)
+        2, "", "airlift: [wandb] of %s reads GONE, which is not set\nexport it, or write the value there\n" % path)
 
 
 # ---------------------------------------------------------------- keys of NVIDIA's documentation
@@ -320,9 +320,9 @@ NAMED = {
 }
 # What would change something, and is not to be had here.
 NOT_HERE = {
-    "launcher": ("torchrun", "the recipe's header says how it is launched; take it out"),
-    "packager": ("git", "Airlift packs the tree itself; exclude and scope say what ships"),
-    "packager_include_pattern": ("src/**/*.py", "Airlift packs the tree itself; exclude and scope say what ships"),
+    "launcher": ("torchrun", "the recipe's header says how it is launched; remove it"),
+    "packager": ("git", "Airlift packs the tree itself; exclude and scope say what is sent"),
+    "packager_include_pattern": ("src/**/*.py", "Airlift packs the tree itself; exclude and scope say what is sent"),
 }
 NEEDED = {
     "local": "", "docker": "", "slurm": 'account = "a"\npartition = "p"\nremote_job_dir = "/j"\n',
@@ -351,7 +351,7 @@ def test_a_key_of_nvidias_is_accepted(world, key):
             assert kept == value if key not in profiles.PATHS else Path(kept).is_absolute()
             assert found.notes == ()
         elif found.notes:  # NVIDIA's launcher passes over what is another executor's; here it is said
-            assert found.notes == ("profile x: %s is not used: it is for %s" % (
+            assert found.notes == ("profile x: %s has no effect: it is for %s" % (
                 profiles.KEYS[key].alias or key, ", ".join(profiles.KEYS[key].executors)),)
             assert key not in found.keys
         else:
@@ -364,10 +364,10 @@ def test_a_key_that_changes_nothing_is_named(world, key):
     text = section("slurm", key, NAMED[key])
     world.env(text)
     plan = world.plan("x")
-    assert "profile x: %s is not used: %s" % (key, profiles.UNUSED[key]) in plan["notes"]
+    assert "profile x: %s has no effect: %s" % (key, profiles.UNUSED[key]) in plan["notes"]
     (world.project / "env.toml").unlink()
     write(world.profiles / "x.toml", text.replace("[x]\n", ""))
-    assert refusal(profiles.load, "x") == "profile x: %s is not supported\n%s; take it out" % (key,
+    assert refusal(profiles.load, "x") == "profile x: %s is not supported\n%s; remove it" % (key,
                                                                                                profiles.UNUSED[key])
 
 
@@ -397,7 +397,7 @@ def test_an_unknown_key_is_an_error_in_a_section_too(world):
     assert refusal(profiles.load,
                    "x") == "profile x: there is no key 'node'\ndid you mean nodes or node_group or ipc_mode?"
     world.env("[x]\n" + LOCAL + "[x.stages.sft]\nbuild_time = '1'\n[x.stages.rl]\nbuild_partition = 'x'\n")
-    assert [note.split(": ")[1] for note in profiles.load("x", "sft").notes] == ["build_time is not used"]
+    assert [note.split(": ")[1] for note in profiles.load("x", "sft").notes] == ["build_time has no effect"]
 
 
 def test_a_token_in_env_vars_is_not_said_to_stay_here(world):
@@ -406,7 +406,7 @@ def test_a_token_in_env_vars_is_not_said_to_stay_here(world):
     plan = world.plan("x")
     assert plan["env"]["HF_TOKEN"] == "***" and "hf_value" not in json.dumps(plan)
     said = [note for note in plan["notes"] if "HF_TOKEN" in note]
-    assert said == ["HF_TOKEN is sent as a plain variable; under [secrets] it would stay out of files and records"]
+    assert said == ["HF_TOKEN is sent as a plain variable; in [secrets] it would stay out of files and records"]
 
 
 # ---------------------------------------------------------------- who wins, on the command line
@@ -456,7 +456,7 @@ def mounts(world, executor, yaml=(), ours=None, extra=""):
     code, out, err = world.say("nano3", "sft", "x", "--json", "--repo-root", world.project)
     if code:
         return err
-    notes = [note for note in json.loads(out)["notes"] if "mount" in note or "clone" in note or "image has" in note]
+    notes = [note for note in json.loads(out)["notes"] if "mount" in note or "clone" in note or "inside the image" in note]
     return seen[0].get("mounts"), notes
 
 
@@ -472,27 +472,27 @@ def test_clones_and_bind_mounts_of_repositories(world):
         assert mounts(world, executor, [AUTO]) == ([AUTO], [cloned])
     assert mounts(world, "lepton", [AUTO], extra='[x.git_mirrors]\n"https://host/" = "https://mirror/"\n')[1] == [
         cloned.replace("https://host/", "https://mirror/")]
-    assert mounts(world, "lepton", [AUTO], extra='auto_mount = "image"\n')[1] == ["/opt/x is used as the image has it"]
+    assert mounts(world, "lepton", [AUTO], extra='auto_mount = "image"\n')[1] == ["/opt/x: the copy inside the image is used"]
     said = mounts(world, "lepton", ["${auto_mount:https://host/x}"])
-    assert said == ("airlift: the mount ${auto_mount:https://host/x} cannot be read\n"
+    assert said == ("airlift: the mount ${auto_mount:https://host/x} cannot be parsed\n"
                     "write ${auto_mount:git+https://host/path.git@ref,/target}\n")
 
 
 def test_a_string_that_a_yaml_brings_to_a_cloud_is_named(world):
     for executor in ("lepton", "dgxcloud"):
         assert mounts(world, executor, ["/y:/y"]) == (
-            [], ["/y:/y is not mounted: %s has no hosts to mount from" % executor])
-    assert mounts(world, "local", ["/y:/y"]) == ([], ["/y:/y is not mounted: local pods see this machine as it is"])
+            [], ["/y:/y is not mounted: on %s there is no host folder to mount" % executor])
+    assert mounts(world, "local", ["/y:/y"]) == ([], ["/y:/y is not mounted: local pods see the files of this machine"])
 
 
 def test_a_string_that_the_profile_brings_to_a_cloud_is_refused(world):
     assert mounts(world, "lepton", [], ["/p:/p"]) == (
-        "airlift: the mount /p:/p cannot be had on lepton\nwrite a table with path, mount_path and from\n")
+        "airlift: the mount /p:/p is not possible on lepton\nwrite a table with path, mount_path and from\n")
     assert mounts(world, "dgxcloud", [], ["/p:/p"]) == (
-        "airlift: the mount /p:/p cannot be had on dgxcloud\nvolumes are pvcs there\n")
-    assert mounts(world, "dgxcloud", [], [TABLE]).endswith(" cannot be had on dgxcloud\nvolumes are pvcs there\n")
+        "airlift: the mount /p:/p is not possible on dgxcloud\nuse pvcs for volumes\n")
+    assert mounts(world, "dgxcloud", [], [TABLE]).endswith(" is not possible on dgxcloud\nuse pvcs for volumes\n")
     for executor in ("lepton", "dgxcloud"):
-        assert "cannot be had on " + executor in mounts(
+        assert "is not possible on " + executor in mounts(
             world, executor, [], extra='[x.stages.sft]\nmounts = ["/p:/p"]\n')
 
 

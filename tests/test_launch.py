@@ -70,14 +70,14 @@ def plan_of(say, *words):
 CONFIGS = "src/nemotron/recipes/nano3/stage1_sft/config"
 REFUSALS = [
     # (words, what, fix)
-    ("", "no recipe was named", "python launch.py list shows them; --help shows the rest"),
-    ("--json", "no recipe was named", "python launch.py list shows them; --help shows the rest"),
+    ("", "no recipe was named", "python launch.py list shows them; --help shows all commands"),
+    ("--json", "no recipe was named", "python launch.py list shows them; --help shows all commands"),
     ("nano3", "a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local"),
     ("nano3 a=1", "a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local"),
-    ("nano3 sft local more", "'more' is one word too many",
-     "overrides are KEY=VALUE; what follows -- goes to the script"),
-    ("nano3 sft --nodes 0", "--nodes is 0", "a job has one node or more"),
-    ("nano3 sft --nodes -3", "--nodes is -3", "a job has one node or more"),
+    ("nano3 sft local more", "unexpected word 'more'",
+     "overrides are KEY=VALUE; arguments for the script follow --"),
+    ("nano3 sft --nodes 0", "--nodes is 0", "it must be a whole number, 1 or more"),
+    ("nano3 sft --nodes -3", "--nodes is -3", "it must be a whole number, 1 or more"),
     ("nano3 sft --nodes two", "--nodes is 'two'", "it must be a whole number, 1 or more"),
     ("nano3 sft --nodes", "--nodes needs a value", "write it after the option, like: --nodes 2, -c default"),
     ("nano3 sft -c", "--config needs a value", "write it after the option, like: --nodes 2, -c default"),
@@ -85,20 +85,20 @@ REFUSALS = [
     ("nano3 sft --dry", "there is no option --dry", "did you mean --dry-run?"),
     ("nano3 sft --repo .", "there is no option --repo", "did you mean --repo-root?"),
     ("nano3 sft --lr=1", "there is no option --lr",
-     "overrides are KEY=VALUE, without dashes; --help shows the options"),
+     "overrides are KEY=VALUE without dashes; --help shows the options"),
     ("nano3 sft -x", "there is no option -x",
-     "overrides are KEY=VALUE, without dashes; --help shows the options"),
-    ("nano3 sft lokal", "profile 'lokal' is not there", "did you mean local?"),
-    ("nano3 sft lokal --dry-run", "profile 'lokal' is not there", "did you mean local?"),
+     "overrides are KEY=VALUE without dashes; --help shows the options"),
+    ("nano3 sft lokal", "profile 'lokal' does not exist", "did you mean local?"),
+    ("nano3 sft lokal --dry-run", "profile 'lokal' does not exist", "did you mean local?"),
     ("nano sft", "there is no family 'nano'", "did you mean nano3?"),
     ("nano3 stf", "nano3 has no stage 'stf'", "did you mean sft?"),
     ("nano3 data/prep/lr", "nano3 has no stage 'data/prep/lr'", "did you mean data/prep/rl?"),
     ("nano3 /", "nano3 has no stage ''", "did you mean data/prep/rl or rl or sft?"),
     ("nano3 sft -c defualt", "nano3/sft has no config 'defualt' in ROOT/" + CONFIGS, "did you mean default?"),
-    ("nano3 sft -c ./x.yaml", "there is no config file ./x.yaml", "name a file, or a config of ROOT/" + CONFIGS),
+    ("nano3 sft -c ./x.yaml", "there is no config file ./x.yaml", "give the path of a file, or the name of a config in ROOT/" + CONFIGS),
     ("nano3 sft =1", "the override '=1' names no setting", "overrides are KEY=VALUE with dots between names"),
-    ("nano3 sft a=[", "the override 'a=[' cannot be read: ...", "its value is read as YAML; put a text in quotes, ..."),
-    ("nano3 sft run=1", "ROOT/" + CONFIGS + "/default.yaml: run is 1, not a table", "mend the config's run section"),
+    ("nano3 sft a=[", "the override 'a=[' cannot be parsed: ...", "its value is read as YAML; put a text in quotes, ..."),
+    ("nano3 sft run=1", "ROOT/" + CONFIGS + "/default.yaml: run is 1, not a table", "fix the config's run section"),
     ("nano3 sft run.env.nodes=two", "nodes is 'two'", "it must be a whole number, 1 or more"),
     ("nano3 sft run.env.startup_commands=ls", "run.env.startup_commands is 'ls'", "it must be a list of strings"),
     ("nano3 sft run.env.run_command={x}", "run.env.run_command is ***", "it must be a string"),
@@ -108,19 +108,19 @@ REFUSALS = [
     ("nano3 sft run.env.unpack=shred", "run.env.unpack is 'shred'", "it must be local or shared"),
     ("nano3 sft run.env.nodez=2", "there is no key run.env.nodez", "did you mean nodes or node_group?"),
     ("nano3 sft x+=[5]", "the override 'x+=[5]' names no setting", "overrides are KEY=VALUE with dots between names"),
-    ("nano3 sft run.env.secrets.T=vault:x", "secrets.T is not a reference that local has", 'write "env"'),
+    ("nano3 sft run.env.secrets.T=vault:x", "secrets.T is not a reference that local supports", 'write "env"'),
     ("nano3 sft run.env.secrets.UNSET_HERE=env", "secret UNSET_HERE is not set here",
-     "export it, or take it out of [secrets]"),
+     "export it, or remove it from [secrets]"),
     ("nano3 sft --repo-root /nonexistent", "there is no recipe under /nonexistent/src/*/recipes or steps",
      "name the source tree with --repo-root"),
     ("nano3 sft --repo-root", "--repo-root needs a value",
      "write it after the option, like: --nodes 2, -c default"),
     ("list nan", "ROOT has no recipe of family nan", "did you mean nano3?"),
-    ("list a b", "'b' is one word too many", "list takes a family at most"),
+    ("list a b", "unexpected word 'b'", "list takes only a family"),
     ("list --repo-root /nonexistent", "/nonexistent has no recipe", "name the source tree with --repo-root"),
     ("list --nodes 2", "list does not take --nodes", "leave it out"),
     ("list -- x", "list does not take --", "leave it out"),
-    ("profiles local", "'local' is one word too many", "profiles takes none"),
+    ("profiles local", "unexpected word 'local'", "profiles takes no words"),
     ("profiles -c x", "profiles does not take --config", "leave it out"),
     ("files nano3", "a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local"),
     ("files nano3 sft --detach", "files does not take --detach", "leave it out"),
@@ -134,7 +134,7 @@ REFUSALS = [
     ("diff", "name one run", "python launch.py status lists them"),
     ("diff zzzzzz", "there is no run 'zzzzzz'", "python launch.py status lists them"),
     ("logs zzzzzz --rank x", "--rank is 'x'", "it must be a whole number, 0 or more"),
-    ("logs zzzzzz --rank 0 --all-ranks", "--rank and --all-ranks exclude each other", "leave one out"),
+    ("logs zzzzzz --rank 0 --all-ranks", "--rank and --all-ranks cannot be combined", "leave one out"),
     ("nano3 sft --nodes 2 --rank 2", "there is no rank 2", "the job has ranks 0 to 1"),
     ("nano3 sft --nodes 1 --rank 1", "there is no rank 1", "the job has only rank 0"),
     ("nano3 sft -f", "launch does not take --follow", "leave it out"),
@@ -190,7 +190,7 @@ def test_no_error_ends_in_a_traceback(say, monkeypatch, capsys, error, code, fir
     def fail(options):
         raise error
 
-    monkeypatch.setattr(launch.COMMANDS["list"], "function", fail)
+    monkeypatch.setitem(launch.COMMANDS, "list", launch.COMMANDS["list"]._replace(function=fail))
     found, out, err = say("list")
     assert (found, out) == (code, "") and len(err.splitlines()) == 2
     assert err.splitlines()[0] == "airlift: " + first
@@ -210,7 +210,7 @@ def test_help(here, capsys):
         assert launch.main([name, "--help"]) == 0
         told = capsys.readouterr().out
         for option, known in launch.OPTIONS.items():
-            assert (known.about in told) == (option in command.options), (name, option)
+            assert (known.about in told) == (option in command.options + launch.ALWAYS), (name, option)
     assert launch.main(["nano3", "sft", "--help"]) == 0
     assert capsys.readouterr().out == launch.detail("launch")
 
@@ -219,7 +219,7 @@ def test_broken_files_are_named_with_their_line(say, here):
     write(here / "src/nemotron/recipes/nano3/stage1_sft/train.py", header(launch="mpi"))
     mend = "src/nemotron/recipes/nano3/stage1_sft/train.py:9: launch mode 'mpi' is not known"
     assert say(*FAMILY, "--dry-run") == (
-        2, "", "airlift: nano3 has no stage 'sft'\ndid you mean data/prep/rl or rl?; or mend %s\n" % mend)
+        2, "", "airlift: nano3 has no stage 'sft'\ndid you mean data/prep/rl or rl?; or fix %s\n" % mend)
     code, out, err = say("list")
     assert code == 2 and "data/prep/rl" in out
     assert err == "airlift: %s\nuse one of torchrun, ray, direct, python\n" % mend
@@ -377,7 +377,7 @@ def test_no_secret_shows_in_a_note_an_error_or_a_config(say, here, monkeypatch):
            yaml="key: ${run.wandb.api_key}\ntoken: %s\n" % token)
     plan = plan_of(say, *FAMILY, "mine")
     assert "each pod clones https://***@mirror/x at main to /x" in plan["notes"]
-    assert "the config holds what looks like a credential, and is sent as it is" in plan["notes"]
+    assert "the config contains what looks like a credential, and is sent as it is" in plan["notes"]
     write(here / "profiles/bad.toml", 'extends = "mine"\nstartup_commands = "login ${env:DEPLOY_TOKEN}"')
     write(here / "profiles/worse.toml", 'extends = "mine"\nrun_command = "login ${env:DEPLOY_TOKEN} {x}"')
     said = json.dumps(plan) + repr([say(*FAMILY, name, "--dry-run") for name in ("mine", "bad", "worse")])
@@ -397,8 +397,8 @@ def test_a_dry_run_says_what_a_launch_would_be_refused_for(say, here):
         """)
     assert not [note for note in plan_of(say, *FAMILY, "mine")["notes"] if "refused" in note]
     notes = plan_of(say, *FAMILY, "mine", "--nodes", "2", "run.env.retries=1")["notes"]
-    assert ("a launch would be refused: retries is 1, and the job has 2 nodes; run:AI starts one pod again without the "
-            "others; take it out, and launch again: it resumes") in notes
+    assert ("a launch would be refused: retries is 1, and the job has 2 nodes; run:AI restarts one pod without the "
+            "others; remove retries, and launch again to resume") in notes
     notes = plan_of(say, *FAMILY, "mine", "run.env.custom_spec.args=x")["notes"]
     assert [note for note in notes if note.startswith("a launch would be refused: custom_spec")], notes
     assert say(*FAMILY, "mine", "run.env.custom_spec.args=x")[0] == 2
@@ -437,13 +437,13 @@ def test_notes_are_said(say, here, monkeypatch):
     recipe(here, path="src/nemotron/recipes/nano3/stage1_sft/train.py",
            yaml="run: {env: {sandbox: 1, node_group: x}}\na: ${run.wandb.project}\n")
     notes = plan_of(say, *FAMILY, "docker", "run.env.mounts=[]")["notes"]
-    assert "run.env holds sandbox, which Airlift does not use" in notes
-    assert "HF_TOKEN is set here but not sent; name it under [secrets] to send it" in notes
-    assert "the config still holds ${run.wandb.project}, which nothing sets here" in notes
+    assert "run.env has sandbox, which Airlift does not use" in notes
+    assert "HF_TOKEN is set here but not sent; add it to [secrets] to send it" in notes
+    assert "the config refers to ${run.wandb.project}, which is not set anywhere" in notes
     assert "left out, as they look like credentials: src/nemotron/kit/.env" in notes
     assert "left out, data or model file: 2, like src/nemotron/kit/big.bin" in notes
     write(here / "profiles/bare.toml", 'executor = "docker"')
-    stays = "no workspace is set: what the job writes stays in the pod and goes with it"
+    stays = "no workspace is set: what the job writes stays in the pod and is lost with it"
     assert stays in plan_of(say, *FAMILY, "bare")["notes"]
     assert "note     " + stays in say(*FAMILY, "bare", "--dry-run")[1]
 
@@ -517,7 +517,7 @@ def test_files(say, here):
 
 
 def test_status_of_nothing(say, here):
-    assert say("status") == (0, "no run was launched from here\n", "")
+    assert say("status") == (0, "there are no runs yet\n", "")
     assert say("status", "--json") == (0, "[]\n", "")
 
 
@@ -602,7 +602,7 @@ def test_without_omegaconf_two_plain_lines(flat, bare):
     assert subprocess.run([newer, "-c", "import omegaconf"], capture_output=True).returncode, "this one has omegaconf"
     done = launcher(flat, *FAMILY, "--dry-run", python=newer, env=bare)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == ["airlift: configs are read with omegaconf, which this Python does not have",
+    assert done.stderr.splitlines() == ["airlift: omegaconf, which reads the configs, is not installed for this Python",
                                         "run `make setup`, or pip install -r requirements.txt"]
     for words in (["list"], ["profiles"], ["status"]):
         assert launcher(flat, *words, python=newer, env=bare).returncode == 0
@@ -626,7 +626,7 @@ def test_output_that_cannot_be_written_is_an_error(flat, bare):
         done = subprocess.run([sys.executable, str(flat / "launch.py"), "list"], env=bare, stdout=full,
                               stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr == "airlift: No space left on device\ncheck that it exists, is yours, and that the disk has space\n"
+    assert done.stderr == "airlift: No space left on device\ncheck that it exists, its permissions, and the space on disk\n"
 
 
 def test_any_locale_and_odd_words(flat, bare):

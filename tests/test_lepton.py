@@ -87,7 +87,7 @@ def test_another_workspace(here):
     """Credentials of another workspace are refused (403); a run of another workspace is not looked for in this one."""
     run = here.up()
     here.monkeypatch.setenv("LEPTON_WORKSPACE_TOKEN", here.server.foreign_token)
-    assert "answered 403" in here.main("status", run).err
+    assert "HTTP 403" in here.main("status", run).err
     here.monkeypatch.setenv("LEPTON_WORKSPACE_URL", "http://127.0.0.1:9/api")
     result = here.main("cancel", run)
     assert result.code == 4 and here.server.url in result.err and "127.0.0.1:9" in result.err
@@ -99,7 +99,7 @@ def test_a_queued_job_waits_and_can_be_cancelled(here):
     assert here.main("status", begun.run).out.splitlines()[1].split()[1] == "waiting"
     result = here.main("logs", begun.run)
     assert result.code == 2 and "has no log yet: it is waiting (Queueing)" in result.err and "logs -f" in result.err
-    assert here.main("cancel", begun.run).out.endswith("was stopped\n")
+    assert here.main("cancel", begun.run).out.endswith("was cancelled\n")
     result = here.main("logs", begun.run)
     assert result.code == 2 and "its pods never started" in result.err
 

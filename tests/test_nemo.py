@@ -133,7 +133,7 @@ def test_3_cancel(runai, nodes):
     run = runai.up("--nodes", nodes)
     executor.cancel(runai.job.id)
     assert runai.server.requests[-1].status == 405 and runai.job.state == "Running"
-    assert runai.main("cancel", run).out.endswith("was stopped\n") and runai.job.state == "Stopped"
+    assert runai.main("cancel", run).out.endswith("was cancelled\n") and runai.job.state == "Stopped"
 
 
 def test_6_a_bad_secret(runai, naps):
@@ -326,7 +326,7 @@ def test_22_a_status_that_cannot_be_read(here):
     said = run.Experiment.from_title(title).status(return_dict=True)
     assert said[title]["status"].name == "SUBMITTED"
     result = here.main("status", begun)
-    assert result.code == 4 and "answered 401" in result.err
+    assert result.code == 4 and "HTTP 401" in result.err
 
 
 # ---------------------------------------------------------------- nemo-run's records

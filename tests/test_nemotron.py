@@ -26,7 +26,6 @@ from omegaconf import OmegaConf
 from support import PATH
 
 import backends
-import commands
 import configs
 import jobs
 import launch
@@ -266,7 +265,7 @@ def planned(monkeypatch, tmp_path, executor, recipe, scope="family", *words):
     monkeypatch.setenv("USER", "someone")
     _, options = launch.parse([recipe.family, recipe.stage, executor, "--repo-root", str(ROOT), *words])
     named = prepare.words_of([recipe.family, recipe.stage, executor])
-    return prepare.Launch(named, recipe.stage, commands.wishes(options), True)
+    return prepare.Launch(named, recipe.stage, options, True)
 
 
 def test_every_recipe_plans_on_every_executor(monkeypatch, tmp_path):

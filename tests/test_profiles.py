@@ -189,7 +189,7 @@ def test_what_nothing_would_replace_is_refused(folder):
         env_vars = { A = "${HOME}/x" }
         workspace = "/shared/${user_dir}/x"
     """)
-    assert refusal(profiles.load, "p").what == "profile p: workspace holds ${user_dir}, which nothing replaces"
+    assert refusal(profiles.load, "p").what == "profile p: workspace contains ${user_dir}, which is not replaced"
 
 
 def test_the_env_toml_of_a_launch_counts_wherever_we_are(folder, tmp_path, monkeypatch):
@@ -216,17 +216,17 @@ def test_paths_of_this_machine_begin_at_the_launchers_folder(folder, monkeypatch
 
 BAD = [
     # (text, what, fix)
-    ("", "profile p names no executor", "add executor = one of local, docker, lepton, dgxcloud, slurm"),
+    ("", "profile p has no executor", "add executor = one of local, docker, lepton, dgxcloud, slurm"),
     ('executor = "lepten"', "profile p: executor 'lepten' is not known", "did you mean lepton?"),
     ("executor = 3", "profile p: executor 3 is not known", "did you mean "),
     ('executor = ["local"]', "profile p: executor ['local'] is not known", "did you mean local?"),
-    ("executor = ", "p.toml is not TOML: Invalid value", "mend the file"),
-    ("a = " + "[" * 5000, "p.toml is not TOML: ", "mend the file"),
-    ("a = " + "9" * 5000, "p.toml is not TOML: ", "mend the file"),
-    ("executor = 'local'\nexecutor = 'local'", "p.toml is not TOML: Cannot overwrite a value", "mend the file"),
-    ('extends = "p"', "profiles extend each other in a circle: p -> p", "take one extends out"),
-    ('extends = "q"', "profiles extend each other in a circle: p -> q -> p", "take one extends out"),
-    ('extends = "lokal"', "profile p extends 'lokal', which is not there", "did you mean local?"),
+    ("executor = ", "p.toml is not TOML: Invalid value", "fix the file"),
+    ("a = " + "[" * 5000, "p.toml is not TOML: ", "fix the file"),
+    ("a = " + "9" * 5000, "p.toml is not TOML: ", "fix the file"),
+    ("executor = 'local'\nexecutor = 'local'", "p.toml is not TOML: Cannot overwrite a value", "fix the file"),
+    ('extends = "p"', "profiles extend each other in a cycle: p -> p", "remove one extends"),
+    ('extends = "q"', "profiles extend each other in a cycle: p -> q -> p", "remove one extends"),
+    ('extends = "lokal"', "profile p extends 'lokal', which does not exist", "did you mean local?"),
     ("extends = 3", "p.toml: extends is 3", 'write extends = "name"'),
     ('extends = ["local"]', "p.toml: extends is ['local']", 'write extends = "name"'),
     ('executor = "local"\nenv_var = {}', "profile p: there is no key 'env_var'", "did you mean env_vars?"),
@@ -240,8 +240,8 @@ BAD = [
     ('executor = "local"\nexclude = [1]', "exclude is [1]", "it must be a list of strings"),
     ('executor = "local"\nworkspace = 1', "workspace is 1", "it must be a string"),
     ('executor = "local"\nenv_vars = "A=1"', "env_vars is 'A=1'", "it must be a table"),
-    ('executor = "local"\nenv_vars = {"A B" = 1}', "env_vars is ***", "see A B: its name has letters"),
-    ('executor = "local"\nenv_vars = {A = [1], TOKEN = "hush"}', "env_vars is ***", "see A: its name has letters"),
+    ('executor = "local"\nenv_vars = {"A B" = 1}', "env_vars is ***", "see A B: a name may have letters"),
+    ('executor = "local"\nenv_vars = {A = [1], TOKEN = "hush"}', "env_vars is ***", "see A: a name may have letters"),
     ('executor = "local"\nenv_vars = {A = "\\u0000"}', "env_vars is ***", "without NUL"),
     ('executor = "local"\ncompression = "zip"', "compression is 'zip'", "it must be xz or gz"),
     ('executor = "local"\nunpack = "everywhere"', "unpack is 'everywhere'", "it must be local"),
@@ -252,9 +252,9 @@ BAD = [
     ('executor = "dgxcloud"\nclient_secret = 12345', "client_secret is ***", "it must be a string"),
     ('executor = "dgxcloud"\napp_secret = 12345', "client_secret is ***", "it must be a string"),
     ('executor = "local"\nnode_group = "x"', "profile p: node_group is not for executor local",
-     "it is for lepton; take"),
+     "it is for lepton; remove"),
     ('executor = "lepton"\naccount = "x"', "profile p: account is not for executor lepton",
-     "it is for slurm; take it out"),
+     "it is for slurm; remove it"),
     ('executor = "slurm"\nchunk_bytes = 9', "chunk_bytes is not for executor slurm", "it is for local, docker, lepton"),
     ('executor = "local"\ncontainer_image = "x"', "container_image is not for executor local", "docker, slurm, lepton"),
     ('executor = "docker"\ncontainer = "x"\ncontainer_image = "y"', "container_image is set twice, once as an alias",
@@ -290,10 +290,10 @@ def test_a_bad_profile_is_refused(folder, text, what, fix):
 
 
 def test_unknown_profiles_name_the_nearest(shipped):
-    assert str(refusal(profiles.load, "leptn")) == "profile 'leptn' is not there\ndid you mean lepton or lepton_gcp?"
+    assert str(refusal(profiles.load, "leptn")) == "profile 'leptn' does not exist\ndid you mean lepton or lepton_gcp?"
     assert "did you mean dgxcloud or docker or" in refusal(profiles.load, "zzz").fix
     for name in ("../profiles/local", "", ".", "local.toml", "local\0"):
-        assert "is not there" in refusal(profiles.load, name).what
+        assert "does not exist" in refusal(profiles.load, name).what
 
 
 def test_a_file_that_is_no_text_or_no_file(folder):
@@ -308,7 +308,7 @@ def test_a_file_that_is_no_text_or_no_file(folder):
 
 def test_every_key_has_a_kind_that_can_be_checked():
     for name, key in profiles.KEYS.items():
-        assert profiles.wrong(name, object()), name
+        assert profiles.must_be(name, object()), name
         assert not key.alias or profiles.KEYS[key.alias].alias == ""
         assert set(key.executors) <= set(LIMITS)
     for required in profiles.REQUIRED.values():
@@ -435,7 +435,7 @@ def test_tables_merge_as_under_extends():
 def test_a_table_is_a_mount_of_leptons_wherever_it_stands():
     storage = {"path": "/d", "mount_path": "/data", "from": "node-nfs:s"}
     found, notes = settle("lepton", yaml={"mounts": [storage, "/y:/y"]}, profile={"mounts": [storage]})
-    assert found["mounts"] == [storage, storage] and notes == ["/y:/y is not mounted: lepton has no hosts to mount from"]
+    assert found["mounts"] == [storage, storage] and notes == ["/y:/y is not mounted: on lepton there is no host folder to mount"]
     assert settle("dgxcloud", yaml={"mounts": [storage]})[0]["mounts"] == []
 
 
@@ -486,10 +486,10 @@ def test_the_yamls_settings_have_types_too(executor, env, what):
 
 def test_what_the_yaml_holds_for_others_is_said_or_passed_over():
     found, notes = settle(yaml={"sandbox": 1, "apptainer": {}, "account": "a", "time": 1, 3: 4})
-    assert notes == ["run.env holds 3, apptainer, sandbox, which Airlift does not use"]
+    assert notes == ["run.env has 3, apptainer, sandbox, which Airlift does not use"]
     assert "account" not in found
     found, notes = settle("local", forced={"node_group": "x"})
-    assert notes == ["run.env holds node_group, which is not for executor local"]
+    assert notes == ["run.env has node_group, which is not for executor local"]
     assert "node_group" not in found
 
 
@@ -524,7 +524,7 @@ def test_secrets_are_references():
             ("local", "lepton:a", 'write "env"'), ("local", 3, 'write "env"'), ("lepton", "hf_abc", '"lepton:name"'),
             ("lepton", "lepton:", '"lepton:name"'), ("dgxcloud", "lepton:a", '"runai:')]:
         found = refusal(jobs.check_secrets, {"TOKEN": value}, executor)
-        assert found.what == "secrets.TOKEN is not a reference that %s has" % executor
+        assert found.what == "secrets.TOKEN is not a reference that %s supports" % executor
         assert found.fix.startswith('write "env"') and fix in found.fix and "hf_abc" not in str(found)
 
 
@@ -533,6 +533,6 @@ def test_a_token_that_is_set_but_not_sent_is_mentioned(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("NGC_API_KEY", raising=False)
     assert jobs.check_secrets({}, "local")[1] == [
-        "HF_TOKEN is set here but not sent; name it under [secrets] to send it"]
+        "HF_TOKEN is set here but not sent; add it to [secrets] to send it"]
     assert jobs.check_secrets({"HF_TOKEN": "env"}, "local")[1] == [
         "HF_TOKEN is sent by value, in the job's environment"]

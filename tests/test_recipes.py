@@ -78,10 +78,10 @@ def test_scripts_without_a_header_are_no_recipes(tmp_path, text):
 
 BAD_HEADERS = [
     # (lines of the block, line of the file that is named, what is wrong, what to do)
-    (["[tool.runspec]", 'name = "a/b'], 4, "is not TOML: Illegal character", "mend the block"),
-    (["[tool.runspec]", 'name = "a/b"', "x ="], 5, "is not TOML: Invalid value", "mend the block"),
-    (["[tool.runspec]", 'name = "a/b"', "n = " + "9" * 5000], 2, "is not TOML: Exceeds the limit", "mend the block"),
-    (["[tool.runspec]", "name = " + "[" * 3000], 2, "is not TOML: ", "mend the block"),
+    (["[tool.runspec]", 'name = "a/b'], 4, "is not TOML: Illegal character", "fix the block"),
+    (["[tool.runspec]", 'name = "a/b"', "x ="], 5, "is not TOML: Invalid value", "fix the block"),
+    (["[tool.runspec]", 'name = "a/b"', "n = " + "9" * 5000], 2, "is not TOML: Exceeds the limit", "fix the block"),
+    (["[tool.runspec]", "name = " + "[" * 3000], 2, "is not TOML: ", "fix the block"),
     (["[tool.runspec]", 'nmae = "a/b"'], 4, "unknown field 'nmae'", "did you mean name"),
     (["[tool.runspec]", 'name = "a/b"', "", "[tool.runspec.run]", 'lauch = "ray"'], 7, "unknown field 'lauch'",
      "did you mean launch?"),
@@ -132,7 +132,7 @@ def test_a_broken_header_does_not_stop_another_recipe(tmp_path):
     assert recipes.find(tmp_path, "nano3/sft").name == "nano3/sft"
     found = refusal(recipes.find, tmp_path, "nano3/bad")
     assert found.what == "nano3 has no stage 'bad'"
-    assert "or mend src/nemotron/recipes/nano3/bad/train.py:8: the header has an unknown field 'lauch'" in found.fix
+    assert "or fix src/nemotron/recipes/nano3/bad/train.py:8: the header has an unknown field 'lauch'" in found.fix
     (tmp_path / "src/nemotron/recipes/nano3/sft/train.py").unlink()
     assert "unknown field 'lauch'" in refusal(recipes.find, tmp_path, "nano3/sft").what
 
@@ -265,7 +265,7 @@ def test_an_unknown_config_names_the_nearest(one, tmp_path):
     assert "there is no config file" in refusal(configs.config_file, one, str(tmp_path) + "/").what
     for path in one.config_dir.iterdir():
         path.unlink()
-    assert refusal(configs.config_file, one, "zzz").fix == "write one there"
+    assert refusal(configs.config_file, one, "zzz").fix == "create one there"
 
 
 # ---------------------------------------------------------------- compile
@@ -317,23 +317,23 @@ def test_a_diamond_is_no_cycle_and_absolute_parents_work(tmp_path):
 
 
 BAD_CONFIGS = [
-    ("defaults: default\n", "defaults: leads in a circle: default.yaml -> default.yaml", "take one of them out"),
-    ("defaults: ring\n", "leads in a circle: default.yaml -> ring.yaml -> default.yaml", "take one of them out"),
-    ("defaults: gone\n", "config/gone.yaml is named in defaults: of", "mend the defaults:"),
-    ("defaults: ???\n", "config/???.yaml is named in defaults: of", "mend the defaults:"),
-    ("defaults: ['${oc.env:NOPE}']\n", "is named in defaults: of", "mend the defaults:"),
-    ("defaults: listed\n", "listed.yaml is not a config: it is a list, not a table", "mend the YAML"),
-    ("defaults: broken\n", "broken.yaml is not a config: ", "mend the YAML"),
-    ("defaults: tabled\na: [1]\n", "does not fit what its defaults: name", "a table cannot take the place"),
-    ("- 1\n", "it is a list, not a table", "mend the YAML"), ("3\n", "Invalid loaded object type", "mend the YAML"),
-    ("a: b: c\n", "mapping values are not allowed", "mend the YAML"),
-    ("a: 1\na: 2\n", "found duplicate key a", "mend the YAML"), ("a: ${\n", "is not a config: ", "mend the YAML"),
-    ("\0", "control characters are not allowed", "mend the YAML"),
-    ("a: !!python/object:os.system x\n", "could not determine a constructor", "mend the YAML"),
-    ("a: &x [*x]\n", "is not a config: ", "mend the YAML"), ("null: 1\n", "Incompatible key type", "mend the YAML"),
-    ("a: %s\n" % ("[" * 3000 + "]" * 3000), "is not a config: ", "mend the YAML"),
-    ("run: 5\n", "run is 5, not a table", "mend the config's run section"),
-    ("run: {env: [1]}\n", "run.env is [1], not a table", "mend the config's run section"),
+    ("defaults: default\n", "the defaults: of configs form a cycle: default.yaml -> default.yaml", "remove one of them"),
+    ("defaults: ring\n", "form a cycle: default.yaml -> ring.yaml -> default.yaml", "remove one of them"),
+    ("defaults: gone\n", "config/gone.yaml is named in defaults: of", "fix the defaults:"),
+    ("defaults: ???\n", "config/???.yaml is named in defaults: of", "fix the defaults:"),
+    ("defaults: ['${oc.env:NOPE}']\n", "is named in defaults: of", "fix the defaults:"),
+    ("defaults: listed\n", "listed.yaml is not a config: it is a list, not a table", "fix the YAML"),
+    ("defaults: broken\n", "broken.yaml is not a config: ", "fix the YAML"),
+    ("defaults: tabled\na: [1]\n", "cannot be merged with its defaults: ", "a table cannot replace"),
+    ("- 1\n", "it is a list, not a table", "fix the YAML"), ("3\n", "Invalid loaded object type", "fix the YAML"),
+    ("a: b: c\n", "mapping values are not allowed", "fix the YAML"),
+    ("a: 1\na: 2\n", "found duplicate key a", "fix the YAML"), ("a: ${\n", "is not a config: ", "fix the YAML"),
+    ("\0", "control characters are not allowed", "fix the YAML"),
+    ("a: !!python/object:os.system x\n", "could not determine a constructor", "fix the YAML"),
+    ("a: &x [*x]\n", "is not a config: ", "fix the YAML"), ("null: 1\n", "Incompatible key type", "fix the YAML"),
+    ("a: %s\n" % ("[" * 3000 + "]" * 3000), "is not a config: ", "fix the YAML"),
+    ("run: 5\n", "run is 5, not a table", "fix the config's run section"),
+    ("run: {env: [1]}\n", "run.env is [1], not a table", "fix the config's run section"),
 ]
 
 
@@ -363,7 +363,7 @@ def test_overrides(tmp_path, words, want):
 def test_a_bad_override_is_refused(tmp_path, word):
     found = refusal(compiled, tmp_path, "a: {b: 0}\nl: [1]\n", [word])
     assert "override" in found.what and found.fix.startswith(
-        "its value is read as YAML" if "cannot be read" in found.what else "overrides are KEY=VALUE with dots between")
+        "its value is read as YAML" if "cannot be parsed" in found.what else "overrides are KEY=VALUE with dots between")
 
 
 def test_overrides_of_run_reach_the_settings(tmp_path):
@@ -399,8 +399,8 @@ def test_run_references_as_text_and_typed(tmp_path):
                     "name": "nano3/sft",
                     "chain": "p-x", "host": "login", "gone": "${run.wandb.group}",
                     "gone_too": "${run.wandb.group}/${run.nothing}", "other": "${nodes}"}
-    assert config.notes == ("the config still holds ${run.nothing}, which nothing sets here",
-                            "the config still holds ${run.wandb.group}, which nothing sets here")
+    assert config.notes == ("the config refers to ${run.nothing}, which is not set anywhere",
+                            "the config refers to ${run.wandb.group}, which is not set anywhere")
 
 
 def test_artifacts_stay_under_run(tmp_path):
@@ -584,7 +584,7 @@ def test_uv_run_needs_a_project(tmp_path, shell):
     command, tool, notes = made(tmp_path, ["x=1"], cloud=True, cmd=cmd)
     assert shell(command) == ["python", SCRIPT, *CONFIG, "x=1"]
     assert tool == "python"
-    assert notes == ["`%s` needs a project and the network; the pod runs plain python" % cmd]
+    assert notes == ["`%s` needs a project and the network, so the pod runs plain python instead" % cmd]
     here = ["uv", "run", "--extra", "xenna", "python", SCRIPT, *CONFIG]
     assert shell(made(tmp_path, cmd=cmd)[0]) == here  # not a cloud
     assert shell(made(tmp_path, cloud=True, cmd=cmd, workdir="/opt/nemo-rl")[0]) == here  # a project in the image

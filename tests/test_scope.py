@@ -271,8 +271,8 @@ def test_run_env_reads_the_environment(tmp_path):
     assert (found["recipe"]["nodes"], found["recipe"]["image"]) == (3, "/home/<unset MY_USER>/x.sqsh")
     assert (found["env"]["A"], found["env"]["B"]) == ("fallback", "/nemo_run/code/x")
     notes = "\n".join(found["notes"])
-    for words in ("run.env reads MY_USER", "run.nproc_per_node is not read", "executor, which only a profile can set",
-                  "env_vars.C is sent as it is written"):
+    for words in ("run.env reads MY_USER", "run.nproc_per_node has no effect", "executor, which only a profile can set",
+                  "env_vars.C is sent unchanged"):
         assert words in notes, notes
 
 

@@ -33,9 +33,9 @@ def test_where_the_time_went() -> None:
 
 def test_a_state_is_told_with_its_time_only_while_it_is_news() -> None:
     run = Run("t23456", "a/b", "p", "local", 1, "0" * 64)
-    assert re.fullmatch(r"-- done \(Completed\) after \d s", screen.told(Status("done", "Completed"), run))
+    assert re.fullmatch(r"-- done \(Completed\) after \d s", screen.status_line(Status("done", "Completed"), run))
     run.ended = ["done", "Completed"]
-    assert screen.told(Status("done", "Completed"), run) == "-- done (Completed)"
+    assert screen.status_line(Status("done", "Completed"), run) == "-- done (Completed)"
 
 
 @given(st.lists(st.lists(st.text("ab c", max_size=9), min_size=3, max_size=3), min_size=1, max_size=6))

@@ -40,14 +40,14 @@ def job(**settings: Any) -> Job:
     ({"remote_job_dir": "/shared/../etc"}, "remote_job_dir"),
     ({"remote_job_dir": "/shared/a:b"}, "remote_job_dir"),
     ({"remote_job_dir": "/shared/100%"}, "remote_job_dir"),
-    ({"tunnel": "ssh"}, "names no host"),
-    ({"tunnel": "ssh", "host": "login"}, "names no user"),
+    ({"tunnel": "ssh"}, "has no host"),
+    ({"tunnel": "ssh", "host": "login"}, "has no user"),
     ({"tunnel": "ssh", "host": "login", "user": "me", "identity": "/nowhere/key"}, "no key"),
-    ({"mounts": [{"path": "/", "mount_path": "/x"}]}, "a mount is"),
-    ({"mounts": ["/data"]}, "cannot be read"),
-    ({"mounts": ["data:/data"]}, "cannot be read"),
-    ({"mounts": ["${auto_mount:https://host/x@main,/opt/x}"], "container_image": "i"}, "cannot be read"),
-    ({"mounts": ["${auto_mount:git+https://host/x.git@main}"], "container_image": "i"}, "cannot be read"),
+    ({"mounts": [{"path": "/", "mount_path": "/x"}]}, "is not a string"),
+    ({"mounts": ["/data"]}, "cannot be parsed"),
+    ({"mounts": ["data:/data"]}, "cannot be parsed"),
+    ({"mounts": ["${auto_mount:https://host/x@main,/opt/x}"], "container_image": "i"}, "cannot be parsed"),
+    ({"mounts": ["${auto_mount:git+https://host/x.git@main}"], "container_image": "i"}, "cannot be parsed"),
     ({"mounts": ["${auto_mount:git+https://host/x.git@main,/opt/x}"]}, "needs a container"),
 ])
 def test_what_cannot_work_is_refused_before_anything_is_asked(settings: dict[str, Any], said: str) -> None:
@@ -90,7 +90,7 @@ def script_of(changed: Job, attached: bool = True) -> str:
     host = slurm.host_of(changed.settings)
     mounts = changed.settings["mounts"] if changed.image else []
     folder = "/shared/jobs/x"
-    executor = slurm.slurm_executor(changed, host, "/shared/jobs", changed.image, mounts, folder, attached, None)
+    executor = slurm.slurm_executor(changed, host, "/shared/jobs", changed.image, mounts, folder, attached)
     executor.assign("fam-train-t23456_1", "/home/exp", "fam-train-t23456", "fam-train-t23456")
     request = SlurmBatchRequest(launch_cmd=["sbatch"], jobs=["fam-train-t23456"], command_groups=[["python3 pod.py"]],
                                 executor=executor, max_retries=0, extra_env={})
