@@ -96,8 +96,7 @@ def lists(torch: bool) -> list[str]:
 
 
 def download(options: argparse.Namespace, wheels: Path) -> None:
-    """Download every pinned wheel, for this Python and machine or those of the options, into a folder for each list,
-    without those of an earlier list. Raises Refusal."""
+    """Download the pinned wheels for the target into a folder for each list. Raises Refusal."""
     target = ["--only-binary", ":all:"]
     if options.python:
         tag = "cp" + options.python.replace(".", "")
@@ -124,10 +123,8 @@ def download(options: argparse.Namespace, wheels: Path) -> None:
 
 
 def needed(text: str, options: argparse.Namespace) -> str:
-    """A list with only what the target's Python and machine need, without conditions, which pip would apply to its own
-    Python."""
+    """A list with only what the target needs, and without conditions, which pip would apply to its own Python."""
     from pip._vendor.packaging.markers import Marker  # this script runs before any package is installed
-
     python = options.python and {"python_version": options.python, "python_full_version": options.python + ".0"}
     other = (python or {}) | ({"platform_machine": options.platform} if options.platform else {})
     lines = []
@@ -155,9 +152,6 @@ def write(made: Path, members: dict[str, Path], texts: dict[str, str]) -> None:
 def digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------- install
 
 
 def install(options: argparse.Namespace) -> None:

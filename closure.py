@@ -2,8 +2,7 @@
 
 Starting with the script, transitively:
 
-  - its own folder and its config folder: all files that are not Python, and the Python beside the script except
-    other recipes
+  - its own folder and its config folder: all files but Python, and the Python beside the script that is no recipe
   - `import a.b`, `from a import b` (module or attribute), relative imports, and each package's __init__ on the way;
     also from the folder of a script, which is first on its sys.path
   - modules named in text: import_module("a.b"), "a.b:Class", `_target_: a.b.Class`, `python -m a.b`; an import_module
@@ -87,8 +86,6 @@ class _Closure:
             elif path.endswith(TEXTS):
                 self.read_text(data.decode("utf-8", "replace"), posixpath.dirname(path))
 
-    # ------------------------------------------------------------ what is reached
-
     def find(self, path: str) -> str | None:
         """The file or folder of the tree that a path leads to, or None."""
         path = posixpath.normpath(path)
@@ -115,8 +112,7 @@ class _Closure:
         return True
 
     def add_all(self, folder: str, beside: bool = False) -> None:
-        """Reach a file, or all files below a folder; with `beside`, of Python only files in the folder itself that are
-        not recipes."""
+        """Reach a file, or all below a folder; with `beside`, of Python only what is in it and not a recipe."""
         found = self.find(folder)
         if found is None or found in self.entries:
             self.add(folder)
@@ -127,8 +123,7 @@ class _Closure:
                 self.add(path)
 
     def add_data(self, folder: str) -> None:
-        """Reach the files that are not Python in the folder of a module, and below it in folders without Python, but
-        not below in packages of recipes."""
+        """Reach the data in a module's folder and, except for recipes, in folders without Python below it."""
         recipes = folder.split("/")[2:3] in [[name] for name in COLLECTIONS]
         python = {above for path in self.entries if path.endswith(".py") for above in _above(path)}
         for path in [path for path in self.entries if path.startswith(folder + "/") and not path.endswith(".py")]:
@@ -171,8 +166,6 @@ class _Closure:
                 whole = self.module(".".join(parts))
             if ".".join(parts) != name:
                 self.absent.add("src/" + name.replace(".", "/"))
-
-    # ------------------------------------------------------------ reading
 
     def read_text(self, text: str, folder: str) -> None:
         for match in DOTTED.finditer(text):

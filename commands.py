@@ -90,7 +90,6 @@ def check(options: Namespace) -> int:
         launch = one_launch("check", options)
         profile = launch.profile
     from backends.common import checks
-
     found = []
     for finding in checks.findings(profile, launch):
         found.append(finding)
@@ -105,7 +104,6 @@ def check(options: Namespace) -> int:
         print("a launch cannot be expected to work: %s" % ", ".join(finding.what for finding in failures) if failures
               else "a launch can be expected to work")
     return failures[0].code or 2 if failures else 0
-
 
 
 def find_run(options: Namespace) -> runs.Run:

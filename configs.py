@@ -61,8 +61,7 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
                    wandb: dict[str, Any] | None = None, artifacts: dict[str, Any] | None = None) -> Config:
     """Read, merge and override the YAML. `settings(recipe, env, forced)` returns its run.env merged with the profile;
     `forced` are the KEY=VALUE overrides of run.env. `wandb` replaces run.wandb; the YAML's artifacts win over
-    `artifacts`. Raises Refusal for a file that is not YAML, a cycle in `defaults:`, or an override that cannot be
-    parsed."""
+    `artifacts`. Raises Refusal for a bad file, a cycle in `defaults:`, or a bad override."""
     omegaconf = _omegaconf()
     path = config_file(recipe, name)
     config = _override(omegaconf, _load(omegaconf, path, ()), overrides)
@@ -92,8 +91,7 @@ ENV_KEYS = ("container_image", "container", "nodes", "gpus_per_node", "nproc_per
 
 
 def with_script(recipe: Recipe, script: Any, path: Path) -> Recipe:
-    """The recipe with another script, whose header then says how it is launched; name and configs stay. Raises Refusal
-    for a script that is not in the tree."""
+    """The recipe with another script and its header, but the same name and configs. Raises Refusal."""
     if script is None:
         return recipe
     place = posixpath.normpath(str(script).replace("${oc.env:PWD}/", "").removeprefix(str(recipe.root) + "/"))
@@ -156,19 +154,19 @@ def _short(error: Exception) -> str:
     """An error of YAML or OmegaConf in one line."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     if mark and problem:
-        return "line %d: %s" % (mark.line + 1, " ".join(str(problem).split()))
+        return "line %d: %s" % (mark.line + 1, screen.one_line(str(problem)))
     if type(error).__name__ == "GrammarParseError":
         where = getattr(error, "full_key", "") or "a value"
         return "%s has a ${ that cannot be parsed; write a literal one as \\${" % where
-    return " ".join(str(error).split())
+    return screen.one_line(str(error))
 
 
 def _merge(omegaconf: Any, below: Any, above: Any, path: Path) -> Any:
     try:
         return omegaconf.OmegaConf.merge(below, above)
     except Exception as error:
-        raise Refusal("%s does not fit what its defaults: name: %s" % (path, " ".join(str(error).split())),
-                      "a table cannot take the place of a list, nor a list that of a table") from None
+        raise Refusal("%s cannot be merged with its defaults: %s" % (path, screen.one_line(str(error))),
+                      "a table cannot replace a list, nor a list a table") from None
 
 
 def _override(omegaconf: Any, config: Any, overrides: list[str]) -> Any:
@@ -184,7 +182,7 @@ def _override(omegaconf: Any, config: Any, overrides: list[str]) -> Any:
     try:
         return omegaconf.OmegaConf.merge(config, omegaconf.OmegaConf.from_dotlist(overrides))
     except Exception as error:
-        raise Refusal("an override does not fit the config: " + " ".join(str(error).split()),
+        raise Refusal("an override does not fit the config: " + screen.one_line(str(error)),
                       "overrides are KEY=VALUE with dots between names") from None
 
 
@@ -194,11 +192,6 @@ def is_artifact(value: Any) -> bool:
         return False
     name, colon, version = value.rpartition(":")
     return "Artifact" in value or bool(colon and "." not in name and re.match(r"v|latest$|\d+$", version))
-
-
-def named_sources(text: str) -> tuple[str, ...]:
-    """The paths below src that occur in a compiled config."""
-    return tuple(sorted(set(re.findall(r"/nemo_run/code/(src(?:/(?!\.\.)[\w.-]+)+)", text))))
 
 
 def _map_strings(value: Any, change: Any) -> Any:
@@ -262,7 +255,6 @@ def dump(value: Any) -> str:
     printable is escaped (PyYAML does not read back the U+0085 that it writes), and each string that contains a place
     is in double quotes, so that the pod can insert any path."""
     import yaml
-
     class Dumper(yaml.SafeDumper):
         pass
 

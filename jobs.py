@@ -10,7 +10,6 @@ import os
 import posixpath
 import re
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -142,8 +141,7 @@ def _mounts(yaml: list[Any], ours: list[Any], executor: str, notes: list[str]) -
 
 
 def _read(table: dict[str, Any], recipe: Recipe, notes: list[str], dry: bool) -> dict[str, Any]:
-    """A run.env with variables of this machine read, but PWD and NEMO_RUN_DIR left to the pod. Raises Refusal for a
-    variable that is not set, except in a dry run."""
+    """A run.env with variables read, except PWD and NEMO_RUN_DIR, which are the pod's. Raises Refusal."""
     unset: list[str] = []
     result = {key: value if re.search(r"env:(PWD|NEMO_RUN_DIR)\b", str(value)) else resolve(value, unset)
               for key, value in table.items() if key != "env_vars"}
@@ -159,8 +157,6 @@ def _read(table: dict[str, Any], recipe: Recipe, notes: list[str], dry: bool) ->
     notes += ["run.env reads %s, which is not set here" % name for name in dict.fromkeys(unset)]
     return result
 
-
-# ---------------------------------------------------------------- repositories to mount
 
 ENTRY = re.compile(r"\$\{auto_mount:(.*)\}", re.DOTALL)
 GRAMMAR = re.compile(r"git\+([a-z][a-z+]*://[^/]*/[^@,]+)@([^,\s]+),(/[^,\s]+)")  # URL, ref, target
@@ -221,10 +217,11 @@ def persistent_caches(settings: dict[str, Any]) -> dict[str, str]:
     return {name: posixpath.join(base, folder) for name, folder in PERSISTENT_CACHES.items()} if base else {}
 
 
-def require_image(job: Job) -> None:
-    """Raises Refusal for a job without an image."""
-    if not job.image:
-        raise Refusal("the job has no image", "set container_image in the profile, or image in the recipe's header")
+def require_image(job: Job) -> str:
+    """The job's image. Raises Refusal if it has none."""
+    if job.image:
+        return job.image
+    raise Refusal("the job has no image", "set container_image in the profile, or image in the recipe's header")
 
 
 def setup_commands(settings: dict[str, Any]) -> list[str]:
@@ -246,22 +243,25 @@ def _count(key: str, value: Any) -> int | str:
     return value
 
 
+def mount_points(settings: dict[str, Any]) -> list[str]:
+    """Where the pod sees mounts and volumes, without repositories."""
+    mounts = settings.get("mounts") or []
+    points = [mount.get("mount_path") if isinstance(mount, dict) else mount.split(":")[1] for mount in mounts
+              if isinstance(mount, dict) or (":" in mount and not mount.startswith("${"))]
+    return [str(point) for point in [*points, *(volume.get("path") for volume in settings.get("pvcs") or [])] if point]
+
+
 def workspace(settings: dict[str, Any]) -> str | None:
     """Where outputs are kept, as the pod sees it: the first of the keys below that is set, else the first mount."""
     for key in ("workspace", "nemo_run_dir", "pvc_nemo_run_dir", "remote_job_dir"):
         if settings.get(key):
             return str(settings[key])
-    for mount in settings.get("mounts") or []:
-        if isinstance(mount, dict) and mount.get("mount_path"):
-            return str(mount["mount_path"])
-        if isinstance(mount, str) and ":" in mount and not mount.startswith("${"):
-            return mount.split(":")[1]
-    return next((str(volume["path"]) for volume in settings.get("pvcs") or [] if volume.get("path")), None)
+    return next(iter(mount_points(settings)), None)
 
 
-def lies_on(place: str, mounts: Iterable[str]) -> bool:
-    """Whether a path is one of the mounts or below one."""
-    return any(place == mount.rstrip("/") or place.startswith(mount.rstrip("/") + "/") for mount in mounts)
+def is_mounted(path: str, settings: dict[str, Any]) -> bool:
+    """Whether a path is a mount point or below one."""
+    return any((path + "/").startswith(point.rstrip("/") + "/") for point in mount_points(settings))
 
 
 def not_kept(settings: dict[str, Any], executor: str) -> str:
@@ -269,11 +269,8 @@ def not_kept(settings: dict[str, Any], executor: str) -> str:
     base, lost = workspace(settings), ": what the job writes stays in the pod and is lost with it"
     if base is None:
         return "no workspace is set" + lost
-    mounts = [str(mount.get("mount_path")) if isinstance(mount, dict) else str(mount).split(":")[1]
-              for mount in settings.get("mounts") or [] if isinstance(mount, dict) or ":" in mount]
-    if executor in ("docker", "lepton") and not settings.get("existing_ray_cluster") and not lies_on(base, mounts):
-        return "the workspace %s is on none of the mounts%s" % (base, lost)
-    return ""
+    kept = executor not in ("docker", "lepton") or settings.get("existing_ray_cluster") or is_mounted(base, settings)
+    return "" if kept else "the workspace %s is on none of the mounts%s" % (base, lost)
 
 
 def run_root(settings: dict[str, Any], family: str) -> str | None:
@@ -329,8 +326,7 @@ REFERENCES = {"lepton": (r"env|lepton:[\w.-]+", ', or "lepton:name" for a secret
 
 
 def check_secrets(wanted: dict[str, Any], executor: str, plain: Any = ()) -> tuple[dict[str, str], list[str]]:
-    """(the [secrets] of a profile, notes about them); `plain` is the rest of the recipe's environment. Raises Refusal
-    for a reference that this executor does not have."""
+    """(the [secrets] of a profile, notes about them); `plain` is the recipe's environment. Raises Refusal."""
     pattern, example = REFERENCES.get(executor, ("env", ""))
     notes = []
     for name, source in wanted.items():

@@ -43,8 +43,7 @@ from transport import Refusal
 
 
 def launch(options):
-    """Launch one stage, or several with commas between, each as its own job. All are prepared before the first is
-    submitted."""
+    """Launch one stage or several, each as its own job; all are prepared before the first one is submitted."""
     dry = options.dry_run or options.json
     words = words_of(options.words)
     launches = [Launch(words, stage, options, dry) for stage in words.stages]

@@ -41,15 +41,13 @@ def words_of(words: list[str]) -> Words:
     if len(names) < 2:
         raise Refusal("a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local")
     if len(names) > 3:
-        raise Refusal("unexpected word %r" % names[3],
-                      "overrides are KEY=VALUE; arguments for the script follow --")
+        raise Refusal("unexpected word %r" % names[3], "overrides are KEY=VALUE; arguments for the script follow --")
     stages = [stage.strip("/") for stage in names[1].split(",")]
     return Words(names[0], stages, names[2] if len(names) > 2 else "local", overrides)
 
 
 class Launch:
-    """One launch, resolved. Of the options of the command line it reads config, nodes, repo_root and args. With `dry`,
-    variables and secrets may be unset."""
+    """One launch, resolved by config, nodes, repo_root and args of the options. `dry`: variables may be unset."""
 
     def __init__(self, words: Words, stage: str, options: Namespace, dry: bool) -> None:
         begun = time.time()
@@ -73,7 +71,7 @@ class Launch:
             screen.conceal(*sent.values())
             transport.pod_program(dict(self.job.description))  # its parts are cached; built beside the packing
         finally:
-            ahead.thread.join()  # a local launch forks, and no thread may hold a lock then
+            ahead.join()  # a local launch forks, and no thread may hold a lock then
         settings = self.job.settings
         self.tree, ready = ahead.take(self.recipe, settings, self.config)
         self.plan = transport.plan_for(
@@ -134,8 +132,7 @@ class Launch:
         backends.backend(self.job.executor).check(self.job, self.plan)
 
     def refusal(self, attached: bool) -> str:
-        """Why a launch would be refused, for a dry run; "" if it would not. A profile whose variables are not set yet
-        is not checked."""
+        """Why a launch would be refused, for a dry run; "" if it would not, or if the profile has unset variables."""
         try:
             if not self.profile.unset:
                 self.check(attached)
@@ -149,32 +146,28 @@ def _left_out(tree: transport.Tree) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for path, reason in tree.left_out:
         reasons.setdefault(reason, []).append(path)
-    notes = []
-    for reason, paths in sorted(reasons.items()):
-        if reason == "credential":
-            notes.append("left out, as they look like credentials: " + ", ".join(paths))
-        elif reason not in ("documentation", "another family"):
-            notes.append("left out, %s: %d, like %s" % (reason, len(paths), paths[0]))
-    return notes
+    return ["left out, as they look like credentials: " + ", ".join(paths) if reason == "credential" else
+            "left out, %s: %d, like %s" % (reason, len(paths), paths[0])
+            for reason, paths in sorted(reasons.items()) if reason not in ("documentation", "another family")]
 
 
-class _Ahead:
+class _Ahead(threading.Thread):
     """Collects and packs the tree by the profile's settings while the config is compiled, which takes as long: lzma
     runs in parallel to Python. If the config then changes what is sent, it is done again."""
 
     def __init__(self, root: Path, recipe: recipes.Recipe, profile: profiles.Profile) -> None:
+        super().__init__(daemon=True)
         self.root, self.executor = root, profile.executor
         self.inputs = self.inputs_of(recipe, profile.settings, "")
         self.found: tuple[transport.Tree, transport.Packed] | None = None
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
+        self.start()
 
     @staticmethod
     def inputs_of(recipe: recipes.Recipe, settings: dict[str, Any], text: str) -> tuple[Any, ...]:
-        """What the tree depends on; `text` is the compiled config."""
+        """What the tree depends on; `text` is the compiled config, which may name paths of other families."""
+        paths = sorted(set(re.findall(r"/nemo_run/code/(src(?:/(?!\.\.)[\w.-]+)+)", text)))
         return (recipe.script, tuple(settings.get("exclude", ())), settings["scope"], settings.get("compression", ""),
-                [path for path in configs.named_sources(text)
-                 if transport.family_of(path) != transport.family_of(recipe.script)])
+                [path for path in paths if transport.family_of(path) != transport.family_of(recipe.script)])
 
     def run(self) -> None:
         script, exclude, scope, compression, _ = self.inputs

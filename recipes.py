@@ -109,8 +109,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def read_header(root: Path, path: Path, text: bytes = b"") -> Recipe | None:
-    """The Recipe of one script; None if it has no runspec header or does not contain `text`. Raises Refusal that names
-    file and line."""
+    """The Recipe of a script; None if it has no runspec header, or not `text`. Raises Refusal with file and line."""
     script = path.relative_to(root).as_posix()
     try:
         data = path.read_bytes()
@@ -201,8 +200,8 @@ SCRIPT_AT, CONFIG_AT = '"$AIRLIFT_CODE"/', '"$AIRLIFT_CONFIG"'
 
 
 def command(recipe: Recipe, settings: dict[str, Any], args: list[str], cloud: bool) -> tuple[str, str, list[str]]:
-    """(the command line for bash in the pod, the program it starts with, notes): run_command, else the header's cmd,
-    else by launch mode. Raises Refusal for a template that cannot be filled in."""
+    """(the command line for bash in the pod, the program it starts with, notes): by run_command, else by the header's
+    cmd, else by launch mode. Raises Refusal."""
     script = SCRIPT_AT + shlex.quote(recipe.script)
     notes: list[str] = []
     template = settings.get("run_command") or recipe.cmd

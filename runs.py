@@ -140,7 +140,6 @@ def home() -> Path:
 
 
 def new_run_id() -> str:
-    """Six letters and digits, a letter first, so that names of jobs can begin or end with it. Ambiguous ones (0, o, 1,
-    l, i) are not used."""
+    """Six letters and digits, a letter first, so that names of jobs can begin or end with it."""
     return secrets.choice("abcdefghjkmnpqrstuvwxyz") + "".join(
         secrets.choice("abcdefghjkmnpqrstuvwxyz23456789") for _ in range(5))

@@ -3,8 +3,6 @@
 Colours are used only on a terminal, and not if NO_COLOR is set (no-color.org) or TERM is dumb.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os
@@ -53,7 +51,7 @@ def state(word: str, width: int = 0) -> str:
     return paint(word, COLOURS.get(word, "")) + " " * (width - len(word))
 
 
-def status_line(status: Status, run: Run) -> str:
+def status_line(status: "Status", run: "Run") -> str:
     """A line of the follow view: the state, the platform's detail, and the time since the launch."""
     detail = " (%s)" % status.detail if status.detail else ""
     after = "" if run.ended else " after " + span(time.time() - run.started)
@@ -108,12 +106,12 @@ def span(seconds: float) -> str:
     return "%d s" % whole
 
 
-def shape(job: Job) -> str:
+def shape(job: "Job") -> str:
     nodes = "1 node" if job.nodes == 1 else "%d nodes" % job.nodes
     return nodes + (" x %s GPUs" % job.gpus_per_node if job.gpus_per_node else ", CPU only")
 
 
-def times(run: Run, packing: float, submitting: float, now: float) -> str:
+def times(run: "Run", packing: float, submitting: float, now: float) -> str:
     """How the time of a launch was spent. A short job may have ended before it was seen running."""
     begun, sent = run.running_since, run.started + submitting
     parts = [("packing", packing), ("submitting", submitting)]
@@ -125,18 +123,12 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-# ---------------------------------------------------------------- --verbose
-
-VERBOSE = False
-
-
 VERBOSE = False  # set by --verbose
 
 
 @contextlib.contextmanager
 def step(doing: str) -> Iterator[None]:
-    """Around a request, an ssh command or a slow import: with --verbose, print a line before it, which shows where a
-    hang is, and one after it with its time, on standard error."""
+    """With --verbose, print a line before and one after a request, an ssh command or a slow import, with its time."""
     if not VERBOSE:
         yield
         return
@@ -154,9 +146,6 @@ def _tell(line: str) -> None:
     sys.stderr.flush()
 
 
-# ---------------------------------------------------------------- the dry run
-
-
 def budget(name: str, used: int, limit: int) -> str:
     """A budget as a bar of 20 characters; red where it is exceeded."""
     filled = min(20, -(-used * 20 // limit))
@@ -166,7 +155,7 @@ def budget(name: str, used: int, limit: int) -> str:
         name, paint("#" * filled, colour), "." * (20 - filled), -(-used * 100 // limit), most, size)
 
 
-def show(launch: Launch, refused: str) -> None:
+def show(launch: "Launch", refused: str) -> None:
     """Print the dry run of a launch; `refused` says why it would be refused, "" if it would not."""
     job, plan = launch.job, launch.plan
     head = "%s on %s (%s)" % (job.name, launch.profile.name, job.executor)
@@ -188,7 +177,7 @@ def show(launch: Launch, refused: str) -> None:
     print("nothing was submitted")
 
 
-def as_json(launch: Launch, refused: str) -> dict[str, Any]:
+def as_json(launch: "Launch", refused: str) -> dict[str, Any]:
     """The dry run as an object for JSON; scripts read it, so its keys stay."""
     job, plan = launch.job, launch.plan
     env_bytes, env_limit = plan.budget("environment")
@@ -210,12 +199,10 @@ def as_json(launch: Launch, refused: str) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------- secrets
-
 SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
 
 
-def shown_env(launch: Launch) -> dict[str, str]:
+def shown_env(launch: "Launch") -> dict[str, str]:
     """The environment of the pods, Airlift's and the recipe's: secrets as ***, chunks by their length."""
     env = dict(launch.plan.env, **launch.job.description["env"])
     env.update((name, "***") for name in launch.job.secrets if not env.get(name, "").startswith("<unset "))

@@ -9,6 +9,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 from jobs import Job
@@ -103,6 +104,16 @@ def keep_end(run: Run, found: Status) -> None:
     if found.state in FINAL and not found.gone:
         run.ended, run.job_exit_code = [found.state, found.detail], found.exit_code
         run.save()
+
+
+def exit_status(folder: Path) -> Status | None:
+    """The final Status by the files `exit` and `cancelled` of a job on this machine; None if it has not ended."""
+    try:
+        code = int((folder / "exit").read_text())
+    except FileNotFoundError:
+        return None
+    state = "done" if code == 0 else "cancelled" if (folder / "cancelled").exists() else "failed"
+    return Status(state, "exit code %d" % code, code)
 
 
 ENDED_ALREADY = "it had already ended (%s); nothing was done"  # the answer of cancel, with the detail

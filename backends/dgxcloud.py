@@ -19,15 +19,17 @@ import profiles
 from backends import GONE, Finding, Status, stop_and_wait
 from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.checks import finding
-from jobs import Job, lies_on, require_image, workspace
+from jobs import Job, is_mounted, require_image, workspace
 from runs import Run
 from transport import Plan, Refusal
 
 if TYPE_CHECKING:
+    from backends.common.follow import Follower
     from backends.common.runai_client import Client
 
 CAN = {"detach", "ray"}
 NAME_LIMIT = 34  # characters of a workload's name (nemo-run 0.11.1 cuts here)
+PATH = "/workloads/%(kind)s/%(id)s"  # of a workload, with its Record
 PHASES = {
     "Creating": "waiting", "Initializing": "waiting", "Resuming": "waiting", "Pending": "waiting", "Unknown": "waiting",
     "Running": "running", "Updating": "running", "Degraded": "running", "Stopping": "running", "Terminating": "running",
@@ -48,7 +50,6 @@ class Record(TypedDict, total=False):
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Create the workload, after everything that can be checked has been checked."""
     from backends.common.runai_client import Client
-
     settings = job.settings
     client = Client(settings)
     project, cluster = client.project(settings["project_name"])
@@ -57,20 +58,17 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     size = len(json.dumps(body)) * (2 if job.nodes > 1 else 1)  # the operator's object holds master and workers
     require_object("workload", size, "dgxcloud", ", or make custom_spec smaller")
     nemo = import_nemo()
-
     root = job.description["run_root"]
     log = os.path.join(root.replace("%", "%%"), "runs", job.run_id, "rank-%d.log") if root else ""
     run.keep(Record(kind="distributed" if job.nodes > 1 else "trainings", project=settings["project_name"], name=name,
                     log=log))
     secrets = sent_by_value(job, plan)
-    nemo.submit(name, nemo.dgxcloud_executor(job), job.run_id,
-                lambda: (create(client, run, body, secrets), "Creating"))
+    nemo.submit(name, nemo.dgxcloud_executor(job), job.run_id, lambda: (create(client, run, body, secrets), "Creating"))
 
 
 def create(client: "Client", run: Run, body: dict[str, Any], secrets: tuple[str, ...]) -> str:
     """POST the workload and return its id."""
     from backends.common.http import created
-
     name = body["name"]
 
     def post() -> str:
@@ -92,13 +90,11 @@ def logs(run: Run) -> None:
 
 
 def status(run: Run) -> Status:
-    follower = _follower(run)
-    return follower.explain(follower.ask())
+    return _follower(run).status()
 
 
-def _follower(run: Run) -> Any:
+def _follower(run: Run) -> "Follower":
     from backends.common.follow import Follower
-
     client = reconnect(run)
     return Follower(run, partial(_status, client, run), partial(open_log, client, run), partial(trouble, client, run))
 
@@ -107,13 +103,12 @@ def cancel(run: Run) -> str:
     """Suspend the workload, and wait for it to stop."""
     client, name = reconnect(run), run.record["name"]
     return stop_and_wait("workload " + name, partial(_status, client, run),
-                         lambda: client.call("POST", _path(run) + "/suspend", "suspend workload " + name))
+                         lambda: client.call("POST", PATH % run.record + "/suspend", "suspend workload " + name))
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     """The credentials, the project, volumes, credentials of [secrets], access to the logs."""
     from backends.common.runai_client import Client
-
     client, found = checks.attempt("credentials", lambda: Client(settings).signed_in(),
                                    lambda client: "client %s at %s" % (client.identity, client.base))
     yield found
@@ -122,13 +117,12 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     yield finding("project", lambda: "%s, id %s" % (settings["project_name"], client.project(
         settings["project_name"])[0]))
     yield checks.image_finding(settings, job)
-    pvcs = settings.get("pvcs") or []
-    claims = [str(pvc.get("claimName")) for pvc in pvcs]
+    claims = [str(pvc.get("claimName")) for pvc in settings.get("pvcs") or []]
     yield from checks.listed("claim", claims, lambda: [
         str((entry.get("spec") or {}).get("claimName")) for entry in client.call(
             "GET", "/asset/datasource/pvc", "list the data sources").get("entries", [])],
         "check that the claim exists in the project's namespace: not every claim is a data source", False)
-    yield checks.workspace_finding(settings, [str(pvc.get("path")) for pvc in pvcs])
+    yield checks.workspace_finding(settings)
     wanted = [source.partition(":")[2].partition("/")[0] for source in settings.get("secrets", {}).values()
               if source != "env"]
     yield from checks.listed("credential", wanted, lambda: [
@@ -155,7 +149,6 @@ def _log_access(client: "Client") -> Finding:
 def reconnect(run: Run) -> "Client":
     """A client with the present credentials of the run's profile. Raises Refusal."""
     from backends.common.runai_client import Client
-
     with profiles.pinned(run.origin and run.origin["env_file"]):
         profile = profiles.load(run.profile, run.recipe.partition("/")[2])
     profile.require_set()
@@ -166,13 +159,6 @@ def reconnect(run: Run) -> "Client":
             raise Refusal("run:AI has no workload %s: its creation failed" % run.record["name"], "launch again", 4)
         run.keep(Record(id=found))
     return client
-
-
-def _path(run: Run) -> str:
-    return "/workloads/%s/%s" % (run.record["kind"], run.record["id"])
-
-
-# ---------------------------------------------------------------- the workload
 
 
 def check(job: Job, plan: Plan) -> None:
@@ -189,7 +175,7 @@ def check(job: Job, plan: Plan) -> None:
             raise Refusal("a pvc lacks %s: %s" % (", ".join(missing), volume),
                           'like: { claimName = "data", path = "/data", existingPvc = true }')
     base = workspace(job.settings)
-    if base and not lies_on(base, [str(volume["path"]) for volume in job.settings.get("pvcs") or []]):
+    if base and not is_mounted(base, job.settings):
         raise Refusal("the workspace %s is on none of the pvcs" % base,
                       "add the claim that holds it, or change the workspace")
     if job.nodes > 1 and job.settings.get("retries"):
@@ -197,8 +183,7 @@ def check(job: Job, plan: Plan) -> None:
                       "run:AI restarts one pod without the others; remove retries, and launch again to resume")
     framework = job.settings["distributed_framework"]
     if job.nodes > 1 and framework != "PyTorch":
-        raise Refusal("distributed_framework is %r" % framework,
-                      "only PyTorch tells each pod its rank; remove the key")
+        raise Refusal("distributed_framework is %r" % framework, "only PyTorch tells each pod its rank; remove the key")
     if job.settings.get("custom_spec"):
         request(job, plan, job.run_id, "", "")
 
@@ -226,7 +211,7 @@ def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict
 
 def _status(client: "Client", run: Run) -> Status:
     try:
-        answer = client.call("GET", _path(run), "read workload " + run.record["name"])
+        answer = client.call("GET", PATH % run.record, "read workload " + run.record["name"])
     except Refusal as refusal:
         if refusal.http == 404:
             return Status("cancelled", GONE, gone=True)
@@ -244,14 +229,10 @@ def trouble(client: "Client", run: Run) -> str:
     return "; ".join(dict.fromkeys("%s: %s" % (event.get("reason"), event.get("message")) for event in warnings))
 
 
-# ---------------------------------------------------------------- logs
-
-
 def open_log(client: "Client", run: Run, rank: int, follow: bool = True) -> Iterator[str] | None:
     """The log of one rank from its beginning, so far or as it grows; None while the pod has none. Raises Refusal (exit
     code 4) if no API gives it."""
     from backends.common.http import decoded
-
     name, single = run.record["name"], run.record["kind"] == "trainings"
     why = "no kube_apiserver_url in the profile"
     if client.kube:
@@ -279,5 +260,4 @@ def open_log(client: "Client", run: Run, rank: int, follow: bool = True) -> Iter
 def log_lines(run: Run) -> Iterator[str]:
     """The lines of rank 0's log as it grows, for nemo-run. Raises Refusal if no API gives it."""
     from backends.common.follow import lines
-
     return lines(open_log(reconnect(run), run, 0) or ())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import screen
-from backends import ENDED_ALREADY, GONE, Finding, Status
+from backends import ENDED_ALREADY, GONE, Finding, Status, exit_status
 from backends.common import checks, import_nemo
 from backends.common.checks import finding
 from jobs import Job, repository_of, require_image
@@ -107,8 +107,7 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
         yield from checks.listed("runtime", [settings["runtime"]], lambda: list(ask_docker(client.info)["Runtimes"]),
                                  "install it, or remove runtime")
     yield finding("mounts", lambda: ", ".join(volumes(settings, False)) or "none")
-    targets = [mount.split(":")[1] for mount in settings.get("mounts") or [] if ":" in str(mount)]
-    yield checks.workspace_finding(settings, targets)
+    yield checks.workspace_finding(settings)
 
 
 def check(job: Job, plan: Plan) -> None:
@@ -121,8 +120,8 @@ def check(job: Job, plan: Plan) -> None:
 
 
 def volumes(settings: dict[str, Any], make: bool = True) -> list[str]:
-    """The mounts as Docker takes them: `~`, variables and relative paths (from launch.py's folder) filled in. A name
-    without a slash is a Docker volume. Missing folders are created, with `make`. Raises Refusal."""
+    """The mounts as Docker takes them: `~`, variables and relative paths (from launch.py's folder) filled in, and with
+    `make`, missing folders created. A name without a slash is a Docker volume. Raises Refusal."""
     result = []
     for mount in settings.get("mounts") or []:
         if isinstance(mount, str) and repository_of(mount, {}):
@@ -148,7 +147,6 @@ def docker_executor(job: Job, mounts: list[str]) -> Any:
     """nemo-run's executor, with GPUs and their runtime only if the job has any."""
     from nemo_run.core.execution.docker import DockerExecutor
     from nemo_run.core.packaging.base import Packager
-
     gpus = -1 if job.gpus_per_node == "gpu" else job.gpus_per_node
     settings = job.settings
     return DockerExecutor(
@@ -171,7 +169,6 @@ def ask_docker(call: Any, may_lack: bool = False) -> Any:
     """The call's result; with `may_lack`, None for what does not exist. Raises Refusal with the daemon's reason."""
     import requests
     from docker.errors import APIError, DockerException, NotFound
-
     where = os.environ.get("DOCKER_HOST", "its usual socket")
     try:
         return call()
@@ -209,9 +206,4 @@ def _put_away(run: Run, container: Any) -> Status:
 
 def _ended(run: Run) -> Status:
     """The final status of a container that has been removed."""
-    try:
-        code = int((_kept(run) / "exit").read_text())
-    except FileNotFoundError:
-        return Status("failed", GONE, gone=True)
-    state = "done" if code == 0 else "cancelled" if (_kept(run) / "cancelled").exists() else "failed"
-    return Status(state, "exit code %d" % code, code)
+    return exit_status(_kept(run)) or Status("failed", GONE, gone=True)

@@ -47,7 +47,6 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     size = len(body.model_dump_json(exclude_none=True, by_alias=True))
     require_object("job", size, "lepton", ", or make custom_spec smaller")
     nemo = import_nemo()
-
     run.keep(Record(job=name, url=client.url, ca_bundle=settings.get("ca_bundle")))
     secrets = sent_by_value(job, plan)
     nemo.submit(name, nemo.lepton_executor(job), job.run_id, lambda: (create(client, body, name, secrets), "Starting"))
@@ -61,7 +60,6 @@ def wants_cluster(job: Job) -> bool:
 def lepton_ray() -> Any:
     """The part of this backend for Ray clusters."""
     from backends.common import lepton_ray
-
     return lepton_ray
 
 
@@ -78,7 +76,7 @@ def status(run: Run) -> Status:
         return lepton_ray().status(run, reconnect(run))
     client = reconnect(run)
     follower = _follower(run, client)
-    found: Status = follower.explain(follower.ask())
+    found: Status = follower.status()
     if run.starts > 1 and not found.gone:
         found = follower.with_attempt(found, len(replicas(client, run, 0)))
     return found
@@ -86,7 +84,6 @@ def status(run: Run) -> Status:
 
 def _follower(run: Run, client: Any = None) -> Any:
     from backends.common.follow import Follower
-
     client = client or reconnect(run)
     if run.record.get("cluster"):
         return lepton_ray().follower(run, client)
@@ -138,7 +135,7 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     storage = [str(mount.get("from", "")).partition(":")[2] for mount in mounts]
     yield from checks.listed("storage", storage, lambda: [volume.name for volume in group.spec.volumes or []],
                              "in mounts, set from to a storage of the node group")
-    yield checks.workspace_finding(settings, [str(mount.get("mount_path")) for mount in mounts])
+    yield checks.workspace_finding(settings)
     secrets = [source.partition(":")[2] for source in settings.get("secrets", {}).values() if source != "env"]
     yield from checks.listed("secret", secrets, lambda: [
         secret.name for secret in ask_lepton("list the secrets", client, client.secret.list_all)],
@@ -180,7 +177,6 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
     """The LeptonJob to create. Raises Refusal for a field of custom_spec that the API does not have."""
     from leptonai.api.v1.types.common import Metadata
     from leptonai.api.v1.types.job import LeptonJob, LeptonJobUserSpec
-
     settings = job.settings
     envs: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plan.env.items()]
     envs += [{"name": key, "value_from": {"secret_name_ref": source.partition(":")[2]}}
@@ -226,7 +222,6 @@ def dropped(given: Any, kept: Any, where: str = "") -> list[str]:
 def create(client: Any, body: Any, name: str, secrets: tuple[str, ...]) -> str:
     """POST the job and return its id."""
     from backends.common.http import created
-
     return created(lambda: str(ask_lepton("create job " + name, client, lambda: client.job.create(body), name,
                                           secrets).metadata.id_), lambda: str(client.job.get(name).metadata.id_))
 
@@ -259,7 +254,6 @@ def open_log(client: Any, run: Run, rank: int, follow: bool = True) -> Iterator[
     """The log of one rank from its beginning, so far or as it grows; None while there is none. A pod that was started
     again is another replica, later in the list."""
     from backends.common.follow import so_far
-
     found = [log for log in (_stream(client, run, name) for name in replicas(client, run, rank)) if log]
     if not follow:  # the API has no parameter for it
         found = [so_far(log) for log in found]
@@ -275,7 +269,6 @@ def replicas(client: Any, run: Run, rank: int) -> list[str]:
 
 def _stream(client: Any, run: Run, replica: str) -> Iterator[str] | None:
     from backends.common import http
-
     path = "/jobs/%s/replicas/%s/log" % (run.record["job"], replica)
     response = ask_lepton("read the log", client, lambda: client._get(path, stream=True))
     if response.status_code in (400, 404):  # the container waits to start, or the pod is gone

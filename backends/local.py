@@ -24,11 +24,11 @@ from typing import IO, Any, TypedDict
 
 import screen
 import transport
-from backends import ENDED_ALREADY, Finding, Status
+from backends import ENDED_ALREADY, Finding, Status, exit_status
 from jobs import Job, workspace
 from pod.process import become_subreaper, end_the_rest
 from runs import Run, home
-from transport import Plan, Refusal
+from transport import Plan
 
 CAN = {"detach", "ray"}
 GRACE_S = 10.0  # between TERM and KILL
@@ -50,6 +50,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Start the supervisor."""
     folder = home() / "local" / job.run_id
     folder.mkdir(mode=0o700, parents=True)
+    (folder / "log").touch(0o600)
     with socket.socket() as probe:  # a free port for rank 0
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -69,10 +70,9 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
 
 
 def follow(run: Run) -> Status:
-    """Print the log until the supervisor has written the exit code. On a terminal, the last line shows the progress
-    that the recipe writes to PROGRESS_FILE; it is not part of the log."""
+    """Print the log until the pods have ended. On a terminal, the last line shows what they write to PROGRESS_FILE."""
     rest, shown = b"", ""
-    with open(_await(Path(run.record["folder"]) / "log"), "rb") as log:
+    with open(Path(run.record["folder"], "log"), "rb") as log:
         try:
             while True:
                 over = not _alive(run)
@@ -100,7 +100,7 @@ def _progress(run: Run) -> str:
 
 
 def logs(run: Run) -> None:
-    _show(run, _await(Path(run.record["folder"]) / "log").read_bytes())
+    _show(run, Path(run.record["folder"], "log").read_bytes())
 
 
 def _show(run: Run, data: bytes) -> bytes:
@@ -120,13 +120,8 @@ def _show(run: Run, data: bytes) -> bytes:
 
 def status(run: Run) -> Status:
     alive = _alive(run)  # before the file is read: a supervisor that has ended has written it
-    folder = Path(run.record["folder"])
-    try:
-        code = int((folder / "exit").read_text())
-    except FileNotFoundError:
-        return Status("running") if alive else Status("failed", "its supervisor was killed")
-    state = "done" if code == 0 else "cancelled" if (folder / "cancelled").exists() else "failed"
-    return Status(state, "exit code %d" % code, code)
+    return exit_status(Path(run.record["folder"])) or (
+        Status("running") if alive else Status("failed", "its supervisor was killed"))
 
 
 def cancel(run: Run) -> str:
@@ -161,9 +156,6 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     if wanted:
         yield Finding("GPUs", "ok", "%d here" % found) if found >= wanted else Finding(
             "GPUs", "failure", "the job needs %d, and %d are here" % (wanted, found), "set gpus_per_node = 0", 2)
-
-
-# ---------------------------------------------------------------- supervisor
 
 
 def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
@@ -251,18 +243,9 @@ def _detach(folder: Path, launcher: int, attached: bool) -> None:
         if os.getppid() != launcher:
             os._exit(70)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    log = os.open(folder / "log", os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-
-
-def _await(path: Path, seconds: float = 10.0) -> Path:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise Refusal("the pods did not start: %s is missing" % path, "check whether the disk is full", 5)
-        time.sleep(0.02)
-    return path
 
 
 def _born(pid: int) -> str:

@@ -24,12 +24,13 @@ from backends.common import import_nemo
 from backends.common.checks import finding
 from backends.common.slurm_watch import Record, Watch, forget, job_id
 from backends.common.ssh import Host
-from jobs import Job, repository_of
+from jobs import AutoMount, Job, repository_of
 from runs import Run
 from transport import Plan, Refusal
 
 CAN = {"detach", "ray"}
 SQUASH_S = 7200.0  # seconds for an image to be converted, in the queue and on a node
+FETCH_S = 900.0  # seconds for a repository to be cloned
 PLAIN = re.compile(r"/[\w.@+=/-]+", re.ASCII)  # safe in shells without quotes, sbatch's patterns (%) and mounts (: ,)
 PREPARE = """\
 command -v sbatch >/dev/null ||
@@ -130,9 +131,6 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
         "write to " + base).strip())
 
 
-# ---------------------------------------------------------------- before the submission
-
-
 def require_plain(settings: dict[str, Any]) -> None:
     """Raises Refusal for a path that is not safe in a shell, and for an incomplete login node."""
     base = settings["remote_job_dir"]
@@ -175,8 +173,6 @@ def host_of(settings: dict[str, Any]) -> Host:
 
 def resolved_mounts(host: Host, settings: dict[str, Any], base: str) -> list[str]:
     """The mounts as srun takes them, with repositories cloned, and with lustre_mount and the folder of all jobs."""
-    from backends.common.repositories import clone
-
     mounts = []
     for mount in settings.get("mounts") or []:
         repository = repository_of(mount, settings.get("git_mirrors", {}))
@@ -208,8 +204,8 @@ echo "$file"
 
 
 def squashed(host: Host, settings: dict[str, Any], image: str, base: str) -> str:
-    """The image as srun takes it: as given, or, if the profile has a squash_partition and the image is in a registry,
-    a file that enroot creates there once for each tag or digest. Raises Refusal with enroot's reason."""
+    """The image as srun takes it: as given, or, if it is in a registry and the profile has a squash_partition, a file
+    that enroot creates once for each tag or digest. Raises Refusal with enroot's reason."""
     if not settings.get("squash_partition") or image.startswith(("/", "./")) or image.endswith(".sqsh"):
         return image
     plain = image.removeprefix("docker://")
@@ -221,7 +217,46 @@ def squashed(host: Host, settings: dict[str, Any], image: str, base: str) -> str
     return host.output(SQUASH % values, "convert the image " + image, SQUASH_S).strip().splitlines()[-1]
 
 
-# ---------------------------------------------------------------- the job
+# Prints the folder of a commit, <remote_job_dir>/auto_mounts/<name>-<digest of the URL>/<commit>. It is fetched under
+# another name and renamed, so that it is complete or absent; two launches can use two commits at once.
+CLONE = r"""
+set -e
+export GIT_TERMINAL_PROMPT=0 GIT_SSH_COMMAND="${GIT_SSH_COMMAND:-ssh -o BatchMode=yes -o ConnectTimeout=10}"
+command -v git >/dev/null || { echo "there is no git on this host" >&2; exit 1; }
+url=%(url)s ref=%(ref)s base=%(base)s
+commit=
+case $ref in
+*[!0-9a-f]*) ;;
+*) [ ${#ref} -ne 40 ] || commit=$ref ;;
+esac
+if [ -z "$commit" ]; then
+  refs=$(git ls-remote "$url" "refs/tags/$ref^{}" "refs/tags/$ref" "refs/heads/$ref")
+  for name in "refs/tags/$ref^{}" "refs/tags/$ref" "refs/heads/$ref"; do
+    commit=$(printf '%%s\n' "$refs" | awk -v name="$name" '$2 == name { print $1; exit }')
+    [ -z "$commit" ] || break
+  done
+  [ -n "$commit" ] || { echo "it has neither a tag nor a branch $ref; name one, or a full commit" >&2; exit 1; }
+fi
+if [ ! -d "$base/$commit" ]; then
+  mkdir -p "$base"
+  new=$(mktemp -d "$base/new.XXXXXX")
+  trap 'rm -rf "$new"' EXIT
+  git init -q "$new"
+  git -C "$new" fetch -q --depth 1 "$url" "$commit" 2>/dev/null ||
+    git -C "$new" fetch -q "$url" '+refs/heads/*:refs/remotes/origin/*' '+refs/tags/*:refs/tags/*'
+  git -C "$new" -c advice.detachedHead=false checkout -q --detach "$commit"
+  chmod 755 "$new"
+  mv -T "$new" "$base/$commit" 2>/dev/null || [ -d "$base/$commit" ]
+fi
+printf '%%s\n' "$base/$commit"
+"""
+
+
+def clone(host: Host, mount: AutoMount, base: str) -> str:
+    """Clone a ${auto_mount:…} repository on the cluster; returns its folder. Raises Refusal with git's reason."""
+    values = {"url": mount.url, "ref": mount.ref, "base": mount.folder(base)}
+    script = CLONE % {name: shlex.quote(value) for name, value in values.items()}
+    return host.output(script, "get %s of %s" % (mount.ref, mount.url), FETCH_S).strip().splitlines()[-1]
 
 
 def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: list[str], folder: str, attached: bool

@@ -66,7 +66,7 @@ class Pod:
             raise Failure(PYTHON, "python3 is %d.%d; 3.8 is the oldest that works" % sys.version_info[:2])
         env = dict(os.environ)
         if sys.argv[2:]:
-            env.update(read_file(sys.argv[2]))
+            env.update(item for item in read_file(sys.argv[2]).items() if item[0].startswith("AIRLIFT_"))
         job: dict = checked(read_file(manifest), members=True) if manifest else {"nodes": nodes_sent(env)}
         rank = 0 if driver else find_rank(env, socket.gethostname(), job["nodes"])
         self.rank = str(rank)

@@ -14,7 +14,7 @@ import stat
 import tarfile
 import tempfile
 import zlib
-from typing import Any, Iterator
+from typing import Iterator
 
 from pod.failures import PAYLOAD, PLACE, POD, PYTHON, Failure
 
@@ -104,12 +104,12 @@ def decompress(data: bytes, method: str) -> bytes:
         raise Failure(PYTHON, "this Python %s %s: %s" % (lacks, method, error)) from None
 
 
-def read_file(path: str) -> Any:
+def read_file(path: str) -> dict:
     """What came in a file of JSON, because no environment carries it. Raises Failure(PAYLOAD)."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise Failure(PAYLOAD, "%s cannot be read: %s" % (path, error)) from None
 
 

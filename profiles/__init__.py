@@ -68,13 +68,11 @@ KEYS: dict[str, Key] = {
     # every executor but this machine
     "container_image": Key("str", "the container image; the one in the recipe's header if left out", _REMOTE),
     "container": Key("str", executors=_REMOTE, alias="container_image"),
-    "mounts": Key("mounts", "folders for the pod: \"SRC:DST\", or on Lepton tables with path, mount_path and from",
-                  _REMOTE),
+    "mounts": Key("mounts", "folders for the pod: \"SRC:DST\"; on Lepton tables with path, mount_path, from", _REMOTE),
     "git_mirrors": Key("table", "URL prefix = prefix of its mirror, for ${auto_mount:…} repositories", _REMOTE),
     "auto_mount": Key("str", "\"image\": use the repositories inside the image, clone none", _REMOTE),
     "persistent_cache": Key("str", "a folder that keeps the caches of vLLM, DeepGEMM and FlashInfer", _REMOTE),
-    "retries": Key("whole", "how often a job starts again after a node failure or preemption; see Retries",
-                   ("slurm", *CLOUDS), default=0),
+    "retries": Key("whole", "how often a job is started again; see Retries", ("slurm", *CLOUDS), default=0),
     "custom_spec": Key("table", "fields to merge into the platform's job specification", CLOUDS),
     "ca_bundle": Key("str", "certificate file of a private certificate authority", CLOUDS),
     # Docker
@@ -181,7 +179,6 @@ class Profile:
 
 
 def defaults(executor: str) -> dict[str, Any]:
-    """The defaults of the executor's keys."""
     return {name: key.default for name, key in KEYS.items()
             if key.default is not None and (not key.executors or executor in key.executors)}
 
@@ -232,8 +229,7 @@ def sections() -> dict[str, dict[str, Any]]:
 
 
 def section(name: str, dry: bool = False) -> dict[str, Any]:
-    """env.toml's [wandb] or [artifacts], with variables read; {} where there is none. Raises Refusal for a variable
-    that is not set, except in a dry run."""
+    """env.toml's [wandb] or [artifacts], or {}. Raises Refusal for a variable that is not set, except in a dry run."""
     unset: list[str] = []
     found = resolve(sections().get(name, {}), unset)
     if unset and not dry:
@@ -280,8 +276,7 @@ Layers = list[tuple[dict[str, Any], Path]]  # a profile's table and those that i
 
 def _overrides(stages: Any, stage: str, profile: str, executor: str, layers: Layers, unset: list[str], notes: list[str]
                ) -> dict[str, Any]:
-    """What the tables [stages.PREFIX] set for a stage. All of them are checked; variables of other stages may be
-    unset."""
+    """What the tables [stages.PREFIX] set for a stage. All are checked; variables of other stages may be unset."""
     if not isinstance(stages, dict):
         raise Refusal("%s: stages is %r" % (profile, stages), "write tables like [stages.rl]")
     overrides: dict[str, Any] = {}
@@ -351,8 +346,7 @@ def _table(value: Any) -> dict[str, Any]:
 
 
 def _canonical(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """The table with the names that aliases stand for, before tables are merged: a child's `container` replaces a
-    parent's container_image."""
+    """The table without aliases. Tables are merged after that, so that a child's `container` replaces the image."""
     result: dict[str, Any] = {}
     for key, value in table.items():
         name = KEYS[key].alias or key if key in KEYS else key

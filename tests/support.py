@@ -220,7 +220,7 @@ ENDED = "airlift: rank %s ended with exit code %d\n"
 
 
 def failed(code: int, out: Pod, rank: str = "0") -> str:
-    """Check what every failure of pod.py's own must say, and give the sentence that tells what was seen."""
+    """Check what every failure of a pod's own must say, and give the sentence that tells what was seen."""
     assert "Traceback" not in out.text, out.text
     assert "RECIPE RAN" not in out.text, out.text
     lines = out.text.splitlines()

@@ -101,9 +101,9 @@ def test_variables_that_are_not_set(here):
     ({"nemo_run_dir": "/elsewhere"}, "workspace", 2, "/elsewhere is on none of the mounts"),
     ({"nodes": 9}, "nodes", 4, "4 of 4 are ready, the job needs 9"),
     ({"secrets": {"T": "lepton:gone"}}, "secret", 4, "gone is not among there"),
-    ({"secrets": {"T": "lepton:there"}, "image_pull_secrets": ["reg"]}, "pull secret", 0, "reg: the SDK has no way"),
+    ({"secrets": {"T": "lepton:there"}, "image_pull_secrets": ["reg"]}, "pull secret", 0, "reg: cannot be checked with the SDK"),
     ({"container_image": None}, "image", 0, "the profile has none"),
-    ({"existing_ray_cluster": "gone"}, "Ray cluster", 4, "answered 404"),
+    ({"existing_ray_cluster": "gone"}, "Ray cluster", 4, "HTTP 404"),
     ({"ray_version": "2.60.0", "head_resource_shape": "cpu.huge"}, "resource shape", 4, "cpu.huge is not among"),
 ])
 def test_lepton_knows(lepton, change, what, code, said):

@@ -1,4 +1,4 @@
-"""common/common.py: names of jobs, custom_spec and the size of the API object, on both clouds."""
+"""common/__init__.py: names of jobs, custom_spec and the size of the API object, on both clouds."""
 
 import re
 

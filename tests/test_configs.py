@@ -115,7 +115,7 @@ BAD_CONFIGS = [
     ("defaults: ['${oc.env:NOPE}']\n", "is named in defaults: of", "fix the defaults:"),
     ("defaults: listed\n", "listed.yaml is not a config: it is a list, not a table", "fix the YAML"),
     ("defaults: broken\n", "broken.yaml is not a config: ", "fix the YAML"),
-    ("defaults: tabled\na: [1]\n", "does not fit what its defaults: name", "a table cannot take the place"),
+    ("defaults: tabled\na: [1]\n", "cannot be merged with its defaults: ", "a table cannot replace"),
     ("- 1\n", "it is a list, not a table", "fix the YAML"), ("3\n", "Invalid loaded object type", "fix the YAML"),
     ("a: b: c\n", "mapping values are not allowed", "fix the YAML"),
     ("a: 1\na: 2\n", "found duplicate key a", "fix the YAML"), ("a: ${\n", "is not a config: ", "fix the YAML"),

@@ -37,7 +37,7 @@ def test_mounts_fill_in_the_home_variables_and_relative_paths(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("mount, said", [("$NOT_SET/x:/x", "NOT_SET, which is not set"), ("${NOT_SET}:/x", "NOT_SET"),
-                                         ("/x", "cannot be read"), ("/x:y", "cannot be read")])
+                                         ("/x", "cannot be parsed"), ("/x:y", "cannot be parsed")])
 def test_a_mount_that_cannot_be_filled_in_is_refused(monkeypatch: pytest.MonkeyPatch, mount: str, said: str) -> None:
     monkeypatch.delenv("NOT_SET", raising=False)
     with pytest.raises(Refusal, match=said):
@@ -71,7 +71,7 @@ def test_gpus_reach_the_daemon() -> None:
 
 
 @pytest.mark.parametrize("settings, said", [({"nodes": 2}, "2 nodes"), ({"container_image": ""}, "no image"),
-                                            ({"mounts": ["/x"]}, "cannot be read")])
+                                            ({"mounts": ["/x"]}, "cannot be parsed")])
 def test_what_cannot_work_is_refused_before_the_daemon_is_asked(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(Refusal, match=said):
         docker.check(job(**settings), support.plan(executor="docker"))

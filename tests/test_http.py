@@ -30,7 +30,7 @@ def test_bad_credentials(here):
     result = here.launch()
     assert time.monotonic() - begin < 5 and result.code == 4 and len(result.err.splitlines()) == 2
     named = {"lepton": "LEPTON_WORKSPACE_TOKEN", "dgxcloud": "client_secret"}[here.kind]
-    assert "answered 401" in result.err and named in result.err.splitlines()[1] and wrong not in result.out + result.err
+    assert "HTTP 401" in result.err and named in result.err.splitlines()[1] and wrong not in result.out + result.err
     assert ("invalid or expired token" if here.kind == "lepton" else "wrong secret") in result.err
     assert here.posts == [] and runs.all_runs() == ([], [])
 
@@ -74,10 +74,10 @@ def test_a_status_that_cannot_be_read_is_an_error(here):
     assert here.launch("--nodes", 1, profile="local").code == 0
     here.monkeypatch.setenv(name, "wrong")
     result = here.main("status", first)
-    assert result.code == 4 and "answered 401" in result.err and result.out == ""
+    assert result.code == 4 and "HTTP 401" in result.err and result.out == ""
     table = here.main("status")
     assert table.code == 4 and len(table.out.splitlines()) == 1 + 2
-    assert re.search(first + r"  unknown .*answered 401", table.out) and " local " in table.out
+    assert re.search(first + r"  unknown .*HTTP 401", table.out) and " local " in table.out
 
 
 @pytest.mark.parametrize("how", ["--verbose", "AIRLIFT_DEBUG"])

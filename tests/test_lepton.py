@@ -87,7 +87,7 @@ def test_another_workspace(here):
     """Credentials of another workspace are refused (403); a run of another workspace is not looked for in this one."""
     run = here.up()
     here.monkeypatch.setenv("LEPTON_WORKSPACE_TOKEN", here.server.foreign_token)
-    assert "answered 403" in here.main("status", run).err
+    assert "HTTP 403" in here.main("status", run).err
     here.monkeypatch.setenv("LEPTON_WORKSPACE_URL", "http://127.0.0.1:9/api")
     result = here.main("cancel", run)
     assert result.code == 4 and here.server.url in result.err and "127.0.0.1:9" in result.err

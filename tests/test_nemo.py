@@ -334,7 +334,7 @@ def test_a_status_that_cannot_be_read(here):
     said = run.Experiment.from_title(title).status(return_dict=True)
     assert said[title]["status"].name == "SUBMITTED"
     result = here.main("status", begun)
-    assert result.code == 4 and "answered 401" in result.err
+    assert result.code == 4 and "HTTP 401" in result.err
 
 
 # ---------------------------------------------------------------- nemo-run's records

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -197,6 +198,24 @@ def test_a_description_without_the_rest(tmp_path: Path, description: dict[str, A
     code, out = ran(plan_for("local", tree(), description), tmp_path)
     assert code == failures.PAYLOAD
     failed(code, out)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "3", "null", '"text"', "[" * 100_000])
+def test_a_file_that_is_no_manifest(tmp_path: Path, text: str) -> None:
+    whole = plan(command="echo RECIPE RAN")
+    (tmp_path / "airlift.json").write_text(text)
+    (tmp_path / "pod.py").write_bytes(whole.program)
+    code, out = ran(whole, tmp_path / "scratch", argv=[sys.executable, str(tmp_path / "pod.py"), str(tmp_path / "airlift.json")])
+    assert code == failures.PAYLOAD
+    failed(code, out, "?")
+
+
+def test_a_file_of_chunks_brings_no_other_variable(tmp_path: Path) -> None:
+    whole = plan(command='echo "<$OTHER>"')
+    (tmp_path / "chunks.json").write_text(json.dumps(whole.env | {"OTHER": "foreign"}))
+    argv = [*whole.argv, "", str(tmp_path / "chunks.json")]
+    code, out = ran(whole, tmp_path / "scratch", argv=argv, env=dict.fromkeys(name for name in whole.env if "_TREE_" in name))
+    assert code == 0 and "<>" in out.text
 
 
 def test_pod_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:

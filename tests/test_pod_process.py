@@ -335,7 +335,7 @@ def test_the_users_environment_arrives_as_it_is(tmp_path: Path) -> None:
 @settings(max_examples=8)
 @given(st.dictionaries(st.from_regex(r"U[A-Z0-9_]{0,8}", fullmatch=True), max_size=5, values=st.text(
     st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=30).filter(
-        lambda text: "/nemo_run" not in text)))  # a place, which pod.py fills in
+        lambda text: "/nemo_run" not in text)))  # a place, which the pod fills in
 def test_any_environment_arrives_as_it_is(env: dict[str, str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         found = environment_of(plan(env=env, command=DUMP), Path(name))

@@ -370,8 +370,8 @@ def test_a_detached_launch_leaves_its_cluster_until_it_is_asked_about(lepton):
 
 @EMULATED
 @pytest.mark.parametrize(("trouble", "code", "words"), [
-    ({"status": 401}, 4, "answered 401: injected by the test"), ({"status": 403}, 4, "answered 403: injected"),
-    ({"status": 503, "times": 9}, 5, "answered 503"), (None, 4, "Lepton has no node group 'elsewhere'"),
+    ({"status": 401}, 4, "HTTP 401: injected by the test"), ({"status": 403}, 4, "HTTP 403: injected"),
+    ({"status": 503, "times": 9}, 5, "HTTP 503"), (None, 4, "Lepton has no node group 'elsewhere'"),
 ])
 def test_a_cluster_that_is_refused(lepton, trouble, code, words):
     grpo(lepton, WHERE, ray_version="2.60.0", **({} if trouble else {"node_group": "elsewhere"}))
@@ -414,9 +414,9 @@ def test_that_the_cluster_is_there_already_is_no_error(lepton):
 
 @EMULATED
 @pytest.mark.parametrize(("changes", "words"), [
-    ({}, "needs ray_version"), ({"ray_version": "2.60.0", "unpack": "shared"}, 'unpack = "shared" is not for'),
-    ({"ray_version": "2.60.0", "retries": 1}, "retries is not for"),
-    ({"existing_ray_cluster": "x", "secrets": {"T": "lepton:t"}}, "secrets cannot be given to a Ray cluster"),
+    ({}, "needs ray_version"), ({"ray_version": "2.60.0", "unpack": "shared"}, 'unpack = "shared" is not possible'),
+    ({"ray_version": "2.60.0", "retries": 1}, "retries is not possible"),
+    ({"existing_ray_cluster": "x", "secrets": {"T": "lepton:t"}}, "secrets cannot be sent to an existing Ray cluster"),
 ])
 def test_what_a_cluster_cannot_have_is_refused_before_anything_is_sent(lepton, changes, words):
     grpo(lepton, WHERE, **changes)

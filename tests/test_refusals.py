@@ -323,9 +323,9 @@ CASES = [
      "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml, but does not exist",
      "fix the defaults:"),
     ({Y: "defaults: [b]\na: [1]", S + "/config/b.yaml": "a: {x: 1}"}, "nano3 sft --dry-run", 2,
-     "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml does not fit what its defaults: name: Cannot "
+     "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml cannot be merged with its defaults: Cannot "
      "merge incompatible container types",
-     "a table cannot take the place of a list, nor a list that of a table"),
+     "a table cannot replace a list, nor a list a table"),
     ({Y: "run: [1]"}, "nano3 sft --dry-run", 2,
      "ROOT/src/pkg/recipes/nano3/sft/config/default.yaml: run is [1], not a table",
      "fix the config's run section"),

@@ -1,4 +1,4 @@
-"""${auto_mount:…}: how an entry is read, what a pod on a cloud clones for itself, and common/repositories.py, by which
+"""${auto_mount:…}: how an entry is read, what a pod on a cloud clones for itself, and backends/slurm.py, by which
 a Slurm cluster has a commit once for all."""
 
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 from support import need, plan, ran
 
 import jobs
-from backends.common import repositories
+from backends import slurm
 from backends.common.ssh import Host
 from pod.failures import CLONE
 from transport import Refusal
@@ -53,7 +53,7 @@ def test_auto_mounts_are_read_and_go_by_way_of_mirrors(mount: str, parsed: tuple
 
 
 def test_an_entry_that_cannot_be_read_is_refused() -> None:
-    with pytest.raises(Refusal, match="cannot be read"):
+    with pytest.raises(Refusal, match="cannot be parsed"):
         jobs.clones({"mounts": ["${auto_mount:https://host/x@main}"]}, "dgxcloud")
 
 
@@ -114,21 +114,21 @@ def test_image_uses_what_the_image_has(repository: Path, tmp_path: Path) -> None
 def test_a_commit_is_there_once_and_whole(repository: Path, tmp_path: Path, ref: str, version: str) -> None:
     commit = git(repository, "rev-list", "--max-parents=0", "main") if ref == "SHA" else ref
     mount = jobs.AutoMount("file://%s" % repository, commit, "/opt/lib")
-    folder = Path(repositories.clone(Host(), mount, str(tmp_path / "jobs dir")))
+    folder = Path(slurm.clone(Host(), mount, str(tmp_path / "jobs dir")))
     assert folder.name == git(repository, "rev-parse", commit + "^{commit}")
     assert folder.parent == Path(mount.folder(str(tmp_path / "jobs dir")))
     assert (folder / "version").read_text() == version and folder.stat().st_mode & 0o777 == 0o755
     (folder / "mine").write_text("kept")  # a job may read it
-    assert repositories.clone(Host(), mount, str(tmp_path / "jobs dir")) == str(folder)
+    assert slurm.clone(Host(), mount, str(tmp_path / "jobs dir")) == str(folder)
     assert (folder / "mine").exists() and [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_a_branch_that_moves_gets_a_folder_of_its_own(repository: Path, tmp_path: Path) -> None:
     mount = jobs.AutoMount("file://%s" % repository, "main", "/opt/lib")
-    before = Path(repositories.clone(Host(), mount, str(tmp_path)))
+    before = Path(slurm.clone(Host(), mount, str(tmp_path)))
     (repository / "version").write_text("4")
     git(repository, "commit", "-q", "-a", "-m", "4")
-    after = Path(repositories.clone(Host(), mount, str(tmp_path)))
+    after = Path(slurm.clone(Host(), mount, str(tmp_path)))
     assert ((before / "version").read_text(), (after / "version").read_text()) == ("3", "4")
     assert before.parent == after.parent
 
@@ -142,6 +142,6 @@ def test_a_commit_that_cannot_be_had_is_refused_and_leaves_nothing(repository: P
     ref = ref.replace("%s", str(tmp_path))
     mount = jobs.AutoMount(url or "file://%s" % repository, ref, "/opt/lib")
     with pytest.raises(Refusal) as caught:
-        repositories.clone(Host(), mount, str(tmp_path / "jobs"))
+        slurm.clone(Host(), mount, str(tmp_path / "jobs"))
     assert caught.value.code == 4 and said in caught.value.what
     assert not (tmp_path / "x").exists() and not [path for path in (tmp_path / "jobs").rglob("*") if path.is_file()]

@@ -87,7 +87,7 @@ def test_what_a_run_carries_may_be_gone(home, harm):
     run.save()
     path = home / "runs/t23456.files"
     path.unlink() if harm is None else path.write_bytes(harm)
-    with pytest.raises(Refusal, match="what run t23456 carries cannot be read") as caught:
+    with pytest.raises(Refusal, match="the list of files of run t23456 cannot be read") as caught:
         run.files()
     assert str(path) in caught.value.what
 

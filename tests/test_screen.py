@@ -98,9 +98,9 @@ def test_colour_only_on_a_terminal_and_never_with_no_color(tmp_path: Path) -> No
 
 @pytest.fixture
 def verbose() -> Iterator[None]:
-    screen.be_verbose(True)
+    screen.VERBOSE = True
     yield
-    screen.be_verbose(False)
+    screen.VERBOSE = False
 
 
 STEP = r"\d\d:\d\d:\d\d %s\n"
@@ -121,7 +121,7 @@ def test_a_step_that_fails_is_told_with_its_time_too(verbose: None, capsys: pyte
 
 
 def test_no_step_shows_a_secret(verbose: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "OURS", set())
+    monkeypatch.setattr(screen, "CONCEALED", set())
     monkeypatch.setenv("MY_TOKEN", "of-the-environment")
     screen.conceal("of-the-profile", None, "<unset X>")
     with screen.step("GET https://me:word@host/?a=of-the-environment&b=of-the-profile hf_%s <unset X>" % ("a1" * 17)):

@@ -28,7 +28,7 @@ def fake(tmp_path, monkeypatch):
 
 def test_ssh_never_asks_and_the_script_is_in_no_argument_list(fake, tmp_path):
     fake("exec sh -s\n")
-    assert FAR.ask("echo 's3cret'; cat", "look") == "s3cret\n"
+    assert FAR.output("echo 's3cret'; cat", "look") == "s3cret\n"
     argv = (tmp_path / "argv").read_text().splitlines()
     assert argv[-3:] == ["--", "me@login.example.com", "sh -s"] and "s3cret" not in "".join(argv)
     for words in (["-o", "BatchMode=yes"], ["-p", "2222"], ["-o", "IdentitiesOnly=yes", "-i", "/home/me/.ssh/key"]):
@@ -68,7 +68,7 @@ def test_a_host_that_does_not_answer_in_time(fake):
 
 def test_a_command_that_fails_is_told_in_its_own_words():
     with pytest.raises(Refusal, match="this machine: cannot make a folder: one; two") as caught:
-        ssh.Host().ask("echo one >&2; echo two >&2; exit 1", "make a folder")
+        ssh.Host().output("echo one >&2; echo two >&2; exit 1", "make a folder")
     assert caught.value.code == 4
 
 
@@ -87,11 +87,11 @@ def test_each_command_is_told_where_that_is_asked_for(fake, capsys):
     fake("exec sh -s\n")
     FAR.run("true")
     assert capsys.readouterr() == ("", "")
-    screen.be_verbose(True)
+    screen.VERBOSE = True
     try:
         FAR.run("squeue -h |\n  head -n 1")
     finally:
-        screen.be_verbose(False)
+        screen.VERBOSE = False
     out, err = capsys.readouterr()
     before, after = err.splitlines()
     assert out == "" and before.endswith("me@login.example.com:2222: squeue -h | head -n 1")

@@ -57,8 +57,6 @@ def sent_by_value(job: Job, plan: Plan) -> tuple[str, ...]:
     return tuple(plan.env[name] for name, source in job.secrets.items() if source == "env")
 
 
-# ---------------------------------------------------------------- what pods print
-
 ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d+)")  # a pod's last line (pod/entry.py)
 BEGUN = re.compile(r"airlift: rank \d+ of \d+, sha256 .*, begun ")  # its first, where the job may be retried
 NOT_WHOLE = "airlift_pod_program_did_not_arrive_whole"  # of the bootstrap in transport.py

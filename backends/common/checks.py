@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import backends
 from backends import Finding
-from jobs import lies_on, secret_values, workspace
+from jobs import is_mounted, require_image, secret_values, workspace
 from profiles import FOLDER, Profile
 from transport import Refusal, human
 
@@ -36,8 +36,7 @@ def finding(what: str, call: Callable[[], object], text: str = "") -> Finding:
 
 def listed(what: str, wanted: list[str], ask: Callable[[], list[str]], fix: str, certain: bool = True
            ) -> Iterator[Finding]:
-    """Whether each wanted name is in a platform's list. A missing one is a failure, or a warning if the list is not
-    `certain`; if the list cannot be read, that is a warning."""
+    """Whether each wanted name is in a platform's list; a warning if the list is not `certain` or cannot be read."""
     try:
         known = ask() if wanted else []
     except Refusal as refusal:
@@ -71,34 +70,29 @@ def recipe_findings(launch: "Launch") -> Iterator[Finding]:
         yield finding("job", partial(launch.check, True), "%s can launch it" % job.executor)
     for name, used, limit in launch.plan.budgets:
         said = "%d %% of %s" % (-(-used * 100 // limit), human(limit) if limit >= 65536 else limit)
-        if used > limit or (used > 0.9 * limit and not name.startswith("one ")):  # a chunk fills its value by design
-            fix = "leave files out with exclude or .airliftignore"
-            yield Finding(name, "failure" if used > limit else "warning", said, fix, 3 if used > limit else 0)
-        else:
-            yield Finding(name, "ok", said)
+        nearly = used > 0.9 * limit and not name.startswith("one ")  # a chunk fills its value by design
+        state = "failure" if used > limit else "warning" if nearly else "ok"
+        fix = "" if state == "ok" else "leave files out with exclude or .airliftignore"
+        yield Finding(name, state, said, fix, 3 if used > limit else 0)
     for note in job.notes:
         yield Finding("note", "warning", note)
 
 
 def image_finding(settings: dict[str, Any], job: Any) -> Finding:
     """Whether there is an image; without a job, only the profile's is known."""
-    name = job.image if job else settings.get("container_image")
-    if name:
-        return Finding("image", "ok", str(name))
-    if job:
-        return Finding("image", "failure", "the job has none",
-                       "set container_image in the profile, or image in the recipe's header", 2)
+    if job or settings.get("container_image"):
+        return finding("image", lambda: require_image(job) if job else settings["container_image"])
     return Finding("image", "warning", "the profile has none, so the recipe's header must have one",
                    "check FAMILY STAGE PROFILE")
 
 
-def workspace_finding(settings: dict[str, Any], mounts: list[str]) -> Finding:
-    """Whether there is a workspace, on storage that is mounted at one of these paths."""
+def workspace_finding(settings: dict[str, Any]) -> Finding:
+    """Whether there is a workspace, on storage that is mounted."""
     base = workspace(settings)
     if not base:
         return Finding("workspace", "warning", "there is none: what a job writes is lost with its pod",
                        "set workspace in the profile")
-    if lies_on(base, mounts):
+    if is_mounted(base, settings):
         return Finding("workspace", "ok", base)
     return Finding("workspace", "failure", "%s is on none of the mounts" % base,
                    "mount its storage, or change the workspace", 2)

@@ -37,7 +37,6 @@ class Follower:
     def __init__(self, run: Run, ask: Callable[[], Status], open_log: Callable[[int, bool], Iterator[str] | None],
                  trouble: Callable[[], str]) -> None:
         self.run, self.ask, self.open_log, self.trouble = run, ask, open_log, trouble
-        self.ranks = run.ranks
         self.codes: dict[str, int] = {}  # rank, as the pod prints it -> exit code
         self.attempts = 0  # starts of the first rank that is shown, by its log
         self.ran = False  # all pods have been up at the same time
@@ -47,9 +46,8 @@ class Follower:
         self.mute = False
 
     def follow(self) -> Status:
-        """To the end of the job; the Status has the recipe's exit code if a pod printed it. Raises Refusal (exit code
-        4) for an image that cannot be pulled, which some platforms retry for ever."""
-        readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in self.ranks]
+        """To the end of the job. Raises Refusal for an image that cannot be pulled: some platforms retry for ever."""
+        readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in self.run.ranks]
         for reader in readers:
             reader.start()
         try:
@@ -64,10 +62,13 @@ class Follower:
                 self.mute = True
         return self.explain(status)
 
+    def status(self) -> Status:
+        return self.explain(self.ask())
+
     def logs(self) -> None:
         """Print the logs so far. Raises Refusal if there are none."""
         status, found = self.ask(), False
-        for rank in self.ranks:
+        for rank in self.run.ranks:
             for line in lines(self.open_log(rank, status.state in FINAL) or ()):
                 found = True
                 self._show(rank, line)
@@ -129,12 +130,12 @@ class Follower:
     def _trouble(self) -> str:
         try:
             return self.trouble()
-        except BROKEN:  # not every installation tells, and the state matters more
+        except BROKEN:  # not every installation has events, and the state matters more
             return ""
 
     def _read(self, rank: int) -> None:
-        """Show a log to its end. A stream that breaks is opened again, and what was shown is passed over, unless its
-        first line tells that it is the log of another start."""
+        """Show a log to its end. A stream that breaks is opened again, and lines that were shown are skipped, unless
+        its first line is another one: then it is the log of another start."""
         shown, first, last_round, why = 0, "", False, "the platform gave none"
         while not last_round:
             last_round = self.over.is_set()
@@ -147,10 +148,10 @@ class Follower:
                         self._show(rank, line)
             except Refusal as refusal:
                 why = refusal.what + "; " + refusal.fix
-                if refusal.code == 4 and self.ran:  # before that, its pod may just not be there yet
+                if refusal.code == 4 and self.ran:  # before that, its pod may not exist yet
                     break
             except BROKEN:
-                pass  # whether the platform can be reached at all is told by ask()
+                pass  # if the platform cannot be reached, ask() reports it
             if not last_round:
                 self.over.wait(POLL_S)
         if not shown:
@@ -158,11 +159,11 @@ class Follower:
 
     def _show(self, rank: int, line: str) -> None:
         self._note(line)
-        if rank == self.ranks[0] and BEGUN.search(line):
+        if rank == self.run.ranks[0] and BEGUN.search(line):
             self.attempts += 1
             if self.attempts > 1:
                 self._print("-- attempt %d of %d\n" % (self.attempts, self.run.starts))
-        self._print(screen.rank(rank) + line if len(self.ranks) > 1 else line)
+        self._print(screen.rank(rank) + line if len(self.run.ranks) > 1 else line)
 
     def _note(self, line: str) -> None:
         self.codes |= codes_in([line])

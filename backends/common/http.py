@@ -73,7 +73,6 @@ def harden(session: requests.Session, ca_bundle: str | None) -> requests.Session
     return session
 
 
-FORBIDDEN = "the credentials are valid; request the permission or quota, or change what it names in the profile"
 CREDENTIALS = {"Lepton": "renew LEPTON_WORKSPACE_TOKEN, or run `lep login` again",
                "run:AI": "check client_id and client_secret of this profile"}
 
@@ -108,15 +107,16 @@ def refused(platform: str, response: requests.Response, doing: str, secrets: Ite
         reason = reason.replace(secret, "***") if secret else reason
     code = response.status_code
     what = "%s: cannot %s: HTTP %d: %s" % (platform, doing, code, reason[:300])
+    fix, exit_code = "change what it names in the profile, then launch again", 4
     if code == 401:
-        return Refusal(what, CREDENTIALS[platform], 4, code)
-    if code == 403:
-        return Refusal(what, FORBIDDEN, 4, code)
-    if code == 413 or "too large" in reason:
-        return Refusal(what, "leave files out with exclude or .airliftignore", 3, code)
-    if code == 429 or code >= 500:
-        return Refusal(what, "the platform has a problem of its own; try again later", 5, code)
-    return Refusal(what, "change what it names in the profile, then launch again", 4, code)
+        fix = CREDENTIALS[platform]
+    elif code == 403:
+        fix = "the credentials are valid; request the permission or quota, or change what it names in the profile"
+    elif code == 413 or "too large" in reason:
+        fix, exit_code = "leave files out with exclude or .airliftignore", 3
+    elif code == 429 or code >= 500:
+        fix, exit_code = "the platform has a problem of its own; try again later", 5
+    return Refusal(what, fix, exit_code, code)
 
 
 def _reason(response: requests.Response) -> str:

@@ -11,7 +11,6 @@ from transport import Refusal
 def connect(ca_bundle: str | None) -> Any:
     """The SDK's client. Raises Refusal (exit code 4) if there are no credentials."""
     from backends.common import http
-
     try:
         with screen.step("import leptonai"):
             from leptonai.api.v2.client import APIClient
@@ -41,7 +40,6 @@ def ask_lepton(doing: str, client: Any, call: Callable[[], Any], sent: str = "",
     from leptonai.api.v1.api_resource import ClientError, ServerError
 
     from backends.common import http
-
     try:
         return call()
     except (ClientError, ServerError) as error:
@@ -53,7 +51,6 @@ def ask_lepton(doing: str, client: Any, call: Callable[[], Any], sent: str = "",
 def valid(what: str, make: Callable[[], Any]) -> Any:
     """The SDK's object that `make` returns. Raises Refusal for a field that the API does not allow."""
     from pydantic import ValidationError
-
     try:
         return make()
     except ValidationError as error:

@@ -1,9 +1,8 @@
 """The part of the Lepton backend for Ray recipes on a RayCluster, which is created for the run or exists already.
 
-A new cluster has the source in the environment of its head and workers. The driver, a job of Ray's REST API behind the
-cluster's dashboard, is pod.py, which puts the source on every node before the recipe begins. An existing cluster does
-not have that environment: a small staging job, whose working_dir contains pod.py and the chunks, leaves them on the
-head for the driver. Neither driver has a runtime_env.
+A new cluster has the source in the environment of its nodes. The driver, a job of Ray's REST API behind the cluster's
+dashboard, is pod.py, which puts the source on every node before the recipe begins. On an existing cluster, a small
+staging job, whose working_dir contains pod.py and the chunks, first leaves them on the head for the driver.
 
 A cluster that was created for a run ends with it: an attached launch deletes it in the end, whatever happens; after
 --detach the first `status` that sees the end deletes it, or `cancel`.
@@ -66,7 +65,6 @@ def submit(run: Run, job: Job, plan: Plan, client: Any, plain: Callable[[str], A
             argv = ["python3", STAGED % job.run_id + "/pod.py", "driver", STAGED % job.run_id + "/chunks.json"]
         submit_job(client, run, run.id, shlex.join(argv), {})
         nemo = import_nemo()
-
         title = job_name(job.name, job.run_id, NAME_LIMIT)
         nemo.submit(title, nemo.lepton_executor(job), job.run_id, lambda: (run.id, "Running"))
     except BaseException:
@@ -77,8 +75,7 @@ def submit(run: Run, job: Job, plan: Plan, client: Any, plain: Callable[[str], A
 def follow(run: Run, client: Any) -> Status:
     """To the end of the driver, or to Ctrl-C; then the cluster is deleted."""
     try:
-        found: Status = follower(run, client).follow()
-        return found
+        return follower(run, client).follow()
     except KeyboardInterrupt:
         return Status("cancelled", "Ctrl-C")
     finally:
@@ -86,8 +83,7 @@ def follow(run: Run, client: Any) -> Status:
 
 
 def status(run: Run, client: Any) -> Status:
-    following = follower(run, client)
-    found: Status = following.explain(following.ask())
+    found = follower(run, client).status()
     if found.state in FINAL:
         end(client, run)
     return found
@@ -99,7 +95,7 @@ def cancel(run: Run, client: Any) -> str:
     return "it had already ended (%s); %s" % (before.detail, done) if before.state in FINAL else done
 
 
-def follower(run: Run, client: Any) -> Any:
+def follower(run: Run, client: Any) -> Follower:
     return Follower(run, partial(ask, client, run), partial(open_log, client, run),
                     lambda: _conditions(read_cluster(client, run.record["cluster"])))
 
@@ -142,7 +138,6 @@ def request(job: Job, name: str, plain: Any) -> Any:
     """The LeptonRayCluster to create, like the job `plain`. Raises Refusal (exit code 3) if it is too big."""
     from leptonai.api.v1.types.common import Metadata
     from leptonai.api.v1.types.raycluster import LeptonRayCluster, LeptonRayClusterUserSpec
-
     settings = job.settings
     fields = plain.spec.model_dump(exclude_none=True, by_alias=True)
     part = {key: fields[key] for key in ("affinity", "envs", "mounts", "shared_memory_size", "reservation_config",
@@ -202,13 +197,9 @@ def _conditions(cluster: Any) -> str:
     return "; ".join("%s: %s" % (c.reason, c.message) for c in conditions if c.status != "True")
 
 
-# ---------------------------------------------------------------- Ray's job API
-
-
 def ray(client: Any, run: Run, method: str, path: str, **body: Any) -> Any:
     """An answer of the dashboard's API. Raises the SDK's error for an answer of 400 or more, and those of requests."""
     from leptonai.api.v1.api_resource import ClientError, ServerError
-
     url = "%s/rayclusters/%s/dashboard%s" % (client.url, run.record["cluster"], path)
     headers = {"Authorization": "Bearer " + (client.token() or ""), "origin": client.get_dashboard_base_url() or ""}
     response = client._session.request(method, url, headers=headers, **body)

@@ -1,10 +1,8 @@
 """nemo-run's part in every job: Airlift's subclasses of its executors, and the submission with its experiments.
 
-Each subclass works around a defect of nemo-run 0.11.1, which its docstring names; the library is not patched. nemo-run
+Each subclass works around defects of nemo-run 0.11.1, which its docstring names; the library is not patched. nemo-run
 writes every field of an executor to disk, so environment, chunks and secrets are not fields: the backend hands them
-over in Handed. When nemo-run asks for the state of a job in another process, an executor finds the backend by the run.
-
-The import takes two seconds, so backends import this only when they submit.
+over in Handed. The import takes two seconds, so backends import this only when they submit.
 """
 
 import fcntl
@@ -52,8 +50,7 @@ HANDED: dict[str, Handed] = {}  # by run id
 
 
 class Carried:
-    """Jobs on the clouds. The library packages a job for a data mover, or a script for shared storage; here the job is
-    in its own environment, so nothing is packaged or copied."""
+    """Jobs on the clouds. The library copies a package to shared storage; these jobs are in their own environment."""
 
     airlift_run: str
     STATES: ClassVar[dict[str, Any]]  # Airlift's states -> the library's
@@ -84,9 +81,8 @@ class Carried:
 
 @dataclass(kw_only=True)
 class CarriedLepton(Carried, LeptonExecutor):
-    """A Lepton job. The library's data movers collide if two start in one second, and take the whole job folder as one
-    argument; its job names may end in `-`, or be used twice, which the API refuses; its logs() waits for ever until a
-    job that has ended runs."""
+    """A Lepton job. The library's data movers collide if two start in one second, and take the job folder as one
+    argument; its job names may end in `-` or repeat, which the API refuses; its logs() waits for ended jobs to run."""
 
     airlift_run: str = ""
     STATES: ClassVar[dict[str, Any]] = {
@@ -141,9 +137,6 @@ def _run_of(app_id: str) -> Run:
     return load_run(app_id.split("___")[1].rpartition("-")[2])
 
 
-# ---------------------------------------------------------------- Slurm
-
-
 @dataclass(kw_only=True)
 class TreePackager(Packager):
     """Hands over what transport.native packed; nemo-run extracts it with `tar -xz`."""
@@ -168,8 +161,7 @@ class LogOfEachRank(SlurmJobDetails):
 
 @dataclass(kw_only=True)
 class CarriedSlurm(SlurmExecutor):
-    """A Slurm job that brings its tree, but no environment: the library does not quote its exports, and its batch
-    script traces them into the log."""
+    """A Slurm job without an environment: the library does not quote its exports, and traces them into the log."""
 
     airlift_run: str = ""
 
@@ -244,8 +236,6 @@ def submit_slurm(title: str, executor: CarriedSlurm, run_id: str, package: bytes
     return _experiment(title, executor, script, local).split("/")[-1]
 
 
-# ---------------------------------------------------------------- Docker
-
 @dataclass(kw_only=True)
 class CarriedContainer(DockerContainer):
     """A container that carries its source. nemo-run writes its own environment and the executor's to disk, quotes argv
@@ -255,9 +245,8 @@ class CarriedContainer(DockerContainer):
         executor, options = self.executor, {}
         if executor.num_gpus:
             options["device_requests"] = [DeviceRequest(count=executor.num_gpus, capabilities=[["gpu"]])]
-        for name in ("runtime", "shm_size", "ipc_mode"):
-            if getattr(executor, name):
-                options[name] = getattr(executor, name)
+        options |= {name: getattr(executor, name) for name in ("runtime", "shm_size", "ipc_mode")
+                    if getattr(executor, name)}
         return client.containers.run(
             executor.container_image, self.command, detach=True, name=self.name, network=executor.network,
             labels={LABEL_ID: id, LABEL_NAME: self.name}, environment=HANDED[id].environment, volumes=executor.volumes,
@@ -274,8 +263,6 @@ def submit_docker(executor: DockerExecutor, run_id: str, name: str, argv: list[s
     request.run(client)
     request.save()
 
-
-# ---------------------------------------------------------------- submit
 
 for subclass, scheduler in ((CarriedLepton, "lepton"), (CarriedDGXCloud, "dgx_cloud"), (CarriedSlurm, "slurm_tunnel")):
     api.EXECUTOR_MAPPING[subclass] = scheduler

@@ -50,8 +50,7 @@ class Host:
         return [*argv, "--", "%s@%s" % (self.user, self.name) if self.user else self.name, "sh -s"]
 
     def run(self, script: str, seconds: float = ANSWER_S) -> subprocess.CompletedProcess[bytes]:
-        """Run a script of POSIX sh there; its exit code is not checked. Raises Refusal with exit code 4 if the host
-        refuses the connection, 5 if it cannot be reached or does not answer in time."""
+        """Run a script of POSIX sh there. Raises Refusal if the host refuses (exit code 4) or does not answer (5)."""
         text = "printf '%s\\n'\n(\n%s\n) </dev/null\ncode=$?\n[ $code -ne 255 ] || code=254\nexit $code\n" % (
             MARK.decode().strip(), script)
         try:
@@ -89,18 +88,13 @@ def last_lines(data: bytes) -> str:
 def _sockets() -> str:
     """A private folder for the sockets of shared connections; close() ends them and removes it."""
     atexit.register(close)
-    FOLDERS.append(tempfile.mkdtemp(prefix="airlift-ssh-", dir="/tmp"))  # a socket's path is short
-    return FOLDERS[-1]
-
-
-FOLDERS: list[str] = []
+    return tempfile.mkdtemp(prefix="airlift-ssh-", dir="/tmp")  # a socket's path must be short
 
 
 def close() -> None:
     """End the shared connections; called when the launcher ends."""
-    while FOLDERS:
-        folder = FOLDERS.pop()
-        for socket in Path(folder).iterdir():
+    if _sockets.cache_info().currsize:
+        for socket in Path(_sockets()).iterdir():
             subprocess.run(["ssh", "-o", "ControlPath=%s" % socket, "-O", "exit", "there"], capture_output=True)
-        shutil.rmtree(folder, ignore_errors=True)
-    _sockets.cache_clear()
+        shutil.rmtree(_sockets(), ignore_errors=True)
+        _sockets.cache_clear()
