@@ -28,9 +28,7 @@ from transport import CREDENTIAL_SHAPE, Refusal, human
 HERE = Path(__file__).resolve().parent
 VERSION = "1.0"
 LISTS = {"launcher": "requirements.txt", "recipes": "requirements-recipes.txt", "torch": "requirements-torch.txt"}
-FILES = ("launch.py", "commands.py", "prepare.py", "recipes.py", "configs.py", "jobs.py", "runs.py", "screen.py",
-         "transport.py", "closure.py", "bundle.py", "Makefile", "README.md", "how.svg",
-         "LICENSE", *LISTS.values())
+FILES = (*(path.name for path in HERE.glob("*.py")), "Makefile", "README.md", "how.svg", "LICENSE", *LISTS.values())
 # The lists of launcher and recipes are complete and pinned by hash; the dependencies of torch depend on its build.
 STRICT = {"launcher": ("--no-deps", "--require-hashes"), "recipes": ("--no-deps", "--require-hashes"), "torch": ()}
 FOLDERS = {"pod": (".py",), "backends": (".py",), "profiles": (".py", ".toml"), "src/starter": ()}  # suffixes; () all

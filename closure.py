@@ -226,16 +226,15 @@ class _Closure:
             elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and id(node) not in inner:
                 self.joined(_parts(node), folder)
             elif isinstance(node, (ast.List, ast.Tuple)):
-                items = [item.value if isinstance(item, ast.Constant) else None for item in node.elts]
-                for flag, module in itertools.pairwise(items):
-                    if flag == "-m" and isinstance(module, str):
+                for flag, module in itertools.pairwise(map(_string, node.elts)):
+                    if flag == "-m" and module:
                         self.module(module)
                         self.module(module + ".__main__")
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-                self.read_text(node.value, folder)
+            elif isinstance(node, ast.Constant) and _string(node) and id(node) not in docstrings:
+                self.read_text(_string(node), folder)
                 if loose and re.fullmatch(r"\.+[A-Za-z_][\w.]*|[A-Za-z_]\w*" if path.endswith("/__init__.py") else
-                                          r"\.+[A-Za-z_][\w.]*", node.value):
-                    self.relative(node.value, package)
+                                          r"\.+[A-Za-z_][\w.]*", _string(node)):
+                    self.relative(_string(node), package)
 
     def import_from(self, node: ast.ImportFrom, package: str) -> None:
         base = node.module or ""
@@ -263,16 +262,15 @@ class _Closure:
     def load(self, node: ast.Call, package: str) -> None:
         """import_module("a.b"), files("a.b"), get_data("a.b", "x.json")."""
         for argument in node.args[:1]:
-            if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
-                name = argument.value
+            if name := _string(argument):
                 self.relative(name, package) if name.startswith(".") else self.module(name)
             begun = _begun(argument)
             if begun.strip(".") and begun.endswith(".") and self.module(begun.rstrip(".")):
                 self.add_all("src/" + begun.rstrip(".").replace(".", "/"))
         if len(node.args) > 1 and _called(node) != "import_module":
-            values = [item.value if isinstance(item, ast.Constant) else None for item in node.args[:2]]
-            if isinstance(values[0], str) and isinstance(values[1], str):
-                self.place("src/%s/%s" % (values[0].replace(".", "/"), values[1]), "src")
+            module, name = map(_string, node.args[:2])
+            if module and name:
+                self.place("src/%s/%s" % (module.replace(".", "/"), name), "src")
 
     def joined(self, parts: list[str], folder: str) -> None:
         """Path(__file__).parent / "templates" / "x.j2": in the module's folder or any folder above it."""
@@ -295,18 +293,20 @@ def _called(node: ast.AST) -> str:
     return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
 
 
+def _string(node: ast.AST | None) -> str:
+    """The text of a string literal, "" of all else."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
 def _begun(node: ast.AST) -> str:
     """What a computed name begins with: "a.b." of f"a.b.{kind}" and of "a.b." + kind."""
     first = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else \
         node.left if isinstance(node, ast.BinOp) else None
-    return first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else ""
+    return _string(first)
 
 
 def _parts(node: ast.AST) -> list[str]:
     """The strings at the end of a / b / c."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
-        last = node.right
-        if isinstance(last, ast.Constant) and isinstance(last.value, str):
-            return [*_parts(node.left), last.value]
-        return []
-    return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+        return [*_parts(node.left), _string(node.right)] if _string(node.right) else []
+    return [_string(node)] if _string(node) else []

@@ -94,9 +94,10 @@ def check(options: Namespace) -> int:
     for finding in checks.findings(profile, launch):
         found.append(finding)
         if not options.json:
-            print("%s  %-14s  %s" % (screen.state(finding.state, 7), finding.what, one_line(screen.hide(finding.said))))
+            said = screen.plain(one_line(finding.said))[:screen.LONGEST]
+            print("%s  %-14s  %s" % (screen.state(finding.state, 7), finding.what, said))
             if finding.state != "ok" and finding.fix:
-                print(" " * 25 + screen.paint(one_line(finding.fix), "dim"), flush=True)
+                print(" " * 25 + screen.paint(screen.plain(one_line(finding.fix)), "dim"), flush=True)
     failures = [finding for finding in found if finding.state == "failure"]
     if options.json:
         print(json.dumps([dict(vars(finding), said=screen.hide(finding.said)) for finding in found], indent=1))
@@ -177,7 +178,7 @@ def follow(run: runs.Run, took: tuple[float, float] | None = None) -> int:
     code = status.exit_code
     what = "the job was cancelled" if status.state == "cancelled" else "the job failed" + (
         " with exit code %d" % code if code is not None else ", and its exit code is not known (%s)" % status.detail)
-    why = "%s; %s" % FAILURES[code] if code in FAILURES else "see python launch.py logs " + run.id
+    why = "the pod's log says: %s; %s" % FAILURES[code] if code in FAILURES else "see python launch.py logs " + run.id
     screen.complain(what + after.replace(" in ", " after "), why)
     return 1
 
@@ -193,7 +194,8 @@ def logs(options: Namespace) -> int:
 
 def cancel(options: Namespace) -> int:
     run = find_run(options)
-    print("%s, %s on %s: %s" % (run.id, run.recipe, run.profile, backends.backend(run.executor).cancel(run)))
+    done = "%s, %s on %s: %s" % (run.id, run.recipe, run.profile, backends.backend(run.executor).cancel(run))
+    print(screen.plain(done)[:screen.LONGEST])
     return 0
 
 

@@ -9,8 +9,7 @@ import hashlib
 import os
 import posixpath
 import re
-import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from configs import places
@@ -30,6 +29,7 @@ class Description(TypedDict, total=False):
     run_root: str | None  # None: outputs stay in the pod
     config: str  # YAML
     env: dict[str, str]  # the recipe's own
+    pip: list[str]  # what pip installs first: the profile's own word that the network may be used
     setup: list[str]  # commands that run before it, in its shell
     command: str  # what bash runs
     tool: str  # the program that it begins with, "" if not known
@@ -39,6 +39,7 @@ class Description(TypedDict, total=False):
     retries: int
     patience: int  # seconds that pods wait for each other
     cluster: str  # who makes the Ray cluster that it runs on: "pods", "platform", or "" for none
+    secret: str  # by which pods that form a cluster know each other
     unpack: str  # "local" or "shared"
     shared: str  # the folder of shared trees
     keep: int  # how many of them stay
@@ -56,7 +57,7 @@ class Job:
     nproc: int | str
     image: str | None
     settings: dict[str, Any]  # by the keys of profiles.KEYS, after all overrides
-    description: Description
+    description: Description = field(repr=False)
     secrets: dict[str, str]  # NAME -> "env", "lepton:…" or "runai:…"; never a value
     notes: tuple[str, ...] = ()
 
@@ -226,9 +227,8 @@ def require_image(job: Job) -> str:
 
 def setup_commands(settings: dict[str, Any]) -> list[str]:
     """The commands that run before the recipe, in its shell."""
-    extras = settings.get("pip_extras") or []
-    pip = ["python3 -m pip install --quiet " + " ".join(map(shlex.quote, extras))] if extras else []
-    return pip + settings.get("pre_launch_commands", []) + settings.get("startup_commands", [])
+    commands: list[str] = settings.get("pre_launch_commands", []) + settings.get("startup_commands", [])
+    return commands
 
 
 def _count(key: str, value: Any) -> int | str:

@@ -52,9 +52,6 @@ class Run:
         """How often the job may be started in total."""
         return 1 + self.retries
 
-    def seen_running(self) -> None:
-        self.running_since = self.running_since or time.time()
-
     def keep(self, record: Mapping[str, object]) -> None:
         """Add to the backend's data, and save the run."""
         self.record.update(record)

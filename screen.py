@@ -3,13 +3,16 @@
 Colours are used only on a terminal, and not if NO_COLOR is set (no-color.org) or TERM is dumb.
 """
 
+import base64
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
 import sys
 import time
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from typing import IO, TYPE_CHECKING, Any
 
@@ -53,18 +56,19 @@ def state(word: str, width: int = 0) -> str:
 
 def status_line(status: "Status", run: "Run") -> str:
     """A line of the follow view: the state, the platform's detail, and the time since the launch."""
-    detail = " (%s)" % status.detail if status.detail else ""
+    detail = " (%s)" % plain(status.detail) if status.detail else ""
     after = "" if run.ended else " after " + span(time.time() - run.started)
     return "-- %s%s%s" % (state(status.state), detail, after)
 
 
 def complain(what: str, fix: str) -> None:
     """An error's two lines, on standard error."""
-    print("%s %s\n%s" % (paint("airlift:", "red", sys.stderr), hide(what), hide(fix)), file=sys.stderr)
+    first, second = plain(what)[:LONGEST], plain(fix)[:LONGEST]
+    print("%s %s\n%s" % (paint("airlift:", "red", sys.stderr), first, second), file=sys.stderr)
 
 
 def note(text: str) -> None:
-    print("%s %s" % (paint("note:", "yellow"), hide(text)))
+    print("%s %s" % (paint("note:", "yellow"), plain(text)))
 
 
 def rank(number: str | int) -> str:
@@ -74,6 +78,7 @@ def rank(number: str | int) -> str:
 
 def table(rows: Sequence[Sequence[str]], coloured: int = -1) -> str:
     """Rows as aligned columns, the first row as heading; the column `coloured` contains states."""
+    rows = [[plain(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for number, row in enumerate(rows):
@@ -119,8 +124,25 @@ def times(run: "Run", packing: float, submitting: float, now: float) -> str:
     return ", ".join("%s %s" % (name, "%.1f s" % max(0.0, took) if took < 10 else span(took)) for name, took in parts)
 
 
+LONGEST = 4_000  # characters of one line of an error: names in a server's answer may fill megabytes
+
+
 def one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def plain(text: str) -> str:
+    """`text` as a person may see it who did not write it: without secrets, and with control characters, escape
+    sequences and what reverses the order of letters as \\x1b or \\u202e. Only a job's own log is passed on as it is."""
+    text = hide(text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def said(text: str) -> str:
+    """What a server said, as a part of a line: secrets go before the text is cut, and so do long words, which are
+    parts of what was sent to it."""
+    text = one_line(hide(text)[:10_000])
+    return re.sub(r"[\w+/=-]{120,}", lambda word: "<%d characters>" % len(word.group()), text)[:300]
 
 
 VERBOSE = False  # set by --verbose
@@ -132,7 +154,7 @@ def step(doing: str) -> Iterator[None]:
     if not VERBOSE:
         yield
         return
-    begun, shown = time.monotonic(), one_line(hide(doing))
+    begun, shown = time.monotonic(), plain(one_line(doing))
     _tell(shown)
     try:
         yield
@@ -167,13 +189,14 @@ def show(launch: "Launch", refused: str) -> None:
             plan.files, transport.human(len(plan.tar)), plan.compression,
             "1 chunk" if plan.chunks == 1 else "%d chunks" % plan.chunks, plan.digest[:16])),
     ]
+    rows = [(label, plain(value or "")) for label, value in rows]
     rows += [("" if number else "budgets", budget(*one)) for number, one in enumerate(plan.budgets)]
     env = [pair for pair in sorted(shown_env(launch).items()) if not pair[0].startswith("AIRLIFT_")]
-    rows += [("env", "%s=%s" % pair) for pair in env]
-    rows += [("note", note) for note in [*filter(None, [refused]), *launch.notes()]]
+    rows += [("env", plain("%s=%s" % pair)) for pair in env]
+    rows += [("note", plain(note)) for note in [*filter(None, [refused]), *launch.notes()]]
     for label, value in rows:
         if value:
-            print("  %s%s" % (paint("%-9s" % label, "yellow" if label == "note" else "dim"), hide(value)))
+            print("  %s%s" % (paint("%-9s" % label, "yellow" if label == "note" else "dim"), value))
     print("nothing was submitted")
 
 
@@ -216,14 +239,27 @@ def shown_env(launch: "Launch") -> dict[str, str]:
     return env
 
 
-CONCEALED: set[str] = set()  # secrets of the profile
+CONCEALED: set[str] = set()  # secrets of the profile, tokens, and other forms of them
 IN_URL = re.compile(r"(https?://)[^/@\s]+@")
 SHAPE = re.compile(transport.CREDENTIAL_SHAPE.pattern.decode())
 
 
 def conceal(*values: str | None) -> None:
-    """Add secrets that hide() replaces."""
-    CONCEALED.update(value for value in values if value and not value.startswith("<unset "))
+    """Add secrets that hide() replaces, and the forms in which a server may repeat them."""
+    for value in values:
+        if value and not value.startswith("<unset "):
+            CONCEALED.update({value, *(forms(value) if len(value) >= 8 else ())})
+
+
+def forms(value: str) -> Iterator[str]:
+    """`value` in JSON, in a URL, and in the base64 of any text that it stands in."""
+    yield json.dumps(value)[1:-1]
+    yield json.dumps(value, ensure_ascii=False)[1:-1]
+    yield from (urllib.parse.quote(value), urllib.parse.quote(value, ""), urllib.parse.quote_plus(value))
+    for before, shared in enumerate((0, 2, 3)):  # bytes before it, and characters that hold bits of them
+        data = b"-" * before + value.encode("utf-8", "surrogateescape")
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            yield encode(data).decode()[shared:len(data) * 8 // 6]
 
 
 def hide(text: str) -> str:

@@ -31,7 +31,6 @@ import json
 import lzma
 import os
 import re
-import shlex
 import stat
 import tarfile
 import tokenize
@@ -48,7 +47,6 @@ MAX_FILE = 67_108_864  # bytes of one file of the tree: no source is larger, and
 MAX_PATH = 1_024  # bytes of one path in the tree, so that it fits below any folder of a pod: Linux ends at 4,096
 MIN_CHUNK = 1_024  # characters: with fewer, the pod's chunks need more than the three digits the bootstrap reads
 POINTER = 8  # bytes the kernel counts for each string, besides the string
-SCRIPT_RESERVE = 2_048  # bytes of the pod's script besides its commands, its working directory among them
 OBJECT_RESERVE = 32_768  # bytes of an API object left for all that is not environment: image, mounts, custom_spec
 
 
@@ -94,6 +92,7 @@ DOCUMENTS = ("README*", "CHANGELOG*", "CONTRIBUTING*", "AGENTS.md", "CLAUDE.md",
 CREDENTIAL_FILES = (".env", ".env.*", ".netrc", "_netrc", ".pypirc", ".npmrc", ".pgpass", "id_rsa*", "id_dsa*",
                     "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.keystore", "*.kubeconfig",
                     "kubeconfig", "credentials", "credentials.json", "service-account*.json", "env.toml")
+CREDENTIAL_NAME = re.compile("|".join(map(fnmatch.translate, CREDENTIAL_FILES)))
 CREDENTIAL_FOLDERS = (".ssh", ".aws", ".docker", ".kube", ".gnupg")
 HARMLESS_FILES = (".env.example", ".env.sample", ".env.template")
 # By shape: Hugging Face, GitHub, GitLab, NVIDIA, AWS, OpenAI-like and Slack tokens, and private keys, also inside JSON.
@@ -232,7 +231,7 @@ class _Walk:
         name, folder = path.rpartition("/")[2], os.path.isdir(item.path)
         if name in CACHES or name.endswith(CACHE_SUFFIXES) or (folder and os.path.exists(item.path + "/pyvenv.cfg")):
             return ""
-        if name in CREDENTIAL_FOLDERS if folder else _named_secret(name):
+        if name in CREDENTIAL_FOLDERS if folder else CREDENTIAL_NAME.match(name) and name not in HARMLESS_FILES:
             return "credential"
         if name.endswith(DATA_SUFFIXES) and not folder:
             return "data or model file"
@@ -289,10 +288,6 @@ def _read_whole(path: str) -> bytes:
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != after.st_size:
         raise Refusal("%s changed while it was packed" % path, "wait until it is written, then launch again")
     return data
-
-
-def _named_secret(name: str) -> bool:
-    return name not in HARMLESS_FILES and any(fnmatch.fnmatchcase(name, pattern) for pattern in CREDENTIAL_FILES)
 
 
 def looks_secret(data: bytes) -> bool:
@@ -372,12 +367,13 @@ def compress(data: bytes, method: str) -> bytes:
 
 
 # The modules of pod/, each after those that it imports.
-PARTS = ("failures", "rank", "payload", "places", "process", "shared", "ray_nodes", "ray_cluster", "entry")
+PARTS = ("failures", "rank", "payload", "places", "process", "shared", "peers", "ray_nodes", "ray_cluster", "entry")
 
 
 def pod_program(job: dict[str, Any]) -> bytes:
     """What the pods of a job run: those modules of pod/ that it needs, and __main__.py, which starts them."""
-    needed = {"shared": job.get("unpack") == "shared", "ray_nodes": job.get("cluster") == "pods",
+    needed = {"shared": job.get("unpack") == "shared", "peers": job.get("cluster") == "pods",
+              "ray_nodes": job.get("cluster") == "pods",
               "ray_cluster": job.get("cluster") == "platform"}
     parts = [part for part in PARTS if needed.get(part, True)]
     *texts, main = [_bare((Path(__file__).parent / "pod" / (part + ".py")).read_text(encoding="utf-8"))
@@ -479,9 +475,9 @@ class Plan:
         for name, used, limit in self.budgets:
             if used > limit:
                 files = ", ".join("%s (%s)" % (path, human(size)) for size, path in self.biggest)
-                fix = {"one string": "shorten the longest variable or startup command, or lower chunk_bytes",
+                fix = {"one string": "shorten the longest variable, or lower chunk_bytes",
                        "one value": "shorten the longest variable, or lower chunk_bytes",
-                       "recipe's environment": "shorten env_vars and startup_commands"}
+                       "recipe's environment": "shorten env_vars"}
                 raise Refusal(
                     f"the payload does not fit: {name} needs {used:,} of {limit:,} bytes; nothing was submitted",
                     fix.get(name, "leave files out with exclude or .airliftignore; the biggest are " + files), 3)
@@ -524,7 +520,7 @@ def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str
     done = ready or packed(tree, standard)
     job = job | {"tree": {"sha256": done.digest, "files": len(tree.entries), "compression": done.method}}
     whole = dict(env or {}) | {"AIRLIFT_NODES": str(job["nodes"])}
-    recipe = _recipe_exec(whole, job)
+    recipe = _recipe_env(whole, job)
     chunks: dict[str, str] = {}
     program = pod_program(job)
     if limits.chunk:
@@ -563,9 +559,9 @@ def native(plan: Plan, job: dict[str, Any]) -> bytes:
     return compress(buffer.getvalue(), "gz")
 
 
-def _recipe_exec(env: dict[str, str], job: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """What the pod will start bash with, about: its environment and argv. Raises Refusal for what no execve takes."""
-    result, texts = env | job.get("env", {}), [*job.get("setup", []), job.get("command", "")]
+def _recipe_env(env: dict[str, str], job: dict[str, Any]) -> dict[str, str]:
+    """What the pod will start bash with, about; its script is a file. Raises Refusal for what no pod can have."""
+    result, texts = env | job.get("env", {}), [*job.get("pip", []), *job.get("setup", []), job.get("command", "")]
     for name in result:
         if not re.fullmatch(r"[^=\0]+", name):
             raise Refusal("a variable cannot be named %r" % name, "fix its name in env_vars")
@@ -573,14 +569,7 @@ def _recipe_exec(env: dict[str, str], job: dict[str, Any]) -> tuple[dict[str, st
     for what, text in [*result.items(), *commands, ("the config", job.get("config", ""))]:
         if "\0" in text or text != text.encode("utf-8", "ignore").decode():
             raise Refusal("%s holds a NUL or what is not UTF-8" % what, "take that character out")
-    setup = "".join(shlex.quote(text) + " " * 128 for text in texts[:-1])  # each in a line that tells of its failure
-    clones = 8 * "".join(json.dumps(clone) + " " * 128 for clone in job.get("clones", []))  # which name them often
-    return result, ["bash", "-c", setup + clones + texts[-1] + " " * SCRIPT_RESERVE]
-
-
-def _bytes(text: str) -> int:
-    """Bytes of one string as the kernel counts it, with its NUL."""
-    return len(text.encode("utf-8", "surrogateescape")) + 1
+    return result
 
 
 def limits_for(executor: str, job: dict[str, Any], args: int = 0) -> Limits:
@@ -594,16 +583,16 @@ def limits_for(executor: str, job: dict[str, Any], args: int = 0) -> Limits:
 def exec_bytes(env: dict[str, str], argv: list[str]) -> int:
     """Bytes that the kernel counts for argv and environment of one execve, but for the program's path and its NUL."""
     strings = [name + "=" + value for name, value in env.items()] + argv
-    return sum(_bytes(string) + POINTER for string in strings)
+    return sum(len(string.encode("utf-8", "surrogateescape")) + 1 + POINTER for string in strings)
 
 
-def _budgets(env: dict[str, str], argv: list[str], limits: Limits,
-             recipe: tuple[dict[str, str], list[str]]) -> list[tuple[str, int, int]]:
-    strings = [n + "=" + v for n, v in (env | recipe[0]).items()] + argv + recipe[1]
-    budgets = [("one string", max(map(_bytes, strings)), MAX_STRING),
+def _budgets(env: dict[str, str], argv: list[str], limits: Limits, recipe: dict[str, str]
+             ) -> list[tuple[str, int, int]]:
+    strings = [n + "=" + v for n, v in (env | recipe).items()] + argv
+    budgets = [("one string", max(len(text.encode("utf-8", "surrogateescape")) + 1 for text in strings), MAX_STRING),
                ("environment", exec_bytes(env, argv), MAX_EXEC - EXEC_RESERVE)]
-    if exec_bytes(*recipe) > budgets[-1][2]:  # seldom: only what compresses well comes as far as this
-        budgets.append(("recipe's environment", exec_bytes(*recipe), MAX_EXEC - EXEC_RESERVE))
+    if exec_bytes(recipe, []) > budgets[-1][2]:  # seldom: only what compresses well comes as far as this
+        budgets.append(("recipe's environment", exec_bytes(recipe, []), MAX_EXEC - EXEC_RESERVE))
     others = (("one value", max(map(len, env.values())), limits.value), ("arguments", len(" ".join(argv)), limits.args),
               ("API object", object_bytes(env, argv, limits.copies), limits.object))
     return budgets + [budget for budget in others if budget[2]]

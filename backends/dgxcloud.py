@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import profiles
+import screen
 from backends import GONE, Finding, Status, stop_and_wait
 from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.checks import finding
@@ -219,7 +220,8 @@ def _status(client: "Client", run: Run) -> Status:
     phase = answer.get("actualPhase") or answer.get("phase")
     if not phase:
         raise Refusal("run:AI gave no phase for workload " + run.record["name"], "try again, or look in the console", 5)
-    return Status(PHASES.get(phase, "waiting"), phase)
+    word = screen.said(str(phase))
+    return Status(PHASES.get(word, "waiting"), word)
 
 
 def trouble(client: "Client", run: Run) -> str:

@@ -8,6 +8,7 @@ Airlift's home and it is removed, since chunks and secrets are in its environmen
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
@@ -42,7 +43,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     run.keep(Record(name=name))
     nemo = import_nemo()
     ask_docker(lambda: nemo.submit_docker(docker_executor(job, mounts), job.run_id, name, plan.argv, plan.env, client))
-    run.seen_running()
+    run.running_since = run.running_since or time.time()
 
 
 def follow(run: Run) -> Status:
@@ -162,7 +163,55 @@ def connect() -> Any:
             import docker
     except ImportError as error:
         raise Refusal("Docker's SDK cannot be imported: %s" % error, "pip install -r requirements.txt") from None
-    return ask_docker(lambda: docker.from_env(timeout=ANSWER_S))
+
+    def sign_in() -> Any:  # the SDK would ask for the daemon's version itself, before there is a session to confine
+        first = docker.from_env(timeout=ANSWER_S, version=docker.constants.MINIMUM_DOCKER_API_VERSION)
+        version = confined(first).version(api_version=False).get("ApiVersion")
+        return confined(docker.from_env(timeout=ANSWER_S, version=str(version)))
+
+    return ask_docker(sign_in)
+
+
+def confined(client: Any) -> Any:
+    """The client, with its session confined as those to the clouds are, and bounds on the daemon's answers. Time has
+    none: the daemon is root on this machine, or as good as that, and a pull may take hours."""
+    from backends.common import http
+
+    def bound(response: Any, **how: Any) -> None:
+        response.raw = Body(response.raw, http.origin(response.url), how.get("stream"))
+
+    http.confined(client.api)
+    client.api.headers["Accept-Encoding"] = "identity"
+    client.api.hooks["response"].append(bound)
+    return client
+
+
+class Body:
+    """The body of an answer of the daemon, read in pieces as requests and the SDK read it."""
+
+    def __init__(self, raw: Any, origin: str, stream: bool | None) -> None:
+        from backends.common import http
+
+        self.raw, self.http, self.origin, self.left = raw, http, origin, float("inf") if stream else http.MOST
+        if (raw.headers.get("Content-Encoding") or "identity").lower() != "identity":
+            raise http.endless(origin, http.COMPRESSED)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+    def take(self, amount: float) -> None:
+        self.left -= amount
+        if self.left < 0 or amount > self.http.MOST:
+            raise self.http.endless(self.origin, self.http.TOO_MUCH)
+
+    def read(self, amount: int | None = None, **how: Any) -> Any:
+        self.take(amount or 0)  # a frame of a log says its length itself
+        return self.raw.read(amount, **how)
+
+    def stream(self, amount: int, **how: Any) -> Iterator[bytes]:
+        for piece in self.raw.stream(amount, **how):
+            self.take(len(piece))
+            yield piece
 
 
 def ask_docker(call: Any, may_lack: bool = False) -> Any:
@@ -175,7 +224,7 @@ def ask_docker(call: Any, may_lack: bool = False) -> Any:
     except APIError as error:
         if may_lack and isinstance(error, NotFound):
             return None
-        raise Refusal("Docker refuses: %s" % " ".join(str(error.explanation or error).split())[:300],
+        raise Refusal("Docker refuses: %s" % screen.said(str(error.explanation or error)),
                       "correct what it names in the profile", 4) from None
     except (DockerException, requests.RequestException) as error:
         if "Permission denied" in str(error):
@@ -198,7 +247,9 @@ def _put_away(run: Run, container: Any) -> Status:
     """Keep log and exit code, then remove the container."""
     folder = _kept(run)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (folder / "log").write_bytes(container.logs())
+    with open(folder / "log", "wb") as log:
+        for piece in container.logs(stream=True, follow=False):
+            log.write(piece)
     (folder / "exit").write_text("%d\n" % container.attrs["State"]["ExitCode"])
     ask_docker(lambda: container.remove(force=True))
     return _ended(run)

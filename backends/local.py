@@ -65,7 +65,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
             traceback.print_exc()  # into the log
         finally:
             os._exit(70)
-    run.seen_running()
+    run.running_since = run.running_since or time.time()
     run.keep(Record(folder=str(folder), pid=pid, born=_born(pid)))
 
 
@@ -119,9 +119,9 @@ def _show(run: Run, data: bytes) -> bytes:
 
 
 def status(run: Run) -> Status:
-    alive = _alive(run)  # before the file is read: a supervisor that has ended has written it
-    return exit_status(Path(run.record["folder"])) or (
-        Status("running") if alive else Status("failed", "its supervisor was killed"))
+    if _alive(run):  # whatever the file says, which a pod could have written; the supervisor writes it at its end
+        return Status("running")
+    return exit_status(Path(run.record["folder"])) or Status("failed", "its supervisor was killed")
 
 
 def cancel(run: Run) -> str:

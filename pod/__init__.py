@@ -10,6 +10,7 @@ variables out of the environment; then run startup commands and recipe in one ba
     places.py       code root, run root, config, and the texts that name them
     process.py      the recipe's environment and bash script, and the small init above it
     shared.py       for unpack = "shared": one tree on shared storage for all pods
+    peers.py        how the pods of a job know each other
     ray_nodes.py    where the job's pods form a Ray cluster
     ray_cluster.py  for a Ray cluster that the platform makes or has
     entry.py        the order of the steps; __main__.py starts it

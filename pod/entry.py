@@ -47,8 +47,8 @@ def main() -> int:
     finally:
         if pod.shared:
             pod.shared.release()
-        if pod.own:
-            shutil.rmtree(pod.own, ignore_errors=True)
+        if pod.places and pod.places.own:
+            shutil.rmtree(pod.places.own, ignore_errors=True)
     say("rank %s ended with exit code %d" % (pod.rank, code))  # the launcher looks for this line in the logs
     return code
 
@@ -58,7 +58,7 @@ class Pod:
 
     rank = "?"
     shared: Any = None  # the SharedTree that it uses
-    own = ""  # a folder that is removed
+    places: Places | None = None
 
     def run(self, child: Child, manifest: str, driver: bool) -> int:
         """Everything up to the recipe's end; its code. Raises Failure."""
@@ -71,8 +71,7 @@ class Pod:
         rank = 0 if driver else find_rank(env, socket.gethostname(), job["nodes"])
         self.rank = str(rank)
         if manifest:
-            places = places_beside(manifest, job, env)
-            self.own = places.base
+            places = self.places = places_beside(manifest, job, env)
         else:
             job, tar = read_payload(env)
             if driver:
@@ -81,7 +80,7 @@ class Pod:
             if job.get("unpack") == "shared":
                 from pod.shared import SharedTree
                 self.shared = SharedTree(job, env, rank, tar)
-            places = Places(job, env, ray_cluster.BASE % job["run"] if driver else "")
+            places = self.places = Places(job, env, ray_cluster.BASE % job["run"] if driver else "")
             places.put(tar, job, self.shared)
         said = rank, job["nodes"], job["tree"]["sha256"], job["tree"]["files"], places.code
         # The launcher tells one start from the next by this.
@@ -110,7 +109,8 @@ def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: in
     begun, low = os.pipe()
     ready = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 100)  # startup commands may use the low numbers for their own
     os.close(low)
-    code = child.run(script_for(job, workdir, ready), given, log, ready)
+    script = places.keep("start.sh", script_for(job, workdir, ready).encode("utf-8", "surrogateescape"))
+    code = child.run(script, given, log, ready)
     if job.get("cluster") == "pods":
         shutil.rmtree(ray_nodes.folder(dict(env, **job["env"]), job["run"]), ignore_errors=True)
     ran = bool(select.select([begun], [], [], 0)[0] and os.read(begun, 1))
@@ -128,7 +128,7 @@ def keep_code(log: str | None, code: int | None) -> None:
     path = log and log[:-len("log")] + "exit"
     try:
         if path and code is not None:
-            with open(path, "w") as file:
+            with open(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
                 file.write("%d\n" % code)
         elif path and os.path.exists(path):
             os.unlink(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 
 POD, PAYLOAD, RANK, PLACE, WAIT, PYTHON, SETUP, TOOL, CLONE, INTERNAL, RAY, LOST = range(80, 92)
 
@@ -32,10 +33,15 @@ class Failure(Exception):
         self.code, self.seen = code, seen
 
 
+def hide(text: str) -> str:
+    """`text` without the names and passwords in its URLs."""
+    return re.sub(r"([A-Za-z][\w+.-]*://)[^/\s]+@", r"\1***@", text)
+
+
 def say(text: str, to: int = 1) -> None:
     """One line on standard output (or error, `to` 2), past Python's buffers and locale; where nobody reads, nothing."""
     with contextlib.suppress(OSError):
-        os.write(to, ("airlift: " + text + "\n").encode("utf-8", "backslashreplace"))
+        os.write(to, ("airlift: " + hide(text) + "\n").encode("utf-8", "backslashreplace"))
 
 
 def complain(rank: str, failure: Failure) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import importlib
 import io
@@ -64,13 +65,14 @@ def checked(job: dict, members: bool = False) -> dict:
         "nodes": whole(job.get("nodes")),
         "tree": texts([tree.get("sha256"), tree.get("compression")]) and whole(tree.get("files"), 0),
         "env": table(job.get("env")) and all(name and "=" not in name for name in job["env"]),
-        "setup": texts(job.get("setup")), "folders": texts(job.get("folders", [])),
+        "setup": texts(job.get("setup")), "pip": texts(job.get("pip", [])), "folders": texts(job.get("folders", [])),
         "clones": isinstance(job.get("clones", []), list) and all(
             table(clone) and sorted(clone) == ["ref", "target", "url"] for clone in job.get("clones", [])),
         "members": not members or table(job.get("members")),
         "shared": not shared or texts([job.get("shared")]), "keep": not shared or whole(job.get("keep")),
         "patience": not (shared or cluster) or whole(job.get("patience")),
         "cluster": cluster in ("", "platform") or (cluster == "pods" and whole(job.get("nodes"), 2)),
+        "secret": cluster != "pods" or re.fullmatch("[0-9a-f]{64}", str(job.get("secret"))),
     }
     right.update({name: texts([job.get(name)]) for name in ("launch", "config", "command")})
     right.update({name: texts([job.get(name) or ""]) for name in ("run_root", "workdir", "tool")})
@@ -142,7 +144,8 @@ def unpack(tar: bytes, target: str) -> None:
 
 def members(tar: bytes, folder: str) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
     """(path below the folder, TarInfo, bytes) of each file and link. Raises Failure(PAYLOAD) for all else, and for a
-    path that comes twice or leads out, also by way of a link."""
+    path that comes twice or leads out, also by way of a link: a link's target must be spelled in the shortest way, for
+    after another link `..` leads elsewhere than the text says."""
     links: dict[str, bool] = {}  # path -> whether it is a link
     try:
         with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
@@ -150,7 +153,8 @@ def members(tar: bytes, folder: str) -> Iterator[tuple[str, tarfile.TarInfo, byt
                 parts = info.name.split("/")
                 kept = texts([info.name, info.linkname]) and info.type in (tarfile.REGTYPE, tarfile.SYMTYPE)
                 leads = os.path.normpath(os.path.join(os.path.dirname(info.name), info.linkname))
-                out = info.issym() and leads.split("/")[0] in ("", "..")
+                out = info.issym() and (leads.split("/")[0] in ("", "..") or
+                                        os.path.normpath(info.linkname) != info.linkname)
                 through = any(links.get("/".join(parts[:end])) for end in range(1, len(parts)))
                 if not kept or set(parts) & {"", ".", ".."} or info.name in links or out or through:
                     raise Failure(PAYLOAD, "the tar holds %r, which does not belong there" % info.name[:200])
@@ -165,7 +169,7 @@ def members(tar: bytes, folder: str) -> Iterator[tuple[str, tarfile.TarInfo, byt
 def extract(tar: bytes, folder: str) -> None:
     """Write the tar's files and links below the folder. Raises Failure(PAYLOAD), OSError."""
     for path, info, data in members(tar, folder):
-        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        make_folders(os.path.dirname(path))
         if info.issym():
             os.symlink(os.fsdecode(data), path)
             continue
@@ -174,21 +178,32 @@ def extract(tar: bytes, folder: str) -> None:
         os.chmod(path, info.mode & 0o777)
 
 
+def make_folders(path: str) -> None:
+    """Folders that all may read and only this user can change, whatever the umask."""
+    umask = os.umask(0o022)
+    try:
+        os.makedirs(path, exist_ok=True)
+    finally:
+        os.umask(umask)
+
+
 def holds(folder: str, tar: bytes) -> bool:
     """Whether every file and link of the tar stands in the folder, byte for byte."""
     for path, info, data in members(tar, folder):
         try:
-            if info.issym():
-                same = os.fsencode(os.readlink(path)) == data
-            else:
-                # It may have become a FIFO, which would hold us for ever.
-                with open(path, "rb", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK | os.O_NOFOLLOW)) as file:
-                    same = stat.S_ISREG(os.fstat(file.fileno()).st_mode) and file.read(len(data) + 1) == data
+            if (os.fsencode(os.readlink(path)) if info.issym() else content(path, len(data) + 1)) != data:
+                return False
         except OSError:
             return False
-        if not same:
-            return False
     return True
+
+
+def content(path: str, most: int = -1) -> bytes:
+    """What a file holds. Raises OSError, also where it has become a FIFO, which would hold us for ever."""
+    with open(path, "rb", opener=lambda p, f: os.open(p, f | os.O_NONBLOCK | os.O_NOFOLLOW)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is no file", path)
+        return file.read(most)
 
 
 def strays(folder: str, tar: bytes) -> list[str]:
@@ -202,16 +217,23 @@ def strays(folder: str, tar: bytes) -> list[str]:
 
 
 def check_tree(folder: str, members: dict[str, str]) -> None:
-    """Raises Failure(PAYLOAD) unless every file has its digest, and every link ("-> target") its target."""
-    for name, wanted in sorted(members.items()):
-        path = os.path.join(folder, os.fsdecode(name.encode()))
-        try:
+    """Raises Failure(PAYLOAD) unless every file has its digest, and every link ("-> target") its target. First nobody
+    else may write there any more, so that what is checked is what will run."""
+    try:
+        for place, _, names in os.walk(folder):
+            for path in [place, *(os.path.join(place, name) for name in names)]:
+                info = os.lstat(path)
+                if info.st_uid not in (0, os.geteuid()):
+                    raise Failure(PAYLOAD, "%s belongs to another user" % path)
+                if info.st_mode & 0o022 and not stat.S_ISLNK(info.st_mode):
+                    os.chmod(path, stat.S_IMODE(info.st_mode) & ~0o022)
+        for name, wanted in sorted(members.items()):
+            path = os.path.join(folder, os.fsdecode(name.encode()))
             if wanted.startswith("-> "):
                 found = "-> " + os.fsencode(os.readlink(path)).decode("utf-8", "replace")
             else:
-                with open(path, "rb") as file:
-                    found = hashlib.sha256(file.read()).hexdigest()
-        except OSError as error:
-            raise Failure(PAYLOAD, "%s: %s" % (path, error.strerror)) from None
-        if found != wanted:
-            raise Failure(PAYLOAD, "%s is not what was sent" % path)
+                found = hashlib.sha256(content(path)).hexdigest()
+            if found != wanted:
+                raise Failure(PAYLOAD, "%s is not what was sent" % path)
+    except OSError as error:
+        raise Failure(PAYLOAD, "%s: %s" % (error.filename, error.strerror)) from None

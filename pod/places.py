@@ -7,17 +7,19 @@ in the environment, unless the run root itself lies below /nemo_run: there a pro
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
+import stat
 import sys
 import tempfile
 import zlib
 from typing import Any
 
-from pod.failures import PLACE, Failure
-from pod.payload import check_tree, join, unpack
+from pod.failures import PLACE, Failure, say
+from pod.payload import check_tree, join, make_folders, unpack
 
 
 class Places:
@@ -27,14 +29,21 @@ class Places:
         self.base = base or os.path.join(os.path.abspath(env.get("TMPDIR") or "/tmp"), "airlift-" + job["run"])
         self.code = code or os.path.join(self.base, "code")
         self.config = os.path.join(self.base, "config.yaml")
+        self.own = ""  # a folder of this start of the pod, which goes with it
         self.run_root = job.get("run_root") or os.path.join(self.base, "output")
         self.logs = os.path.join(self.run_root, "runs", job["run"]) if job.get("run_root") else ""
 
     def make(self, folders: list[str]) -> None:
-        """Make the folders; `base` only for this user, since the config lies in it."""
-        os.makedirs(self.base, mode=0o700, exist_ok=True)
-        for folder in [self.run_root] + ([self.logs] if self.logs else []) + [self.fill(folder) for folder in folders]:
+        """Make the folders. Outputs follow the umask; what is our own only this user can enter."""
+        make_folders(os.path.dirname(self.base))
+        private(self.base)
+        for folder in [os.path.dirname(self.logs) or self.run_root, *map(self.fill, folders)]:
             os.makedirs(folder, exist_ok=True)
+        try:
+            self.logs = self.logs and private(self.logs)
+        except Failure as failure:
+            say("no log is kept: " + failure.seen)
+            self.logs = ""
 
     def put(self, tar: bytes, job: dict, shared: Any = None) -> None:
         """Tree and config in place; the tree is unpacked here, or that of `shared`, a SharedTree. Raises Failure."""
@@ -54,9 +63,7 @@ class Places:
                 raise Failure(PLACE, "%s is not UTF-8, so no config can name it" % self.base) from None
             if not isinstance(error, OSError):
                 raise
-            full = " (the disk is full)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-            place = error.filename or (shared.top if shared else self.base)
-            raise Failure(PLACE, "%s: %s%s" % (place, error.strerror, full)) from None
+            raise no_place(error, shared.top if shared else self.base) from None
 
     def fill(self, text: str, config: bool = False) -> str:
         """`text` with /nemo_run/code and /nemo_run replaced, by whole path components; in a config within "..."."""
@@ -75,14 +82,50 @@ class Places:
             file.write(self.fill(text, config=True))
         os.rename(private, self.config)
 
+    def keep(self, name: str, data: bytes) -> str:
+        """What no argv may hold, since all users of a machine can read those, as a file of our own. Its path."""
+        try:
+            self.own = self.own or tempfile.mkdtemp(dir=self.base)  # 0700
+            path = os.path.join(self.own, name)
+            with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+                file.write(data)
+            return path
+        except OSError as error:
+            raise no_place(error, self.base) from None
+
     def program(self, env: dict[str, str]) -> str:
         """The running program as a file, for the parts of a Ray cluster to be started from. Its path."""
         path = getattr(sys.modules["__main__"], "__file__", None)
-        if not path:
-            path = os.path.join(self.base, "pod.py")
-            with open(path, "wb") as file:
-                file.write(zlib.decompress(join(env, "POD")))
-        return os.path.abspath(path)
+        return os.path.abspath(path) if path else self.keep("pod.py", zlib.decompress(join(env, "POD")))
+
+
+def no_place(error: OSError, place: str) -> Failure:
+    full = " (the disk is full)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return Failure(PLACE, "%s: %s%s" % (error.filename or place, error.strerror, full))
+
+
+def private(folder: str, owner: int = -1) -> str:
+    """`folder`, which only this user can enter: made, or there and ours, or `owner`'s. Raises Failure(PLACE) where it
+    is another user's or could have been filled by one; OSError."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o700)
+        return folder
+    info = os.lstat(folder)
+    ours = info.st_uid in (owner, os.geteuid()) or info.st_uid == own_number(folder)
+    wrong = "is no folder" if not stat.S_ISDIR(info.st_mode) else "belongs to another user" if (
+        not ours) else "can be written by other users" if info.st_mode & 0o022 else ""
+    if wrong:
+        raise Failure(PLACE, "%s %s: remove it, or name another place" % (folder, wrong))
+    if info.st_mode & 0o055:
+        os.chmod(folder, 0o700)
+    return folder
+
+
+def own_number(folder: str) -> int:
+    """The user that what we write there belongs to: a server may file it under another one (NFS with root_squash)."""
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(dir=folder) as probe:
+        return os.lstat(probe).st_uid
+    return os.geteuid()
 
 
 def quoted(text: str) -> str:
@@ -102,8 +145,9 @@ def places_beside(manifest: str, job: dict, env: dict[str, str]) -> Places:
             with open(os.path.join(os.path.dirname(code), "secrets.json"), encoding="utf-8") as file:
                 env.update(json.load(file))
         places = Places(job, env, tempfile.mkdtemp(prefix="airlift-%s-" % job["run"], dir=env.get("TMPDIR")), code)
+        places.own = places.base
         places.make(job.get("folders", []))
         places.write_config(job["config"])
         return places
     except OSError as error:
-        raise Failure(PLACE, "%s: %s" % (error.filename, error.strerror)) from None
+        raise no_place(error, code) from None

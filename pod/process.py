@@ -10,9 +10,10 @@ import signal
 import subprocess
 import threading
 import time
+import urllib.parse
 from typing import IO
 
-from pod.failures import CLONE, SETUP, TOOL, Failure, say
+from pod.failures import CLONE, SETUP, TOOL, Failure, hide, say
 from pod.places import Places
 from pod.rank import find_master
 
@@ -38,12 +39,50 @@ def recipe_env(env: dict[str, str], job: dict, places: Places, rank: int) -> dic
 
 # A server may refuse a commit that is no tip of a branch; then all branches are fetched.
 CLONE_SCRIPT = """\
-(rm -rf {target}.new && git init -q {target}.new && cd {target}.new && {{
+({env}
+ rm -rf {target}.new && git init -q {target}.new && cd {target}.new && {{
    git fetch -q --depth 1 {url} {ref} && git checkout -q FETCH_HEAD || {{
      git fetch -q --tags {url} '+refs/heads/*:refs/remotes/origin/*' && git checkout -q {ref}; }}; }} &&
  cd / && rm -rf {target} && mv {target}.new {target} &&
  echo airlift: {target} is $(git -C {target} rev-parse HEAD)
 ) || {{ echo 'airlift: no clone of '{shown}' at '{ref} >&2; exit {code}; }}"""
+
+
+def without_login(url: str, number: int = 0) -> tuple[str, dict[str, str]]:
+    """A repository's URL without name and password, and the environment that gives them to git: an argv can be read by
+    all users of the machine, and git hands the URL on to programs of its own, also one that insteadOf has changed."""
+    found = re.fullmatch(r"(.*?)(\w+://)([^/\s]+)@([^/\s]+)(.*)", url)
+    if not found or not found.group(2).startswith(("http", "ftp")):  # ssh has no passwords in URLs
+        return url, {}
+    name, _, word = found.group(3).partition(":")
+    mine = "AIRLIFT_LOGIN_%d" % number, "AIRLIFT_WORD_%d" % number
+    return found.expand(r"\1\2\4\5"), {
+        "GIT_CONFIG_KEY_%d" % number: "credential.%s.helper" % found.expand(r"\2\4"),
+        "GIT_CONFIG_VALUE_%d" % number: '!printf "username=%%s\\npassword=%%s\\n" "$%s" "$%s" #' % mine,
+        mine[0]: urllib.parse.unquote(name), mine[1]: urllib.parse.unquote(word), "GIT_CONFIG_COUNT": str(number + 1)}
+
+
+def assigned(env: dict[str, str]) -> str:
+    return " ".join("%s=%s" % (name, shlex.quote(value)) for name, value in env.items())
+
+
+def pip_command(extras: list[str]) -> list[str]:
+    """What installs pip_extras, if any. What may hold a password comes through a pipe, as a requirements file."""
+    words: list[str] = []
+    lines: list[str] = []
+    env: dict[str, str] = {}
+    for extra in extras:
+        if hide(extra) == extra:
+            words.append(extra)
+            continue
+        option = words.pop() + " " if words and words[-1] in ("-i", "--index-url", "--extra-index-url", "-f",
+                                                              "--find-links") else ""
+        clean, login = without_login(extra, len(env) // 4) if "git+" in extra else (extra, {})
+        env.update(login)
+        lines.append(option + clean)
+    pipe = ["-r <(printf '%%s\\n' %s)" % " ".join(map(shlex.quote, lines))] * bool(lines)
+    pip = [*filter(None, [assigned(env)]), "python3 -m pip install --quiet", *map(shlex.quote, words), *pipe]
+    return [" ".join(pip)] * bool(extras)
 
 
 def script_for(job: dict, workdir: str, ready: int) -> str:
@@ -53,9 +92,11 @@ def script_for(job: dict, workdir: str, ready: int) -> str:
     commands would be lost."""
     lines = ["trap 'exit 143' TERM; trap 'exit 130' INT", "cd -- %s || exit %d" % (shlex.quote(workdir), TOOL)]
     for clone in job.get("clones", []):
-        words = dict(clone, shown=re.sub(r"(https?://)[^/@]+@", r"\1***@", clone["url"]))
-        lines.append(CLONE_SCRIPT.format(code=CLONE, **{name: shlex.quote(value) for name, value in words.items()}))
-    for number, command in enumerate(job["setup"], 1):
+        url, login = without_login(clone["url"])
+        words = dict(clone, url=url, shown=hide(clone["url"]))
+        lines.append(CLONE_SCRIPT.format(code=CLONE, env="export GIT_TERMINAL_PROMPT=0 " + assigned(login),
+                                         **{name: shlex.quote(value) for name, value in words.items()}))
+    for number, command in enumerate(pip_command(job.get("pip", [])) + job["setup"], 1):
         lines.append("eval %s || { echo 'airlift: startup command %d failed with exit code '$? >&2; exit %d; }"
                      % (shlex.quote(command), number, SETUP))
     if job.get("tool"):
@@ -100,14 +141,15 @@ class Child:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def run(self, script: str, env: dict[str, str], log: str | None, ready: int) -> int:
-        """Run bash to its end; its output also goes to the file `log`. Returns its code, 128+N if signal N ended it."""
+        """Have bash run the file `script` to its end; its output goes through us, also to the file `log`, so that
+        nothing of it can follow our last line. Returns its code, 128+N if signal N ended it."""
         become_subreaper()
         # A signal that came while bash is being started would find nobody to go to: it waits until there is.
         signal.pthread_sigmask(signal.SIG_BLOCK, self.SIGNALS)
         try:
             self.process = subprocess.Popen(
-                ["bash", "-c", script], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if log else None,
-                stderr=subprocess.STDOUT if log else None, start_new_session=True, pass_fds=(ready,),
+                ["bash", script], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True, pass_fds=(ready,),
                 preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS))
         except FileNotFoundError:
             raise Failure(TOOL, "there is no bash in this image") from None
@@ -116,23 +158,26 @@ class Child:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.SIGNALS)
             os.close(ready)
-        pump = None
+        assert self.process.stdout
+        out = os.dup(1)
+        pump = threading.Thread(target=copy_output, args=(self.process.stdout, log, out), daemon=True)
         try:
-            if log and self.process.stdout:
-                pump = threading.Thread(target=copy_output, args=(self.process.stdout, log), daemon=True)
-                pump.start()
+            pump.start()
             return reap(self.process.pid)
         finally:
             end_the_rest()
-            if pump:
-                pump.join(5)  # a daemon that escaped may hold the pipe open for ever
+            pump.join(5)
+            if pump.is_alive():
+                say("what the recipe has started is still there and holds its output, which ends here")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out)
 
 
-def copy_output(pipe: IO[bytes], log: str | None) -> None:
+def copy_output(pipe: IO[bytes], log: str | None, out: int = 1) -> None:
     """Pass bytes on as they come. A log that cannot be written (full disk) is said once, and the recipe goes on; so it
     does when nobody reads our output any more: the pipe must be emptied, or the recipe would stand still."""
     try:
-        file = open(log, "ab", buffering=0) if log else None
+        file = open(os.open(log, os.O_APPEND | os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "ab", buffering=0
+                    ) if log else None
     except OSError as error:
         say("the log %s cannot be kept: %s" % (log, error.strerror))
         file = None
@@ -148,7 +193,7 @@ def copy_output(pipe: IO[bytes], log: str | None) -> None:
             file = None
         with contextlib.suppress(OSError):
             while data:
-                data = data[os.write(1, data):]
+                data = data[os.write(out, data):]
 
 
 def become_subreaper() -> None:
@@ -183,6 +228,7 @@ def end_the_rest(grace: float = 5.0) -> None:
                 time.sleep(0.02)
         except ChildProcessError:
             return
+    say("cannot be ended: " + ", ".join("%s (%d)" % (name, pid) for pid, name in children_of(os.getpid()).items()))
 
 
 def children_of(parent: int) -> dict[int, str]:

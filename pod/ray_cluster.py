@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,7 +70,7 @@ class Spread:
     def clean(self) -> None:
         """A cluster that goes on keeps nothing of this run."""
         def remove(base: str) -> None:
-            import shutil
+            import shutil  # where this runs, nothing of ours is imported
             shutil.rmtree(base, ignore_errors=True)
 
         tasks = [self.pinned(remove, node).remote(self.settings["base"]) for node in self.living()]
@@ -125,11 +126,14 @@ def place(base: str, setup: bool) -> int:
     places = Places(job, env, base)
     places.put(tar, job)
     say("sha256 %s in %s" % (hashlib.sha256(tar).hexdigest(), base))
-    if not setup or not (job["setup"] or job.get("clones")):
+    if not setup or not (job["setup"] or job.get("pip") or job.get("clones")):
         return 0
     _, ready = os.pipe()
-    script = script_for(dict(job, command="true", tool=""), places.code, ready)
-    return Child().run(script, recipe_env(env, dict(job, nodes=1), places, 0), None, ready)
+    script = script_for(dict(job, command="true", tool=""), places.code, ready).encode("utf-8", "surrogateescape")
+    try:
+        return Child().run(places.keep("start.sh", script), recipe_env(env, dict(job, nodes=1), places, 0), None, ready)
+    finally:
+        shutil.rmtree(places.own, ignore_errors=True)
 
 
 def spread(env: dict[str, str], job: dict, places: Places) -> None:

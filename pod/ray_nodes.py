@@ -1,27 +1,24 @@
 """A Ray cluster that the job's own pods form: each pod's part of it is a process of its own, started by the recipe's
 bash once the tree is in place and the startup commands have run.
 
-Rank 0 listens on MASTER_PORT, and every other pod keeps a connection to it, with one JSON object a line:
+Rank 0 listens on MASTER_PORT, and every other pod keeps a connection to it (peers.py), on which they say:
 
-    {"run", "rank", "at"}                  a worker's first word; "at" is rank 0's address as the worker sees it
-    {"join", "env"}                        rank 0's Ray address, once all pods have come and its head runs
-    {"up": true}                           `ray start` has registered the worker's node
-    {"lost": why}                          a worker's Ray has ended
-    {"end": code}                          the driver's exit code, with which every pod ends
+    rank 0: {"ray", "master"}              two ports of rank 0: Ray's, once its head runs, and a new MASTER_PORT
+    worker: {"up": true}                   `ray start` has registered the worker's node
+    worker: {"lost": why}                  a worker's Ray has ended
+    rank 0: {"end": code}                  the driver's exit code, with which every pod ends
 
-When all nodes are up, rank 0 runs the recipe with RAY_ADDRESS, as the cluster's driver. Until then everything waits
-`patience` seconds at most. A connection that ends without a word is a pod that is gone; keepalive tells of a machine
-that is. What Ray leaves running ends with the pod, which ends all its orphans; `ray stop` would end those of other
-jobs, too.
+Ray's own token follows from the job's secret, so it is never sent. When all nodes are up, rank 0 runs the recipe with
+RAY_ADDRESS, as the cluster's driver. Until then everything waits `patience` seconds at most. What Ray leaves running
+ends with the pod, which ends all its orphans; `ray stop` would end those of other jobs, too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
-import re
-import select
 import shlex
 import signal
 import socket
@@ -29,9 +26,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 from pod.failures import LOST, RAY, TOOL, Failure, complain, say
-from pod.places import Places
+from pod.payload import read_file, whole
+from pod.peers import Line, Pods, keyed, proven_head
+from pod.places import Places, no_place, private
 from pod.process import Child, become_subreaper, children_of
 from pod.rank import free_port
 
@@ -41,9 +41,12 @@ class RayNode:
 
     def __init__(self, settings: dict) -> None:
         self.run, self.rank, self.nodes = settings["run"], settings["rank"], settings["nodes"]
-        self.patience, self.command = settings["patience"], settings["command"]
+        self.patience, self.script, self.secret = settings["patience"], settings["script"], settings["secret"]
         self.deadline = time.monotonic() + self.patience
         self.env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(self.env):
+            self.env.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": keyed(self.secret, "ray")})
+        self.env.setdefault("RAY_enable_metrics_collection", "0")  # its port answers everybody
         self.address, self.port = self.env["MASTER_ADDR"], int(self.env["MASTER_PORT"])
         self.daemons: dict[int, str] = {}  # pid -> name
         become_subreaper()
@@ -51,14 +54,20 @@ class RayNode:
     def left(self) -> float:
         return max(0.0, self.deadline - time.monotonic())
 
-    def own_address(self, seen: str) -> str:
-        """This node's address for Ray. On one machine each rank has one of its own, for 127.0.0.1 is not one to Ray."""
-        return "127.77.%d.%d" % (self.rank // 250, 1 + self.rank % 250) if seen.startswith("127.") else seen
+    def address_of(self, rank: int, seen: str, port: int = 0) -> str:
+        """A node's address for Ray. On one machine each rank has one of its own, for 127.0.0.1 is not one to Ray."""
+        host = "127.77.%d.%d" % (rank // 250, 1 + rank % 250) if seen.startswith("127.") else seen
+        return ("[%s]:%d" if ":" in host else "%s:%d") % (host, port) if port else host
 
     def start(self, *words: str) -> None:
-        """`ray start`, which returns when the node is registered. Raises Failure(TOOL or RAY)."""
+        """`ray start`, which returns when the node is registered. Raises Failure(TOOL, PLACE or RAY)."""
+        try:  # Ray opens its own folders to all users, so they lie in one that is not
+            place = os.path.join(private(folder(self.env, self.run)), "ray")
+        except OSError as error:
+            raise no_place(error, "RAY_TMPDIR") from None
         # Worker ports from the kernel: Ray's own range is the same for every node, and two may be on one machine.
-        argv = ["ray", "start", *words, "--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0"]
+        argv = ["ray", "start", *words, "--temp-dir", place, "--disable-usage-stats", "--min-worker-port=0",
+                "--max-worker-port=0"]
         with tempfile.TemporaryFile() as output:
             try:
                 subprocess.run(argv, env=self.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=True,
@@ -92,17 +101,19 @@ class RayWorker(RayNode):
             signal.signal(number, self.heed)
         line = self.connect()
         self.deadline = time.monotonic() + self.patience + 10  # from here on rank 0 counts, and says when it gives up
-        line.send({"run": self.run, "rank": self.rank, "at": line.socket.getpeername()[0]})
         while True:
             ended = self.ended_daemon()
             if ended:
                 line.send({"lost": "its %s has ended" % ended})
                 raise Failure(LOST, "the %s of this pod has ended" % ended)
             for message in line.read(0.2):
-                if "end" in message:
-                    return int(message["end"])
-                if "join" in message:
-                    self.join(line, message)
+                code: Any = message.get("end")
+                ports: list[Any] = [message.get("ray"), message.get("master")]
+                if whole(code, 0) and code < 256:
+                    return int(code)
+                if not all(whole(port) and port < 65536 for port in ports):
+                    raise Failure(RAY, "rank 0 says what has no meaning")
+                self.join(line, *ports)
             if line.closed:
                 raise Failure(LOST if self.daemons else RAY, "rank 0 is gone")
             if not self.daemons and not self.left():
@@ -113,21 +124,27 @@ class RayWorker(RayNode):
         if not self.daemons:
             raise SystemExit(128 + number)
 
-    def join(self, line: Line, message: dict) -> None:
-        self.env.update(message["env"])
+    def join(self, line: Line, ray: int, master: int) -> None:
+        self.env["MASTER_PORT"] = str(master)
+        here, there = line.socket.getsockname()[0], line.socket.getpeername()[0]
         try:
-            self.start("--address", message["join"], "--node-ip-address",
-                       self.own_address(line.socket.getsockname()[0]))
+            self.start("--address", self.address_of(0, there, ray), "--node-ip-address",
+                       self.address_of(self.rank, here))
         except Failure as failure:
             line.send({"lost": failure.seen})
             raise
         line.send({"up": True})
 
     def connect(self) -> Line:
+        """A connection to rank 0, which has proven that it is that. Raises Failure."""
         said = "nothing was tried"
         while self.left():
             try:
-                return Line(socket.create_connection((self.address, self.port), timeout=min(10.0, self.left())))
+                line = Line(socket.create_connection((self.address, self.port), timeout=min(10.0, self.left())))
+                if proven_head(line, self.secret, self.rank, self.left()):
+                    return line
+                line.socket.close()
+                said = "what answers there does not prove that it is rank 0 of this job"
             except OSError as error:  # its pod does not run yet, or its name is not known yet
                 said = error.strerror or str(error)
             time.sleep(min(0.5, self.left()))
@@ -138,11 +155,11 @@ class RayWorker(RayNode):
 class RayHead(RayNode):
     def main(self) -> int:
         """The whole cluster, from its pods to the driver's exit code. Raises Failure."""
-        self.lines: dict[int, Line] = {}  # rank -> its connection
         self.driver: subprocess.Popen | None = None
         self.signalled = False
         for number in Child.SIGNALS:
             signal.signal(number, self.forward)
+        self.pods = Pods(self.secret, self.nodes, self.listen)
         code = 128 + signal.SIGTERM
         try:
             self.gather()
@@ -154,8 +171,7 @@ class RayHead(RayNode):
             code = int(error.code or 0)
             raise
         finally:
-            for line in self.lines.values():
-                line.send({"end": code})
+            self.pods.tell({"end": code})
         return code
 
     def forward(self, number: int, _frame: object) -> None:
@@ -165,74 +181,65 @@ class RayHead(RayNode):
         self.signalled = True
         self.end_driver(number)
 
-    def gather(self) -> None:
-        """Wait until every pod has come."""
-        host = self.address if re.fullmatch(r"[0-9.]+", self.address) else ""  # a name may lead elsewhere from here
-        try:
-            server = socket.create_server((host, self.port))
-        except OSError as error:
-            raise Failure(RAY, "rank 0 cannot listen at %s:%d: %s" % (host, self.port, error.strerror)) from None
-        new: list[Line] = []
-        with server:
-            while len(self.lines) < self.nodes - 1:
-                if not self.left():
-                    missing = [str(rank) for rank in range(1, self.nodes) if rank not in self.lines]
-                    raise Failure(RAY, "of %d pods, rank %s did not come within %d s"
-                                  % (self.nodes, ", ".join(missing), self.patience))
-                if select.select([server], [], [], 0.1)[0]:
-                    new.append(Line(server.accept()[0]))
-                new = [line for line in new if not self.greeted(line)]
-                self.lines = {rank: line for rank, line in self.lines.items() if not (line.read(0) or line.closed)}
+    def listen(self) -> socket.socket:
+        """At the address that MASTER_ADDR means on this machine. All addresses only where it means none of them (that
+        of a service, or of a router), or, as a machine's own name often does, one that no other machine can reach."""
+        found: list[Any] = []
+        with contextlib.suppress(OSError):
+            found = socket.getaddrinfo(self.address, self.port, type=socket.SOCK_STREAM)
+        reached = [(at, family) for family, _, _, _, at in found if self.address in ("localhost", at[0])
+                   or not (at[0].startswith("127.") or at[0] == "::1")]
+        for at, family in [*reached, (("", self.port), socket.AF_INET)]:
+            try:
+                return socket.create_server(at[:2], family=family, backlog=4096)
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise Failure(RAY, "rank 0 cannot listen at %s:%d: %s"
+                                  % (at[0], self.port, error.strerror)) from None
+        raise Failure(RAY, "rank 0 cannot listen at port %d" % self.port)
 
-    def greeted(self, line: Line) -> bool:
-        """Whether this connection needs no more looking at: it is one of ours now, or was none."""
-        for message in line.read(0):
-            rank = message.get("rank")
-            if message.get("run") == self.run and isinstance(rank, int) and 0 < rank < self.nodes:
-                line.at = str(message.get("at"))
-                self.lines[rank] = line
-                return True
-            line.close()
-        return line.closed
+    def gather(self) -> None:
+        """Wait until every pod has come. One that goes, or talks before it is asked, may come again."""
+        while len(self.pods.lines) < self.nodes - 1:
+            if not self.left():
+                missing = set(range(1, self.nodes)) - set(self.pods.lines)
+                raise Failure(RAY, "of %d pods, %s did not come within %d s"
+                              % (self.nodes, named(missing), self.patience))
+            for rank, message in self.pods.heard(min(1.0, self.left())):
+                if message and rank in self.pods.lines:
+                    self.pods.forget(self.pods.lines[rank])
+        self.pods.close()
 
     def head(self) -> str:
         """Start Ray's head and tell the others. Its address."""
-        if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(self.env):
-            self.env.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": os.urandom(32).hex()})  # nobody else may join
-        self.env["MASTER_PORT"] = str(free_port())  # the one we had is ours
-        at = self.own_address(next(iter(self.lines.values())).at)
-        address = "%s:%d" % (at, free_port())
-        self.start("--head", "--node-ip-address", at, "--port", address.rpartition(":")[2],
-                   "--temp-dir", folder(self.env, self.run), "--include-dashboard=false",
+        at = self.address_of(0, next(iter(self.pods.lines.values())).socket.getsockname()[0])
+        ray, master = free_port(), free_port()
+        self.env["MASTER_PORT"] = str(master)  # the one we had is ours
+        # Without the autoscaler's monitor, whose only port answers everybody. The client server cannot be left out.
+        self.start("--head", "--node-ip-address", at, "--port", str(ray), "--include-dashboard=false", "--no-monitor",
                    "--ray-client-server-port", str(free_port()))
-        shared = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "MASTER_PORT")
-        for line in self.lines.values():
-            line.send({"join": address, "env": {name: self.env[name] for name in shared if name in self.env}})
-        self.env["RAY_ADDRESS"] = address
-        return address
+        self.pods.tell({"ray": ray, "master": master})
+        self.env["RAY_ADDRESS"] = self.address_of(0, at, ray)
+        return self.env["RAY_ADDRESS"]
 
     def await_nodes(self) -> None:
         up: set[int] = set()
         while len(up) < self.nodes - 1:
             if not self.left():
-                missing = [str(rank) for rank in sorted(set(self.lines) - up)]
-                raise Failure(RAY, "rank %s did not join within %d s" % (", ".join(missing), self.patience))
-            for rank, line in self.lines.items():
-                for message in line.read(0.05):
-                    if "lost" in message:
-                        raise Failure(RAY, "rank %d could not join: %s" % (rank, message["lost"]))
-                    up.add(rank)
-                if line.closed:
-                    raise Failure(RAY, "rank %d is gone" % rank)
+                raise Failure(RAY, "%s did not join within %d s" % (named(set(self.pods.lines) - up), self.patience))
             self.check_own()
+            for rank, message in self.pods.heard(min(0.2, self.left())):
+                if message != {"up": True}:
+                    raise Failure(RAY, "rank %d could not join: %s" % (rank, why(message)))
+                up.add(rank)
 
     def drive(self) -> int:
         """Run the recipe as the cluster's driver, and watch the others meanwhile."""
-        self.driver = subprocess.Popen(["bash", "-c", self.command], env=self.env, stdin=subprocess.DEVNULL,
+        self.driver = subprocess.Popen(["bash", self.script], env=self.env, stdin=subprocess.DEVNULL,
                                        start_new_session=True)
         while self.driver.poll() is None:
             try:
-                self.check_nodes()
+                self.check_nodes(0.1)
             except Failure:
                 self.end_driver(signal.SIGTERM)
                 try:
@@ -240,19 +247,15 @@ class RayHead(RayNode):
                 except subprocess.TimeoutExpired:
                     self.end_driver(signal.SIGKILL)
                 raise
-            time.sleep(0.1)
         if self.signalled:  # perhaps just because a node is lost: platforms end the other pods then
-            self.check_nodes()
+            self.check_nodes(0.0)
         return self.driver.returncode if self.driver.returncode >= 0 else 128 - self.driver.returncode
 
-    def check_nodes(self) -> None:
-        """Raises Failure(LOST) if there is a node less."""
+    def check_nodes(self, wait: float) -> None:
+        """Raises Failure(LOST) if there is a node less, after at most `wait` seconds."""
         self.check_own()
-        for rank, line in self.lines.items():
-            for message in line.read(0):
-                raise Failure(LOST, "rank %d: %s" % (rank, message.get("lost")))
-            if line.closed:
-                raise Failure(LOST, "rank %d is gone" % rank)
+        for rank, message in self.pods.heard(wait):
+            raise Failure(LOST, "rank %d: %s" % (rank, why(message)))
 
     def end_driver(self, number: int) -> None:
         if self.driver:
@@ -265,42 +268,14 @@ class RayHead(RayNode):
             raise Failure(LOST, "the %s of rank 0 has ended" % ended)
 
 
-class Line:
-    """A connection that carries one JSON object a line."""
+def named(ranks: set[int]) -> str:
+    more = ", ... (%d of them)" % len(ranks) if len(ranks) > 20 else ""
+    return "rank " + ", ".join(map(str, sorted(ranks)[:20])) + more
 
-    MOST = 65536  # bytes of a line
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket, self.rest, self.closed, self.at = connection, b"", False, ""
-        connection.settimeout(5)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 4)):
-            if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-    def send(self, message: dict) -> None:
-        with contextlib.suppress(OSError):  # read() tells
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def read(self, wait: float) -> list[dict]:
-        """The messages that have come, after at most `wait` seconds; `closed` says that no more will."""
-        found: list[dict] = []
-        while not self.closed and select.select([self.socket], [], [], 0 if found else wait)[0]:
-            data = b""
-            with contextlib.suppress(OSError):
-                data = self.socket.recv(self.MOST)
-            *whole, self.rest = (self.rest + data).split(b"\n")
-            try:
-                found += [message for message in map(json.loads, whole) if isinstance(message, dict)]
-            except (ValueError, RecursionError):
-                data = b""
-            if not data or len(self.rest) > self.MOST:
-                self.close()
-        return found
-
-    def close(self) -> None:
-        self.closed = True
-        self.socket.close()
+def why(message: dict[str, Any] | None) -> str:
+    """What a worker says of its end, on one line; without a word it is gone."""
+    return "it is gone" if message is None else " ".join(str(message.get("lost")).split())[:1000]
 
 
 def folder(env: dict[str, str], run: str) -> str:
@@ -310,14 +285,16 @@ def folder(env: dict[str, str], run: str) -> str:
 
 def command_for(job: dict, places: Places, rank: int, env: dict[str, str]) -> str:
     """What bash runs in place of the recipe: this program again, as RayHead or RayWorker."""
-    settings = dict({name: job[name] for name in ("run", "nodes", "command", "patience")}, rank=rank)
-    words = [sys.executable or "python3", "-I", "-S", places.program(env), "ray", json.dumps(settings)]
+    settings = {name: job[name] for name in ("run", "nodes", "patience", "secret")}
+    settings.update(rank=rank, script=places.keep("recipe.sh", job["command"].encode()))
+    words = [sys.executable or "python3", "-I", "-S", places.program(env), "ray",
+             places.keep("ray.json", json.dumps(settings).encode())]
     return " ".join(map(shlex.quote, words))
 
 
-def main(words: str) -> int:
+def main(path: str) -> int:
     """Be this pod's part. The exit code."""
-    settings = json.loads(words)
+    settings = read_file(path)
     try:
         return (RayWorker if settings["rank"] else RayHead)(settings).main()
     except Failure as failure:

@@ -10,6 +10,9 @@ Under one folder that all pods see:
     private/000008-...         not yet published
     swept/...                  no longer
 
+All of it is this user's alone, mode 0700, and stands where nobody else can put another folder in its place: only then
+is it believed.
+
 An attempt is one start of all pods: the run's id and the platform's count of restarts. Rank 0 alone decides which tree
 it is: one with the right digest that is there and verifies, else a new one, unpacked into a private folder, verified,
 and renamed with rank 0's use and word already in it. The others look for its word, with a deadline, and verify the tree
@@ -38,10 +41,12 @@ import errno
 import os
 import re
 import shutil
+import stat
 import time
 
 from pod.failures import PLACE, WAIT, Failure, say
-from pod.payload import extract, holds, strays
+from pod.payload import extract, holds, make_folders, strays
+from pod.places import private
 
 
 class SharedTree:
@@ -66,8 +71,15 @@ class SharedTree:
         return os.path.join(self.top, *parts)
 
     def make(self) -> None:
+        above = os.path.dirname(os.path.abspath(self.top))
+        make_folders(above)
+        open_one = replaceable(above)
+        if open_one:
+            raise Failure(PLACE, "other users can put a folder of their own in the place of %s: chmod go-w %s, or "
+                          "chmod +t" % (self.top, open_one))
+        owner = os.lstat(private(self.top)).st_uid
         for folder in self.FOLDERS:
-            os.makedirs(self.path(folder), exist_ok=True)
+            private(self.path(folder), owner)
 
     def find(self) -> str:
         """The tree's path, in place and verified. Raises Failure(WAIT or PLACE), OSError."""
@@ -80,7 +92,8 @@ class SharedTree:
         if self.rank == 0 and isinstance(error, Exception):
             with contextlib.suppress(OSError):  # then the others wait for their deadline
                 path = self.path("failed", "%06d-%s" % (self.next_number(), self.attempt))
-                with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
+                with open(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8",
+                          errors="backslashreplace") as file:
                     file.write(getattr(error, "seen", str(error)))
 
     # rank 0
@@ -107,10 +120,10 @@ class SharedTree:
         while True:
             name, begun = "%06d-%s.%s" % (self.next_number(), self.digest, os.urandom(4).hex()), False
             try:
-                os.makedirs(self.path("private", name), exist_ok=True)
+                os.makedirs(self.path("private", name), 0o700, exist_ok=True)
                 begun = True
                 for folder in ("uses", "told", "code"):
-                    os.makedirs(self.path("private", name, folder), exist_ok=True)
+                    os.makedirs(self.path("private", name, folder), 0o700, exist_ok=True)
                 self.write(self.path("private", name))
                 self.rename(name)
                 return name
@@ -249,7 +262,7 @@ class SharedTree:
     def mark(self, path: str) -> bool:
         """An empty file; False if its folder is gone."""
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o644))
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
             return True
         except OSError as error:
             if error.errno in self.GONE:
@@ -259,3 +272,17 @@ class SharedTree:
     def remove(self, folder: str, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(folder, name))
+
+
+def replaceable(folder: str) -> str:
+    """The nearest folder, from this one upwards, in which others can rename what lies there; "" if there is none. A
+    group with this user's own number has no other member, by the custom of Linux."""
+    alone, folder = os.getegid() == os.geteuid(), os.path.realpath(folder)
+    while True:
+        info = os.stat(folder)
+        others = 0o002 if alone and info.st_gid == os.getegid() else 0o022
+        if info.st_mode & others and not info.st_mode & stat.S_ISVTX:
+            return folder
+        if folder == "/":
+            return ""
+        folder = os.path.dirname(folder)

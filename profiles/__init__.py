@@ -474,11 +474,9 @@ def overview() -> Iterator[tuple[str, str, str]]:
 
 def table() -> str:
     """The README's table of keys, in Markdown."""
-    kinds = {"str": "string", "int": "number", "whole": "number", "count": 'number or "gpu"', "bool": "true, false",
-             "env table": "table", "str list": "list of strings", "table list": "list of tables", "mounts": "list"}
     rows = ["| key | value | for | meaning |", "|---|---|---|---|"]
     for name, key in KEYS.items():
-        kind = " or ".join("`%s`" % choice for choice in CHOICES.get(name, ())) or kinds.get(key.kind, key.kind)
+        kind = " or ".join("`%s`" % choice for choice in CHOICES.get(name, ())) or must_be(name, None)
         about = "another name for `%s`" % key.alias if key.alias else key.about
         about += " (default: %s)" % key.default if key.default is not None else ""
         rows.append("| `%s` | %s | %s | %s |" % (name, kind, ", ".join(key.executors) or "all", about))

@@ -83,8 +83,12 @@ def as_a_recipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         signal.signal(number, handler)
 
 
+SECRET = "5ec2e7" * 10 + "abcd"
+
+
 def job(**changes: Any) -> dict[str, Any]:
     """A job's description as launch.py makes it."""
+    changes = {"secret": SECRET} | changes if changes.get("cluster") == "pods" else changes
     return {"run": "t23456", "recipe": "fam/train", "script": SCRIPT, "launch": "direct", "nodes": 1, "run_root": None,
             "config": "answer: 42\n", "env": {}, "setup": [], "command": "true", "tool": "", "workdir": None} | changes
 

@@ -26,7 +26,7 @@ def usual(name: str) -> bool:
     """Whether a name is none that collect leaves out, so that the whole tree must come back."""
     return (name not in (".", "..", *transport.COLLECTIONS, *transport.CACHES) and len(name.encode()) <= 255
             and not name.endswith((*transport.CACHE_SUFFIXES, *transport.DATA_SUFFIXES))
-            and not transport._named_secret(name)
+            and not transport.CREDENTIAL_NAME.match(name)
             and name not in transport.CREDENTIAL_FOLDERS and name != "pyvenv.cfg"
             and not any(fnmatch.fnmatchcase(name, pattern) for pattern in transport.DOCUMENTS))
 

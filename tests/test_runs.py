@@ -46,11 +46,11 @@ def run_of(**fields):
 def test_what_is_saved_is_read_again(home):
     run = run_of(ranks=[0, 1], retries=2, outputs="/shared/nano3", record={"deep": {"a": [1, "é"]}},
                  origin=runs.Origin(repo_root="/r", env_file="/dev/null", config=None, overrides=["run.env.scope=x"]))
-    run.seen_running()
+    run.running_since = run.running_since or time.time()
     seen = run.running_since
     run.keep({"job": "7"})
     assert runs.load_run("t23456") == run
-    run.seen_running()
+    run.running_since = run.running_since or time.time()
     assert (run.running_since, run.starts, run.record) == (seen, 3, {"deep": {"a": [1, "é"]}, "job": "7"})
 
 

@@ -357,7 +357,7 @@ def test_a_disk_that_is_full_of_what_killed_pods_left(tmp_path):
         begun = [0]
         while begun[-1] == len(begun) - 1:  # until one of them found no space, and made some
             assert len(begun) < 200
-            assert ground.run(Pod("a", ONE, plan={"kill": (45, "before")})) == 137
+            assert ground.run(Pod("a", ONE, plan={"kill": (55, "before")})) == 137
             begun.append(len(os.listdir(ground.path("private"))))
         assert looked(ground) == [] and len(ground.published()) < 3
         assert run(ground, Pod("b", ONE, keep=99), Pod("b", ONE, rank=1, keep=99))[0]["code"] == 0
@@ -375,14 +375,15 @@ def test_another_user(tmp_path):
     Path(ground.book).touch()
     os.chmod(ground.book, 0o666)
     assert run(ground, Pod("z", ONE))[0]["code"] == 0
-    waiting = ground.start(Pod("a", ONE, rank=1, uid=65534, patience=1))
-    entry, = run(ground, Pod("a", ONE, uid=65534))
-    assert entry["code"] == 83 and "Permission denied" in entry["seen"]
-    assert results(ground, [waiting])[0]["code"] == 84
-    for folder in SharedTree.FOLDERS:  # a folder for all users: another user's tree is passed over, and left
-        os.chmod(ground.path(folder), 0o1777)
-    done = run(ground, *[Pod("b", ONE, rank=rank, uid=65534, keep=0) for rank in (0, 1)])
-    assert [entry["code"] for entry in done] == [0, 0] and len(ground.published()) == 2
+    done = run(ground, *[Pod("a", ONE, rank=rank, uid=65534) for rank in (0, 1)])
+    assert [entry["code"] for entry in done] == [83, 83] and "belongs to another user" in done[0]["seen"]
+    for mode in (0o1777, 0o775):  # a folder for all users is nobody's
+        os.chmod(ground.top, mode)
+        entry, = run(ground, Pod("b", ONE))
+        assert entry["code"] == 83 and "can be written by other users" in entry["seen"]
+    os.chmod(ground.top, 0o755)
+    assert run(ground, Pod("c", ONE))[0]["code"] == 0
+    assert os.stat(ground.top).st_mode & 0o777 == 0o700 and len(ground.published()) == 1
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start pods of another user")
@@ -391,11 +392,13 @@ def test_permission_taken_away(tmp_path):
     ground = Ground(tmp_path, SOURCES)
     ground.entries()
     ground.started = 100
+    for path in [ground.top, *Path(ground.top).rglob("*")]:
+        os.chown(path, 65534, 65534)
     for folder in ("trees", "private", "failed"):
-        os.chmod(ground.path(folder), 0o700)
+        os.chown(ground.path(folder), 0, 0)
         done = run(ground, *[Pod("p", TWO, rank=rank, uid=65534, patience=1) for rank in (0, 1)])
-        assert {entry["code"] for entry in done} <= {83, 84} and all(entry["seen"] for entry in done)
-        os.chmod(ground.path(folder), 0o1777)
+        assert {entry["code"] for entry in done} == {83} and all(folder in entry["seen"] for entry in done)
+        os.chown(ground.path(folder), 65534, 65534)
     assert {entry["code"] for entry in run(ground, *[Pod("p", TWO, 1, rank, uid=65534) for rank in (0, 1)])} == {0}
 
 

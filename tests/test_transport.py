@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from support import SCRIPT, job, need, plan, plant, pythons, tree
 
 import transport
-from pod import payload, process
+from pod import payload
 from transport import LIMITS, Entry, Limits, Refusal, Tree, collect, pack, plan_for
 
 ROOT = Path(transport.__file__).parent
@@ -555,6 +555,7 @@ def test_a_program_holds_what_its_job_needs(description: dict[str, str]) -> None
     assert zlib.decompress(base64.b64decode(sent)) == made.program
     found = parts_of(made.program)
     optional = {"pod.shared": "unpack" in description, "pod.ray_nodes": description.get("cluster") == "pods",
+                "pod.peers": description.get("cluster") == "pods",
                 "pod.ray_cluster": description.get("cluster") == "platform"}
     base = {"pod", "pod.failures", "pod.rank", "pod.payload", "pod.places", "pod.process", "pod.entry"}
     assert set(found) == base | {name for name, there in optional.items() if there}
@@ -700,10 +701,10 @@ def test_one_string_against_the_kernel(over: int) -> None:
 
 @pytest.mark.parametrize("over", [-1, 0, 1])
 def test_the_recipes_own_strings_are_checked_before_anything_is_sent(over: int) -> None:
-    """They travel compressed in the chunks; in the pod they become an environment and an argv again."""
+    """They travel compressed in the chunks; in the pod they become an environment again."""
     size = transport.MAX_STRING + over
     assert plan_for("local", tree(), job(env={"A": "x" * (size - 3)})).fits == (over <= 0)
-    assert plan_for("local", tree(), job(command="x" * (size - 1 - transport.SCRIPT_RESERVE))).fits == (over <= 0)
+    assert plan_for("local", tree(), job(command="x" * size, setup=["x" * size])).fits, "a script is a file there"
     many = {"V%02d" % number: "x" * 100_000 for number in range(25)}
     with pytest.raises(Refusal, match="recipe's environment") as caught:
         plan_for("local", tree(), job(env=many)).require_fit()
@@ -826,7 +827,6 @@ def test_what_does_not_fit_is_said() -> None:
     ("dgxcloud", {"TOKEN": "x" * 10_001}, {}, "shorten the longest variable"),
     ("local", {"TOKEN": "x" * 131_072}, {}, "shorten the longest variable"),
     ("local", {}, {"env": {"A": "x" * 131_072}}, "shorten the longest variable"),
-    ("local", {}, {"setup": ["x" * 131_072]}, "startup command"),
 ])
 def test_what_to_do_fits_what_is_too_long(executor: str, visible: dict, changes: dict, word: str) -> None:
     with pytest.raises(Refusal) as caught:
@@ -864,20 +864,3 @@ def test_a_tree_for_slurm_travels_outside_the_environment() -> None:
 def test_human() -> None:
     assert [transport.human(size) for size in (0, 1023, 1024, 1_234_567, 5 << 30)] == [
         "0 B", "1023 B", "1.0 KiB", "1.2 MiB", "5.0 GiB"]
-
-
-COMMANDS = st.lists(st.text("ab '\"\\$\n(;é", max_size=60), max_size=6)
-CLONES = st.lists(st.fixed_dictionaries({name: st.text("ab/'é:", min_size=1, max_size=40)
-                                         for name in ("url", "ref", "target")}), max_size=3)
-
-
-@given(COMMANDS, CLONES, st.text("a 'é", max_size=60), st.text("a/ é", max_size=700))
-def test_the_pods_script_is_no_longer_than_was_counted(setup, clones, command, workdir):
-    described = job(setup=setup, clones=clones, command=command, tool="python" if command else "")
-    counted = transport._recipe_exec({}, described)[1][2]
-    assert len(process.script_for(described, workdir, 9).encode()) <= len(counted.encode())
-
-
-def test_a_startup_command_of_quotes_does_not_fit() -> None:
-    whole = plan({SCRIPT: b""}, setup=["echo " + "'" * 30_000])
-    assert not whole.fits and plan({SCRIPT: b""}, setup=["echo " + "x" * 60_000]).fits

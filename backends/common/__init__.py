@@ -2,12 +2,13 @@
 executor."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 import screen
 from jobs import Job
+from pod.failures import POD
 from transport import LIMITS, Plan, Refusal, human
 
 
@@ -54,21 +55,36 @@ def require_object(what: str, size: int, executor: str, also: str = "") -> None:
 
 def sent_by_value(job: Job, plan: Plan) -> tuple[str, ...]:
     """The values of secrets that are in the request, and that a server's answer may repeat."""
-    return tuple(plan.env[name] for name, source in job.secrets.items() if source == "env")
+    values = tuple(plan.env[name] for name, source in job.secrets.items() if source == "env")
+    screen.conceal(*values)
+    return values
 
 
-ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d+)")  # a pod's last line (pod/entry.py)
+ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d{1,3})\b")  # a pod's last line (pod/entry.py)
 BEGUN = re.compile(r"airlift: rank \d+ of \d+, sha256 .*, begun ")  # its first, where the job may be retried
 NOT_WHOLE = "airlift_pod_program_did_not_arrive_whole"  # of the bootstrap in transport.py
 ECHOES = (137, 143)  # killed: the exit codes of other ranks when a job ends because of one
 
 
-def codes_in(lines: Iterable[str]) -> dict[str, int]:
-    """rank, as the pod prints it -> exit code; the last line counts."""
-    return {found.group(1): int(found.group(2)) for found in map(ENDED.search, lines) if found}
+def code_in(rank: int, line: str) -> int | None:
+    """The exit code in a line of the log of `rank`, if it is about that rank."""
+    if line.startswith(NOT_WHOLE):
+        return POD
+    found = [int(code) for name, code in ENDED.findall(line) if name in (str(rank), "?", "unknown")]
+    return found[-1] if found else None
 
 
-def first_failure(codes: dict[str, int]) -> int | None:
+def note(codes: dict[int, int], rank: int, line: str) -> None:
+    """Note what a line of that rank's log says of its end. A recipe can print such a line, but not in the log of
+    another rank, and not after the pod's own: so only the last line counts, except for what Slurm adds."""
+    code = code_in(rank, line)
+    if code is not None:
+        codes[rank] = code
+    elif line.strip() and not line.startswith("slurmstepd: "):
+        codes.pop(rank, None)
+
+
+def first_failure(codes: dict[int, int]) -> int | None:
     """The exit code that the job failed with; that of a killed rank only if there is no other."""
     failures = [code for _, code in sorted(codes.items()) if code]
     return next((code for code in failures if code not in ECHOES), failures[0] if failures else None)

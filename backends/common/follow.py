@@ -13,14 +13,14 @@ import urllib3
 
 import screen
 from backends import FINAL, Status
-from backends.common import BEGUN, ECHOES, NOT_WHOLE, codes_in, first_failure
-from pod.failures import POD
+from backends.common import BEGUN, ECHOES, first_failure, note
 from runs import Run
 from transport import Refusal
 
 POLL_S, SLOWER_AFTER_S = 2.0, 120.0  # seconds between two requests for the state; five times that for a long job
 PATIENCE_S = 600.0  # how long the platform may be out of reach while a job is followed
 QUIET_S, SO_FAR_S = 1.5, 20.0  # a log that never ends has been read after that silence, or that time
+LONGEST = 1 << 20  # characters of a line that are kept until its end comes; a longer one is passed on in parts
 OTHERS_S = 30.0  # for reading the logs of all ranks after a failure
 IMAGE_TROUBLE = re.compile("ErrImagePull|ImagePullBackOff|InvalidImageName|[Ff]ailed to pull image|[Bb]ack-off pulling")
 BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, Refusal)
@@ -37,7 +37,7 @@ class Follower:
     def __init__(self, run: Run, ask: Callable[[], Status], open_log: Callable[[int, bool], Iterator[str] | None],
                  trouble: Callable[[], str]) -> None:
         self.run, self.ask, self.open_log, self.trouble = run, ask, open_log, trouble
-        self.codes: dict[str, int] = {}  # rank, as the pod prints it -> exit code
+        self.codes: dict[int, int] = {}  # rank -> exit code, as its pod said it last
         self.attempts = 0  # starts of the first rank that is shown, by its log
         self.ran = False  # all pods have been up at the same time
         self.heard = time.monotonic()  # when the platform last answered
@@ -107,11 +107,11 @@ class Follower:
                     fix = refusal.fix + "; the job goes on: python launch.py logs -f " + self.run.id
                     raise Refusal(refusal.what, fix, refusal.code) from None
                 if not warned:
-                    self._print("-- %s; trying again for %.0f minutes\n" % (refusal.what, PATIENCE_S / 60))
+                    self._say("%s; trying again for %.0f minutes" % (refusal.what, PATIENCE_S / 60))
                 warned = True
             else:
                 if status.state == "running":
-                    self.run.seen_running()
+                    self.run.running_since = self.run.running_since or time.time()
                 if status != last:
                     self._print(screen.status_line(status, self.run) + "\n")
                 last = status
@@ -120,7 +120,7 @@ class Follower:
                 if status.state in ("waiting", "failed") and not self.ran and not self.codes:
                     trouble = self._trouble()
                 if IMAGE_TROUBLE.search(trouble):
-                    raise Refusal("the image cannot be pulled: " + trouble[:300], "correct container_image or the pull "
+                    raise Refusal("the image cannot be pulled: " + trouble, "correct container_image or the pull "
                                   "secrets; end the job with: python launch.py cancel " + self.run.id, 4)
                 if status.state in FINAL:
                     return status
@@ -129,7 +129,7 @@ class Follower:
 
     def _trouble(self) -> str:
         try:
-            return self.trouble()
+            return screen.said(self.trouble())
         except BROKEN:  # not every installation has events, and the state matters more
             return ""
 
@@ -149,27 +149,27 @@ class Follower:
             except Refusal as refusal:
                 why = refusal.what + "; " + refusal.fix
                 if refusal.code == 4 and self.ran:  # before that, its pod may not exist yet
+                    if shown:
+                        self._say("the log of rank %d ends here: %s" % (rank, why))
                     break
             except BROKEN:
                 pass  # if the platform cannot be reached, ask() reports it
             if not last_round:
                 self.over.wait(POLL_S)
         if not shown:
-            self._print("-- no log of rank %d: %s\n" % (rank, why))
+            self._say("no log of rank %d: %s" % (rank, why))
 
     def _show(self, rank: int, line: str) -> None:
-        self._note(line)
+        note(self.codes, rank, line)
         if rank == self.run.ranks[0] and BEGUN.search(line):
             self.attempts += 1
             if self.attempts > 1:
-                self._print("-- attempt %d of %d\n" % (self.attempts, self.run.starts))
-        self._print(screen.rank(rank) + line if len(self.run.ranks) > 1 else line)
+                self._say("attempt %d of %d" % (self.attempts, self.run.starts))
+        self._print(screen.rank(rank) + line.rstrip("\n") + "\n" if len(self.run.ranks) > 1 else line)
 
-    def _note(self, line: str) -> None:
-        self.codes |= codes_in([line])
-        if line.startswith(NOT_WHOLE):
-            self.codes["?"] = POD
-
+    def _say(self, text: str) -> None:
+        """A line of our own."""
+        self._print("-- %s\n" % screen.plain(text)[:screen.LONGEST])
     def _print(self, text: str) -> None:
         with self.lock:
             if not self.mute:
@@ -181,35 +181,49 @@ class Follower:
         silent = []
         deadline = time.monotonic() + OTHERS_S
         for rank in range(self.run.nodes):
-            if str(rank) in self.codes or time.monotonic() > deadline:
+            if rank in self.codes or time.monotonic() > deadline:
                 continue
             try:
                 log = self.open_log(rank, True)
                 for line in lines(log or ()):
-                    self._note(line)
+                    note(self.codes, rank, line)
                     if time.monotonic() > deadline:
                         break
             except BROKEN:
                 continue
-            if log is not None and str(rank) not in self.codes:
+            if log is not None and rank not in self.codes:
                 silent.append(rank)
         return silent
 
 
 def lines(pieces: Iterable[str]) -> Iterator[str]:
-    """Whole lines, with line ends, from pieces of text; a last line without an end gets one."""
-    rest = ""
+    """Whole lines, with line ends, from pieces of text; a last line without an end gets one. A line longer than LONGEST
+    comes in parts, cut at the same places however the pieces are cut."""
+    held, size = list[str](), 0  # the beginning of a line, and its length
     for piece in pieces:
-        *whole, rest = (rest + piece).split("\n")
+        *whole, rest = piece.split("\n")
         for line in whole:
-            yield line + "\n"
-    if rest:
-        yield rest + "\n"
+            *parts, last = cut("".join(held) + line)
+            yield from parts
+            yield last + "\n"
+            held, size = [], 0
+        held.append(rest)
+        size += len(rest)
+        if size > LONGEST:
+            *parts, last = cut("".join(held))
+            yield from parts
+            held, size = [last], len(last)
+    if "".join(held):
+        yield "".join(held) + "\n"
+
+
+def cut(line: str) -> list[str]:
+    return [line[at:at + LONGEST] for at in range(0, len(line), LONGEST)] or [line]
 
 
 def so_far(pieces: Iterator[str]) -> Iterator[str]:
     """The log so far, from a stream that follows its pod: until it is silent for QUIET_S, or for SO_FAR_S at most."""
-    came: queue.SimpleQueue[str | Exception | None] = queue.SimpleQueue()
+    came: queue.Queue[str | Exception | None] = queue.Queue(64)  # bounded: the reader waits for what is not taken
 
     def read() -> None:
         try:

@@ -1,11 +1,26 @@
 """The client of Lepton's API: the SDK's own, with Airlift's timeouts and retries, and its errors in plain English."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import screen
 from runs import Run
 from transport import Refusal
+
+
+class Errors:
+    """Standard error: the SDK prints there what it does not understand of an answer, which may repeat secrets."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.stream.write(screen.hide(text)[:10_000])
+        return len(text)
 
 
 def connect(ca_bundle: str | None) -> Any:
@@ -22,6 +37,9 @@ def connect(ca_bundle: str | None) -> Any:
     except (WorkspaceConfigurationError, TypeError):  # a TypeError if there is no token
         raise Refusal("there are no Lepton credentials here",
                       "export LEPTON_WORKSPACE_ID and LEPTON_WORKSPACE_TOKEN, or run `lep login`", 4) from None
+    screen.conceal(client.auth_token)
+    if not isinstance(sys.stderr, Errors):
+        sys.stderr = Errors(sys.stderr)
     http.harden(client._session, ca_bundle)
     return client
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypedDict
 
+import screen
 from backends import FINAL, GONE, Status
 from backends.common import import_nemo, job_name, require_object, sent_by_value
 from backends.common.follow import IMAGE_TROUBLE, POLL_S, Follower
@@ -115,7 +116,7 @@ def end(client: Any, run: Run) -> str:
     except Refusal as refusal:
         if refusal.http == 404:
             return "there was nothing left to remove"
-        print("-- %s; %s" % (refusal.what, refusal.fix), flush=True)
+        print(screen.plain("-- %s; %s" % (refusal.what, refusal.fix))[:screen.LONGEST], flush=True)
         return "it may still be running: " + refusal.what
 
 
@@ -172,13 +173,14 @@ def await_ready(client: Any, name: str, patience: float) -> None:
         cluster = read_cluster(client, name)
         state = cluster.status.state.value if cluster.status else "Unknown"
         if state != last:
-            print("-- Ray cluster %s is %s after %.0f s" % (name, state, time.monotonic() - begun), flush=True)
+            after = time.monotonic() - begun
+            print(screen.plain("-- Ray cluster %s is %s after %.0f s" % (name, state, after)), flush=True)
         last = state
         if state == "Ready":
             return
         why = _conditions(cluster)
         if IMAGE_TROUBLE.search(why):
-            raise Refusal("the image cannot be pulled: " + why[:300], "correct container_image or the pull secrets", 4)
+            raise Refusal("the image cannot be pulled: " + why, "correct container_image or the pull secrets", 4)
         if state in ("Deleting", "Stopping", "Stopped"):
             raise Refusal("Ray cluster %s is %s" % (name, state), "start it in the console, or name another", 4)
         if time.monotonic() - begun > patience:
@@ -194,7 +196,7 @@ def read_cluster(client: Any, name: str) -> Any:
 def _conditions(cluster: Any) -> str:
     """What keeps a cluster from being Ready."""
     conditions = (cluster.status.conditions if cluster.status else None) or []
-    return "; ".join("%s: %s" % (c.reason, c.message) for c in conditions if c.status != "True")
+    return screen.said("; ".join("%s: %s" % (c.reason, c.message) for c in conditions if c.status != "True"))
 
 
 def ray(client: Any, run: Run, method: str, path: str, **body: Any) -> Any:
@@ -237,7 +239,7 @@ def stage(client: Any, run: Run, plan: Plan) -> None:
     path = "/api/packages/gcs/" + package_name
     ask_lepton("upload the source", client, lambda: ray(client, run, "PUT", path, data=data))
     name, folder = run.id + "-stage", STAGED % run.id
-    script = "umask 077; mkdir -p %s && cp pod.py chunks.json %s/" % (folder, folder)
+    script = "umask 077; mkdir %s && cp pod.py chunks.json %s/" % (folder, folder)  # what is there is not ours
     submit_job(client, run, name, script, {"working_dir": "gcs://" + package_name})
     deadline = time.monotonic() + DASHBOARD_S
     while (found := details(client, run, name))["status"] in ("PENDING", "RUNNING"):
@@ -246,8 +248,9 @@ def stage(client: Any, run: Run, plan: Plan) -> None:
                           "check whether the cluster is busy", 4)
         time.sleep(POLL_S)
     if found["status"] != "SUCCEEDED":
-        raise Refusal("the source could not be put on Ray cluster %s: %s"
-                      % (run.record["cluster"], found.get("message") or found["status"]), "see the job's log there", 4)
+        why = screen.said(str(found.get("message") or found["status"]))
+        raise Refusal("the source could not be put on Ray cluster %s: %s" % (run.record["cluster"], why),
+                      "see the job's log there", 4)
 
 
 def details(client: Any, run: Run, name: str) -> Any:
@@ -261,7 +264,8 @@ def ask(client: Any, run: Run) -> Status:
         if refusal.http == 404:
             return Status("cancelled", GONE, gone=True)
         raise
-    return Status(STATES.get(found["status"], "waiting"), found["status"])
+    word = screen.said(str(found["status"]))
+    return Status(STATES.get(word, "waiting"), word)
 
 
 def open_log(client: Any, run: Run, rank: int, on: bool) -> Iterator[str] | None:

@@ -1,12 +1,16 @@
 """The client of run:AI's control plane: its REST API, a token that is renewed, and its errors in plain English."""
 
+import time
 import urllib.parse
 from typing import Any
 
 import requests
 
+import screen
 from backends.common import http
 from transport import Refusal
+
+PAGES = 1_000  # of 50 projects each: far more than any installation has
 
 
 class Client:
@@ -20,6 +24,7 @@ class Client:
         self.session = http.harden(requests.Session(), settings.get("ca_bundle"))
         self.session.mount(self.base + "/token", http.Adapter(settings.get("ca_bundle"), http.REPEATABLE | {"POST"}))
         self.token = ""
+        screen.conceal(self.secret)
 
     def signed_in(self) -> "Client":
         self.token = self.ask_token()
@@ -35,7 +40,7 @@ class Client:
             answer = response.json() if response.content else {}
             if isinstance(answer, dict):
                 return answer
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
         raise Refusal("run:AI at %s did not answer with a JSON object to: %s" % (self.base, doing),
                       "check base_url: it ends in /api/v1", 5)
@@ -68,24 +73,30 @@ class Client:
                 refusal.fix = http.CREDENTIALS["run:AI"]
             raise refusal
         try:
-            return str(response.json()["accessToken"])
-        except (ValueError, KeyError, TypeError):
+            token = str(response.json()["accessToken"])
+            screen.conceal(token)
+            return token
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise Refusal("run:AI at %s gave no token" % self.base, "check base_url: it ends in /api/v1", 5) from None
 
     def project(self, name: str) -> tuple[str, str]:
         """(project id, cluster id). Raises Refusal (exit code 4) that names the existing projects."""
         known: list[str] = []
-        offset = 0
-        while True:
+        offset, deadline = 0, time.monotonic() + http.ANSWER_S
+        for _ in range(PAGES):
             page = self.call("GET", "/org-unit/projects", "list the projects", offset=str(offset), limit="50")
-            projects = page.get("projects", [])
+            projects = page.get("projects", [])[:50]
             for project in projects:
                 if project["name"] == name:
                     return str(project["id"]), str(project["clusterId"])
-            known += [str(project["name"]) for project in projects]
+            known += [str(project["name"]) for project in projects if len(known) < 100]
             offset += len(projects)
             if not projects or not page.get("next"):
                 break
+            if time.monotonic() > deadline:
+                raise http.endless(self.origin, "has not listed its projects after %.0f s" % http.ANSWER_S)
+        else:
+            raise http.endless(self.origin, "lists more than %d projects" % (50 * PAGES))
         raise Refusal("run:AI has no project %r that this client may see" % name,
                       "it sees %s; set project_name in the profile" % (", ".join(known) or "none"), 4)
 

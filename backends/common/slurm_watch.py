@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import screen
 from backends import FINAL, GONE, Status
-from backends.common import ENDED, codes_in, first_failure
+from backends.common import code_in, first_failure
 from backends.common.ssh import Host, last_lines
 from runs import Run
 from transport import Refusal
@@ -17,7 +17,7 @@ from transport import Refusal
 POLL_S = 2.0  # seconds between two requests
 PATIENCE_S = 120.0  # seconds without an answer until following gives up
 LATE_S = 10.0  # seconds for the end of a log to reach the login node through a shared file system
-MOST = 1 << 20  # bytes of one log in one answer
+MOST = 1 << 20  # bytes of one log in one answer, and of a line that are kept until its end comes
 STATES = {
     "RUNNING": "running", "COMPLETING": "running", "RESIZING": "running", "SIGNALING": "running", "STOPPED": "running",
     "STAGE_OUT": "running", "COMPLETED": "done", "CANCELLED": "cancelled", "REVOKED": "cancelled", "FAILED": "failed",
@@ -112,6 +112,11 @@ done
 """
 
 
+def rank_of(log: str) -> int:
+    """The rank whose log has this name: log-NAME_JOB_RANK_RESTART.out."""
+    return int(log.split("_")[-2])
+
+
 class Watch:
     """Watches one job: its states, and what its logs have grown by."""
 
@@ -132,9 +137,13 @@ class Watch:
             self.host.run(forget(self.run.record["folder"]))
         if status.state == "failed" and status.exit_code is not None:
             where = self.run.record["folder"], self.run.record["job"]
-            script = "cd %s && for log in log-*_%s_*.out; do tail -c 300 \"$log\"; done" % where
-            ends = self.host.run(script).stdout.decode("utf-8", "replace").splitlines()
-            return replace(status, exit_code=first_failure(codes_in(ends)) or status.exit_code)
+            script = "cd %s && for log in log-*_%s_*.out; do tail -c 900 \"$log\" | sed \"s/^/$log /\"; echo; done" % where
+            codes: dict[int, int] = {}
+            for found in self.host.run(script).stdout.decode("utf-8", "replace").split("\n"):
+                log, _, line = found.partition(" ")
+                if log.endswith(".out"):
+                    note(codes, rank_of(log), line)
+            return replace(status, exit_code=first_failure(codes) or status.exit_code)
         return status
 
     def to_the_end(self) -> Status:
@@ -151,7 +160,7 @@ class Watch:
                 continue
             heard = time.monotonic()
             if status.state == "running":
-                self.run.seen_running()
+                self.run.running_since = self.run.running_since or time.time()
             if status != last:
                 print(screen.status_line(status, self.run), flush=True)
                 last = status
@@ -194,16 +203,20 @@ class Watch:
 
     def print_part(self, name: str, data: bytes) -> None:
         self.offsets[name] = self.offsets.get(name, 0) + len(data)
-        *whole, self.rests[name] = (self.rests.get(name, b"") + data).split(b"\n")
+        *whole, rest = (self.rests.get(name, b"") + data).split(b"\n")
         for line in whole:
             self.print_line(name, line)
+        if len(rest) > MOST:
+            self.print_line(name, rest, b"\n" if len(self.run.ranks) > 1 else b"")
+            rest = b""
+        self.rests[name] = rest
         sys.stdout.flush()
 
-    def print_line(self, name: str, line: bytes) -> None:
-        if ENDED.search(line.decode("utf-8", "replace")):
+    def print_line(self, name: str, line: bytes, end: bytes = b"\n") -> None:
+        if code_in(rank_of(name), line.decode("utf-8", "replace")) is not None:
             self.ended.add(name)
-        prefix = screen.rank(name.split("_")[-2]).encode() if len(self.run.ranks) > 1 else b""
-        sys.stdout.buffer.write(prefix + line + b"\n")
+        prefix = screen.rank(rank_of(name)).encode() if len(self.run.ranks) > 1 else b""
+        sys.stdout.buffer.write(prefix + line + end)
 
     def print_rests(self) -> None:
         for name, rest in self.rests.items():
