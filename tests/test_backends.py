@@ -57,7 +57,7 @@ def test_the_folder_holds_the_executors_and_common_only() -> None:
 
 
 def test_an_executor_that_there_is_none_for() -> None:
-    with pytest.raises(Refusal, match="executor skypilot can plan") as caught:
+    with pytest.raises(Refusal, match="executor skypilot can only make dry runs") as caught:
         backends.backend("skypilot")
     assert caught.value.code == 2 and all(name in caught.value.fix for name in EXECUTORS)
 
@@ -110,17 +110,21 @@ def test_what_is_not_the_end_or_only_concluded_is_asked_for_again(stub: Any, sai
     assert made.asked == 2 and run.ended is None
 
 
-def test_the_end_is_waited_for_but_not_for_ever() -> None:
+def test_the_end_is_waited_for_but_not_for_ever(monkeypatch: Any) -> None:
+    clock = [0.0]
     states = iter([Status("waiting"), Status("running"), Status("done")])
-    assert backends.await_end(lambda: next(states), 0) == Status("done")
-    assert backends.await_end(lambda: Status("running"), 0, 0.01) == Status("running")
+    monkeypatch.setattr(backends.time, "sleep", lambda seconds: clock.append(clock[-1] + seconds))
+    monkeypatch.setattr(backends.time, "monotonic", lambda: clock[-1])
+    assert backends.stop_and_wait("job 7", lambda: next(states), list) == "job 7 was cancelled"
+    said = backends.stop_and_wait("job 7", lambda: Status("running", "RUNNING"), list)
+    assert said == "job 7 was told to stop, and is still RUNNING" and 60 <= clock[-1] <= 63
 
 
 def test_what_a_backend_cannot_is_refused_in_one_place(stub: Any) -> None:
     from jobs import Job
 
     stub(Status("done"))
-    ray = Job("t23456", "a/b", "local", 2, 0, 1, None, {}, support.job(nodes=2, launch="ray"), {})
+    ray = Job("t23456", "a/b", "local", 2, 0, 1, None, {}, support.job(nodes=2, launch="ray", cluster="pods"), {})
     with pytest.raises(Refusal, match="--detach is not supported by executor local"):
         backends.require(ray, False)
     with pytest.raises(Refusal, match="a Ray recipe on 2 nodes is not supported by executor local"):

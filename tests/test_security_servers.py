@@ -585,7 +585,8 @@ def test_a_code_of_our_own_is_told_as_the_logs_word(monkeypatch, capsys, tmp_pat
 
 def test_on_slurm_each_rank_has_a_file_of_its_own(tmp_path):
     logs = {0: END % (1, 85) + END % (0, 143) + "\nsrun: error: task 0 was ended",
-            1: END % (0, 85) + "\r log-fam_7_0_0.out " + END % (0, 85) + END % (1, 37) + "\n\nlog-fam_7_0_0.out " + END % (0, 85)}
+            1: END % (0, 85) + "\r log-fam_7_0_0.out " + END % (0, 85) + "\n\nlog-fam_7_0_0.out " + END % (0, 85) + "\n"
+               + END % (1, 37) + "\n"}
     for rank, text in logs.items():
         (tmp_path / ("log-fam_7_%d_0.out" % rank)).write_text(text)
     run = Run("t23456", "fam/x", "p", "slurm", 2, "0" * 64, record={

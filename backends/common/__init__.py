@@ -80,7 +80,7 @@ def note(codes: dict[int, int], rank: int, line: str) -> None:
     code = code_in(rank, line)
     if code is not None:
         codes[rank] = code
-    elif line.strip() and not line.startswith("slurmstepd: "):
+    elif line.strip() and not line.startswith(("slurmstepd: ", "srun: ")):
         codes.pop(rank, None)
 
 

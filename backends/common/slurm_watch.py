@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import screen
 from backends import FINAL, GONE, Status
-from backends.common import code_in, first_failure
+from backends.common import code_in, first_failure, note
 from backends.common.ssh import Host, last_lines
 from runs import Run
 from transport import Refusal
@@ -137,9 +137,9 @@ class Watch:
             self.host.run(forget(self.run.record["folder"]))
         if status.state == "failed" and status.exit_code is not None:
             where = self.run.record["folder"], self.run.record["job"]
-            script = "cd %s && for log in log-*_%s_*.out; do tail -c 900 \"$log\" | sed \"s/^/$log /\"; echo; done" % where
+            script = "cd %s && for log in log-*_%s_*.out; do tail -c 900 \"$log\" | sed \"s/^/$log /\"; echo; done"
             codes: dict[int, int] = {}
-            for found in self.host.run(script).stdout.decode("utf-8", "replace").split("\n"):
+            for found in self.host.run(script % where).stdout.decode("utf-8", "replace").split("\n"):
                 log, _, line = found.partition(" ")
                 if log.endswith(".out"):
                     note(codes, rank_of(log), line)
