@@ -10,8 +10,6 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +24,7 @@ os.environ["NEMORUN_HOME"], os.environ["LEPTON_CACHE_DIR"] = str(STATE / "nemo")
 
 import layout  # noqa: E402
 import pytest  # noqa: E402
+from forked import Forked  # noqa: E402
 
 import jobs  # noqa: E402
 import launch  # noqa: E402
@@ -122,13 +121,9 @@ class Cloud:
         assert "Traceback" not in said.out + said.err, said.err
         return Result(code, said.out, said.err)
 
-    def process(self, *words, **options):
+    def process(self, *words):
         """launch.py as a process of its own, with our profiles."""
-        start = ("import sys; sys.path.insert(0, %r); import profiles, launch, backends.common.follow, pathlib;"
-                 "profiles.FOLDER = pathlib.Path(%r); backends.common.follow.POLL_S = 0.1; sys.exit(launch.main(sys.argv[1:]))"
-                 % (str(layout.REPO), str(self.folder)))
-        return subprocess.Popen([sys.executable, "-c", start, *map(str, words)], text=True, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self.place, **options)
+        return Forked([str(word) for word in words], self.folder, self.place)
 
     # -- the platform's side
 

@@ -315,7 +315,7 @@ def both_read(value):
     assert repr(OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)) == repr(value)
 
 
-@settings(FUZZ, max_examples=250)
+@settings(FUZZ, max_examples=100)
 @given(NESTED)
 def test_what_is_dumped_both_readers_read_back(value):
     both_read(value)
