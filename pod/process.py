@@ -85,6 +85,10 @@ def pip_command(extras: list[str]) -> list[str]:
     return [" ".join(pip)] * bool(extras)
 
 
+HEED = """trap AIRLIFT_TERM=143 TERM; trap AIRLIFT_TERM=130 INT
+trap '[ -z "${AIRLIFT_TERM:-}" ] || exit $AIRLIFT_TERM' DEBUG"""
+
+
 def script_for(job: dict, workdir: str, ready: int) -> str:
     """The one bash script: startup commands, then the recipe. Between them a byte goes to the descriptor `ready`, which
     tells whose exit code it is. When TERM arrives, a bash with a trap waits for the command that runs and goes on from
@@ -103,10 +107,7 @@ def script_for(job: dict, workdir: str, ready: int) -> str:
         tool = shlex.quote(job["tool"])
         lines.append("command -v %s >/dev/null || { echo 'airlift: there is no '%s' in this image' >&2; exit %d; }"
                      % (tool, tool, TOOL))
-    lines += ["trap AIRLIFT_TERM=143 TERM; trap AIRLIFT_TERM=130 INT",
-              "trap '[ -z \"${AIRLIFT_TERM:-}\" ] || exit $AIRLIFT_TERM' DEBUG",
-              "echo >&%d; exec %d>&-" % (ready, ready), job["command"]]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, HEED, "echo >&%d; exec %d>&-" % (ready, ready), job["command"], ""])
 
 
 class Child:

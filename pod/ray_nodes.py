@@ -32,7 +32,7 @@ from pod.failures import LOST, RAY, TOOL, Failure, complain, say
 from pod.payload import read_file, whole
 from pod.peers import Line, Pods, keyed, proven_head
 from pod.places import Places, no_place, private
-from pod.process import Child, become_subreaper, children_of
+from pod.process import HEED, Child, become_subreaper, children_of
 from pod.rank import free_port
 
 
@@ -286,7 +286,7 @@ def folder(env: dict[str, str], run: str) -> str:
 def command_for(job: dict, places: Places, rank: int, env: dict[str, str]) -> str:
     """What bash runs in place of the recipe: this program again, as RayHead or RayWorker."""
     settings = {name: job[name] for name in ("run", "nodes", "patience", "secret")}
-    settings.update(rank=rank, script=places.keep("recipe.sh", job["command"].encode()))
+    settings.update(rank=rank, script=places.keep("recipe.sh", (HEED + "\n" + job["command"]).encode()))
     words = [sys.executable or "python3", "-I", "-S", places.program(env), "ray",
              places.keep("ray.json", json.dumps(settings).encode())]
     return " ".join(map(shlex.quote, words))

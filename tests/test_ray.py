@@ -20,7 +20,7 @@ from backends.common import http
 from pod import ray_cluster
 from tests.emulators import fields
 
-PATIENCE = 40
+PATIENCE = 150
 
 # Says where each node's tasks ran and which tree they found there: the code is imported on the node, from its own copy.
 WHERE = """\
