@@ -296,7 +296,7 @@ def test_a_failure_of_the_pod_itself_is_explained(place, profile, code, what):
     done = place.run("nano3", "sft", "mine")
     first, second = done.stderr.splitlines()
     assert done.returncode == 1
-    assert first.startswith("airlift: the job failed with exit code %d after " % code) and second.startswith(what)
+    assert first.startswith("airlift: the job failed with exit code %d after " % code) and second.startswith("the pod's log says: " + what)
     place.nothing_left()
 
 

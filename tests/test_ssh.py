@@ -83,7 +83,8 @@ def test_the_shared_connection_has_a_private_folder_that_goes(fake, tmp_path):
     assert (tmp_path / "argv").read_text().splitlines() == ["-o", "ControlPath=%s/socket" % folder, "-O", "exit", "there"]
 
 
-def test_each_command_is_told_where_that_is_asked_for(fake, capsys):
+def test_each_command_is_told_where_that_is_asked_for(fake, capsys, monkeypatch):
+    monkeypatch.setattr(screen, "VERBOSE", False)  # whatever another test has asked for
     fake("exec sh -s\n")
     FAR.run("true")
     assert capsys.readouterr() == ("", "")
