@@ -15,6 +15,7 @@ from transport import Refusal
     ("JobId=7 JobState=RUNNING Reason=None Restarts=1 ExitCode=0:0", Status("running", "RUNNING, attempt 2 of 3")),
     ("JobId=7 JobState=COMPLETED Reason=None Restarts=0 ExitCode=0:0", Status("done", "COMPLETED", 0)),
     ("JobId=7 JobState=FAILED Reason=NonZeroExitCode Restarts=0 ExitCode=3:0", Status("failed", "FAILED", 3)),
+    ("JobId=7 JobState=FAILED Reason=RaisedSignal:9 Restarts=0 ExitCode=0:9", Status("failed", "FAILED")),
     ("JobId=7 JobState=TIMEOUT Reason=TimeLimit Restarts=0 ExitCode=0:15 TimeLimit=00:01:00",
      Status("failed", "TIMEOUT: it reached its time limit of 00:01:00")),
     ("FAILED|3:0|04:00:00\n", Status("failed", "FAILED", 3)),

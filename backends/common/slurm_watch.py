@@ -86,7 +86,7 @@ def read_state(text: str, starts: int = 1) -> Status:
     if fields.get("Restarts", "0") != "0":
         detail += ", attempt %d of %d" % (int(fields["Restarts"]) + 1, starts)
     code = re.match("[0-9]+", fields.get("ExitCode", "")) if word == "FAILED" else None
-    return Status(state, detail, 0 if state == "done" else int(code.group()) if code else None)
+    return Status(state, detail, 0 if state == "done" else (int(code.group()) or None) if code else None)
 
 
 def forget(folder: str) -> str:
