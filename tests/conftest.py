@@ -40,3 +40,19 @@ def pytest_runtest_makereport(item, call):
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
     return _no_skip((yield))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A small checkout of NVIDIA's layout, which the launcher takes for its own."""
+    import inside
+
+    return inside.checkout(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def say(here, capsys):
+    """Runs the launcher in this process, in that checkout: (exit code, output, errors)."""
+    import inside
+
+    return inside.speaker(capsys)

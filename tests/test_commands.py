@@ -3,20 +3,8 @@ executors."""
 
 import json
 
-import inside
-import pytest
 from inside import CONFIGS, FAMILY
 from layout import REPO, write
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    return inside.checkout(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def say(here, capsys):
-    return inside.speaker(capsys)
 
 
 def test_list(say, here):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import inside
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,17 +20,6 @@ import commands
 import launch
 import runs
 import transport
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    return inside.checkout(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def say(here, capsys):
-    return inside.speaker(capsys)
-
 
 # ---------------------------------------------------------------- refusals: exit code and two lines
 REFUSALS = [

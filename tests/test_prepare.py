@@ -6,23 +6,12 @@ import os
 import shutil
 from pathlib import Path
 
-import inside
 import pytest
 from inside import FAMILY, check_shape, plan_of
 from layout import recipe, write
 
 import recipes
 import transport
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    return inside.checkout(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def say(here, capsys):
-    return inside.speaker(capsys)
 
 
 @pytest.mark.parametrize("profile", ["local", "docker", "slurm", "lepton", "lepton_gcp", "dgxcloud"])

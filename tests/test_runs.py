@@ -19,16 +19,6 @@ from transport import Entry, Refusal, Tree
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    return inside.checkout(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def say(here, capsys):
-    return inside.speaker(capsys)
-
-
-@pytest.fixture
 def home(tmp_path, monkeypatch):
     """Airlift's own state, which is not there yet."""
     monkeypatch.setenv("AIRLIFT_HOME", str(tmp_path / "state"))

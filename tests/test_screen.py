@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import inside
 import layout
 import pytest
 from hypothesis import given
@@ -137,16 +136,6 @@ def test_without_the_option_a_step_is_silent(capsys: pytest.CaptureFixture[str])
 
 
 # ---------------------------------------------------------------- the dry run
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    return inside.checkout(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def say(here, capsys):
-    return inside.speaker(capsys)
 
 
 def test_a_dry_run_shows_what_would_happen(say, here):
