@@ -278,6 +278,8 @@ def explained(error):
         return error.what, error.fix, error.code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "python launch.py status shows what was started", 130
+    if isinstance(error, ImportError):
+        return "a library cannot be imported: %s" % error, "make setup, or pip install -r requirements.txt", 2
     if isinstance(error, OSError):
         name = "%s: " % error.filename if error.filename else ""
         return name + (error.strerror or str(error)), "check that it exists, its permissions, and the space on disk", 2

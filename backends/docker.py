@@ -158,11 +158,8 @@ def docker_executor(job: Job, mounts: list[str]) -> Any:
 
 def connect() -> Any:
     """The daemon's client. Raises Refusal with exit code 4 if it refuses, 5 if it cannot be reached."""
-    try:
-        with screen.step("import docker"):
-            import docker
-    except ImportError as error:
-        raise Refusal("Docker's SDK cannot be imported: %s" % error, "pip install -r requirements.txt") from None
+    with screen.step("import docker"):
+        import docker
 
     def sign_in() -> Any:  # the SDK would ask for the daemon's version itself, before there is a session to confine
         first = docker.from_env(timeout=ANSWER_S, version=docker.constants.MINIMUM_DOCKER_API_VERSION)

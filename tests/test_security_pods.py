@@ -428,7 +428,7 @@ def test_what_is_checked_beside_a_manifest_is_what_runs(open_path: Path, how: st
     code, sent = open_path / "job/code", job(command="echo RECIPE RAN")
     run = transport.plan_for("slurm", tree(), sent)
     with tarfile.open(fileobj=BytesIO(transport.native(run, sent)), mode="r:gz") as tar:
-        tar.extractall(code, filter="fully_trusted")
+        tar.extractall(code)  # our own; not every 3.11 knows filters
     script = code / SCRIPT
     for path in [code, *code.rglob("*")] if how == "open" else []:
         path.chmod(0o777)

@@ -26,12 +26,9 @@ class Errors:
 def connect(ca_bundle: str | None) -> Any:
     """The SDK's client. Raises Refusal (exit code 4) if there are no credentials."""
     from backends.common import http
-    try:
-        with screen.step("import leptonai"):
-            from leptonai.api.v2.client import APIClient
-            from leptonai.api.v2.utils import WorkspaceConfigurationError
-    except ImportError as error:
-        raise Refusal("the Lepton SDK cannot be imported: %s" % error, "pip install -r requirements.txt") from None
+    with screen.step("import leptonai"):
+        from leptonai.api.v2.client import APIClient
+        from leptonai.api.v2.utils import WorkspaceConfigurationError
     try:
         client = APIClient()
     except (WorkspaceConfigurationError, TypeError):  # a TypeError if there is no token
