@@ -527,7 +527,7 @@ def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str
         chunks = stream("TREE", done.data, size)
         whole |= chunks | stream("POD", zlib.compress(program, 9), size)
         whole |= stream("JOB", zlib.compress(json.dumps(job, sort_keys=True).encode(), 9), size)
-    argv = list(ARGV) if limits.chunk else ["python3", "pod.py"]
+    argv = list(ARGV) if limits.chunk else ["python3", PROGRAM]
     budgets = _budgets(whole, argv, limits, recipe)
     budgets[:0] = [("one file", largest, MAX_FILE) for largest, _ in tree.oversize[:1]]
     biggest = sorted([*tree.oversize, *((len(entry.data), entry.path) for entry in tree.entries)], reverse=True)[:10]
@@ -535,28 +535,46 @@ def plan_for(executor: str, tree: Tree, job: dict[str, Any], *, compression: str
                 program, max(0, len(chunks) - 2), size, tuple(budgets), tuple(biggest))
 
 
-MANIFEST = "airlift.json"
+PROGRAM, MANIFEST, ARCHIVE = "pod.py", "airlift.json", "tree.tar."  # the last with the compression behind it
 
 
-def native(plan: Plan, job: dict[str, Any]) -> bytes:
-    """The plan's tree with pod.py and a manifest beside it, as gz, for an executor that brings files by itself: the pod
-    reads the job's description there and what each path must be, a digest or "-> target"."""
-    members: dict[str, str] = {}
-    buffer = io.BytesIO()
-    with (tarfile.open(fileobj=io.BytesIO(plan.tar)) as tree,
-          tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar):
-        for info in tree:
-            file = tree.extractfile(info) if info.isfile() else None
-            data = file.read() if file else b""
-            members[info.name] = hashlib.sha256(data).hexdigest() if file else "-> " + info.linkname
-            tar.addfile(info, io.BytesIO(data))
-        description = {"sha256": plan.digest, "files": plan.files, "compression": plan.compression}
-        manifest = json.dumps(job | {"tree": description, "members": members}, sort_keys=True, indent=1)
-        for name, data in (("pod.py", plan.program), (MANIFEST, manifest.encode())):
-            info = tarfile.TarInfo(name)
-            info.mode, info.size = 0o600, len(data)  # the description holds env_vars
-            tar.addfile(info, io.BytesIO(data))
-    return compress(buffer.getvalue(), "gz")
+def files(plan: Plan, job: dict[str, Any]) -> dict[str, bytes]:
+    """The plan as three files, name -> content, for an executor that copies files: the pod program, the manifest (the
+    job's description, with the digest of the tar as it lies there) and the tar."""
+    tree = {"sha256": plan.digest, "files": plan.files, "compression": plan.compression,
+            "bytes": len(plan.tar), "packed": hashlib.sha256(plan.tar).hexdigest()}
+    manifest = json.dumps(job | {"tree": tree}, sort_keys=True, indent=1).encode()
+    return {PROGRAM: plan.program, MANIFEST: manifest, ARCHIVE + plan.compression: plan.tar}
+
+
+# What starts a pod from those files: python3 -c CHECKED FOLDER <SHA-256 of the program> <SHA-256 of the manifest>. The
+# digests stand where nobody can change them any more (Slurm keeps a copy of its own of the batch script), and what is
+# run is what was read. It must be readable to any Python.
+CHECKED = """\
+import sys
+sys.path[:] = [path for path in sys.path if path]
+def end(code, sentence):
+    print("airlift: " + sentence + "\\nairlift: rank unknown ended with exit code %d" % code)
+    sys.exit(code)
+if sys.version_info[:2] <= (3, 6):
+    end(85, "the python3 of this image is too old")
+import hashlib
+folder, program, manifest = sys.argv[1:]
+try:
+    with open(folder + "/pod.py", "rb") as file:
+        source = file.read(1 << 22)
+except EnvironmentError as error:
+    end(80, "the program that unpacks did not arrive whole: %s" % error)
+if hashlib.sha256(source).hexdigest() != program:
+    end(80, "the program that unpacks did not arrive whole")
+sys.argv[:] = ["pod.py", folder + "/airlift.json", manifest]
+exec(compile(source, "pod.py", "exec"), {"__name__": "__main__", "SOURCE": source})
+"""
+
+
+def file_argv(sent: dict[str, bytes], folder: str) -> list[str]:
+    """The argv that starts a pod whose files() lie in the folder."""
+    return ["python3", "-c", CHECKED, folder, *(hashlib.sha256(sent[name]).hexdigest() for name in (PROGRAM, MANIFEST))]
 
 
 def _recipe_env(env: dict[str, str], job: dict[str, Any]) -> dict[str, str]:

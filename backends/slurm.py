@@ -1,18 +1,21 @@
-"""Slurm, by ssh or on the cluster itself: nemo-run packs, copies and submits; pod.py verifies the tree in each task.
+"""Slurm, by ssh or on the cluster itself: nemo-run writes the batch script, and one connection copies and submits.
 
-One srun starts one pod.py on each node, which finds its rank there. A job's folder on the cluster is
-<remote_job_dir>/experiments/<name>/<name>_1/<name>, with the tree (code/), a log for each rank and each start of the
-job, the batch script's log, and, while the job may still run, secrets.json (0600).
+One srun starts one pod program on each node, which finds its rank there and unpacks on the node's own disk. A job's
+folder on the cluster is <remote_job_dir>/experiments/<name>/<name>_1/<name>, for this user only. It holds what travels
+(pod.py, airlift.json, tree.tar.gz), a log for each rank and each start of the job, the batch script's log, and, while
+the job may still run, secrets.json. Slurm keeps the batch script, and in it stand the digests of what it starts.
 
 For Ray on several nodes, the tasks form the cluster (pod.py). nemo-run's SlurmRayJob is not used: its batch script
 traces every line and prints its environment into logs, needs containers, jq and pmix, loses double quotes, leaves out
 what .gitignore names, and lets a job go on after a worker has died.
 """
 
+import io
 import json
 import re
 import shlex
-import shutil
+import tarfile
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing import Any
 
 import transport
 from backends import Finding, Status, stop_and_wait
-from backends.common import import_nemo
+from backends.common import import_nemo, nemo_ahead
 from backends.common.checks import finding
 from backends.common.slurm_watch import Record, Watch, forget, job_id
 from backends.common.ssh import Host
@@ -31,6 +34,7 @@ from transport import Plan, Refusal
 CAN = {"detach", "ray"}
 SQUASH_S = 7200.0  # seconds for an image to be converted, in the queue and on a node
 FETCH_S = 900.0  # seconds for a repository to be cloned
+COPY_S = 600.0  # seconds for a tree to be copied, over a slow line too
 PLAIN = re.compile(r"/[\w.@+=/-]+", re.ASCII)  # safe in shells without quotes, sbatch's patterns (%) and mounts (: ,)
 PREPARE = """\
 command -v sbatch >/dev/null ||
@@ -43,6 +47,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Prepare on the cluster what the job needs, then sbatch. Raises Refusal with the cluster's reason."""
     settings, host = job.settings, host_of(job.settings)
     base = settings["remote_job_dir"].rstrip("/")
+    ahead = nemo_ahead()  # while the cluster is asked
     cache = shlex.quote(settings.get("persistent_cache") or base)
     host.output(PREPARE % {"base": base, "cache": cache}, "use " + base)
     mounts = resolved_mounts(host, settings, base)
@@ -50,20 +55,68 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     if not image and settings.get("mounts"):
         print("note: there is no container image, so nothing is mounted")
     name = re.sub(r"[^A-Za-z0-9]+", "-", job.name, flags=re.ASCII).strip("-")[:40] + "-" + job.run_id
-    folder = "%s/experiments/%s/%s_1/%s" % (base, name, name, name)
-    run.keep(Record(host=dict(host.__dict__), name="airlift." + name, folder=folder, secrets=bool(job.secrets)))
-    nemo = import_nemo()
+    above = "%s/experiments/%s/%s_1" % (base, name, name)
+    run.keep(Record(host=dict(host.__dict__), name="airlift." + name, folder=above + "/" + name,
+                    secrets=bool(job.secrets)))
+    sent = transport.files(plan, job.description | {"secrets": sorted(job.secrets)})
     secrets = {key: plan.env[key] for key in job.secrets}
-    package = transport.native(plan, job.description | {"secrets": bool(secrets)})
-    executor = slurm_executor(job, host, base, image, mounts, folder, attached)
-    try:
-        number = nemo.submit_slurm(name, executor, job.run_id, package, base,
-                                   lambda: leave_secrets(host, folder, secrets))
-    except BaseException as error:
-        if secrets and not (isinstance(error, Refusal) and error.code == 5):
-            host.run(forget(folder))
-        raise
+    ahead.join()
+    nemo = import_nemo()
+    executor = slurm_executor(job, host, base, image, mounts, above + "/" + name, attached)
+    argv = transport.file_argv(sent, "/nemo_run")
+    kept = sent | ({"secrets.json": json.dumps(secrets).encode()} if secrets else {})
+    number = nemo.submit_slurm(name, executor, job.run_id, argv, partial(sbatch, host, above, name, kept))
     run.keep(Record(job=number))
+
+
+# The job's folder, with what comes as a tar; then sbatch, with the environment that the cluster gives a new login:
+# sbatch hands all it has on to the job, and its SBATCH_ variables win over what the batch script says.
+SUBMIT = """\
+exec 3>&1 >&2
+mask=$(umask)
+umask 077
+mkdir -p %(above)s && cd %(above)s || exit 1
+[ -O . ] || { echo "%(above)s belongs to another user" >&2; exit 1; }
+tar -xof - && mkdir %(name)s/code || exit 1
+case ${SHELL##*/} in bash | zsh | ksh | dash | sh) ;; *) SHELL=/bin/bash ;; esac
+sbatch=$(command -v sbatch) && exec 4<%(name)s_sbatch.sh && cd && umask "$mask" || exit 1
+%(login)s "$SHELL" -lc 'exec "$0" "$@"' sh -c %(leave)s "$sbatch" --requeue --parsable <&4 && exit
+code=$?
+rm -rf %(experiment)s
+exit $code
+"""
+LOGIN = """\
+env -i HOME="$HOME" USER="$(id -un)" LOGNAME="$(id -un)" SHELL="$SHELL" ${SLURM_CONF:+"SLURM_CONF=$SLURM_CONF"} \\
+  PATH=/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"""
+# What a login may have set for launches of its own, and what only Slurm or the pod can know.
+LEAVE = r"""
+for name in $(env | sed -n 's/^\([A-Za-z_][A-Za-z0-9_]*\)=.*/\1/p'); do
+  case $name in
+  SLURM_CONF) ;;
+  SBATCH_* | SLURM_* | SRUN_* | SALLOC_* | SSH_* | PET_* | TORCHELASTIC_* | AIRLIFT_* | \
+  MASTER_ADDR | MASTER_PORT | RANK | LOCAL_RANK | NODE_RANK | GROUP_RANK | WORLD_SIZE | LOCAL_WORLD_SIZE | NNODES | \
+  CUDA_VISIBLE_DEVICES | RAY_ADDRESS) unset "$name" ;;
+  esac
+done
+exec "$0" "$@" >&3"""
+
+
+def sbatch(host: Host, above: str, name: str, files: dict[str, bytes], script: str) -> str:
+    """Copy the files into the job's folder and submit the batch script, all in one connection; returns the job's id.
+    Raises Refusal with sbatch's reason, and leaves nothing behind then."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        whole = {"%s/%s" % (name, path): data for path, data in files.items()}
+        for path, data in (whole | {name + "_sbatch.sh": script.encode()}).items():
+            info = tarfile.TarInfo(path)
+            info.mode, info.size, info.mtime = 0o600, len(data), int(time.time())
+            tar.addfile(info, io.BytesIO(data))
+    words = {"above": above, "name": name, "experiment": above.rpartition("/")[0], "leave": shlex.quote(LEAVE),
+             "login": "" if host.name else LOGIN}
+    said = host.output(SUBMIT % words, "submit the job", COPY_S, buffer.getvalue()).split()
+    if not said:
+        raise Refusal("%s: sbatch gave no job id" % host, "see whether its login shell runs commands", 4)
+    return said[-1].split(";")[0]  # behind it may stand the name of the cluster
 
 
 def follow(run: Run) -> Status:
@@ -122,13 +175,18 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     if image or (not job and "container_image" not in settings):
         yield finding("pyxis", lambda: host.output("srun --help | grep -q -e --container-image", "find the option "
                                                    "--container-image of srun, which images need"), "is installed")
-    if settings["tunnel"] == "ssh":
-        yield Finding("rsync", "ok", "is installed here") if shutil.which("rsync") else Finding(
-            "rsync", "failure", "is not installed here", "install it: it copies the tree", 2)
-        yield finding("rsync there", lambda: host.output("command -v rsync", "find rsync").strip())
-    yield finding("job folder", lambda: host.output(
-        "mkdir -p %s && test -w %s && df -Ph %s | awk 'NR==2 {print $4 \" free\"}'" % (base, base, base),
-        "write to " + base).strip())
+    yield finding("job folder", lambda: host.output(COPIED % {"base": base}, "copy to " + base, COPY_S,
+                                                    b"airlift").strip())
+
+
+COPIED = """\
+umask 077
+mkdir -p %(base)s && new=$(mktemp -d %(base)s/check.XXXXXX) || exit 1
+cat >"$new/copy" && [ "$(cat "$new/copy")" = airlift ] && df -Ph %(base)s | awk 'NR==2 {print $4 " free"}'
+code=$?
+rm -r "$new"
+exit $code
+"""
 
 
 def require_plain(settings: dict[str, Any]) -> None:
@@ -137,15 +195,11 @@ def require_plain(settings: dict[str, Any]) -> None:
     if not PLAIN.fullmatch(base) or ".." in base.split("/"):
         raise Refusal("remote_job_dir is %r, which nemo-run passes to shells without quotes" % base,
                       "use an absolute path of letters, digits and . _ - + = @ /")
-    if settings["tunnel"] == "ssh" and not (settings.get("host") and settings.get("user")):
-        raise Refusal('tunnel is "ssh", but the profile has no %s' % ("user" if settings.get("host") else "host"),
-                      'set host and user, or tunnel = "local" on the cluster itself')
+    if settings["tunnel"] == "ssh" and not settings.get("host"):
+        raise Refusal('tunnel is "ssh", but the profile has no host', 'set host, or tunnel = "local" on the cluster')
     identity = settings.get("identity")
     if settings["tunnel"] == "ssh" and identity and not Path(identity).expanduser().is_file():
         raise Refusal("there is no key file %s" % identity, "correct identity in the profile, or remove it")
-    if identity and re.search(r"[^\w.@%+=:/~-]", identity):
-        raise Refusal("identity is %r, which nemo-run passes to a shell without quotes" % identity,
-                      "move the key to a path of letters, digits and . _ - @")
 
 
 def check(job: Job, plan: Plan) -> None:
@@ -167,7 +221,7 @@ def host_of(settings: dict[str, Any]) -> Host:
     if settings["tunnel"] == "local":
         return Host()
     identity = settings.get("identity")
-    return Host(settings["host"], settings["user"], settings.get("port"),
+    return Host(settings["host"], settings.get("user", ""), settings.get("port"),
                 str(Path(identity).expanduser()) if identity else None)
 
 
@@ -271,7 +325,7 @@ def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: l
         exclusive=settings.get("exclusive") or None, container_image=image,
         container_mounts=mounts if image else [], job_name_prefix="airlift.", launcher=None,
         setup_lines=setup_lines(settings, folder if job.secrets else ""), job_details=nemo.LogOfEachRank(),
-        packager=nemo.TreePackager(airlift_run=job.run_id), tunnel=nemo.tunnel(host, base + "/experiments"),
+        packager=nemo.Packager(), tunnel=nemo.tunnel(host, base + "/experiments"),
         poll_estimated_start_time=False, airlift_run=job.run_id)
 
 
@@ -292,10 +346,3 @@ airlift_forget() {
   [ "${restarts#*=}" != "${SLURM_RESTART_COUNT:-0}" ] || %s
 }
 trap airlift_forget EXIT"""
-
-
-def leave_secrets(host: Host, folder: str, secrets: dict[str, str]) -> None:
-    """Write secrets.json for pod.py, which only this user can read."""
-    if secrets:
-        host.output("umask 077\nmkdir -p %s\ncat >%s/secrets.json <<'AIRLIFT_END'\n%s\nAIRLIFT_END"
-                    % (folder, folder, json.dumps(secrets)), "write the secrets")

@@ -10,6 +10,8 @@ for name, source in globals().get("PARTS", ()):
     module.__path__ = []  # one that has not come is looked for nowhere else
     exec(compile(source, name.replace(".", "/") + ".py", "exec"), module.__dict__)
 
+sys.modules["pod"].__dict__.setdefault("SOURCE", globals().get("SOURCE"))
+
 if __name__ == "__main__":
     from pod.entry import main
     os._exit(main())  # not sys.exit: a thread that still waits for output must not hold the pod

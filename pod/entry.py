@@ -1,7 +1,8 @@
 """The order of the steps, from the pod's start to the recipe's end.
 
-A word tells what else it is to be: the manifest of a tree that has come by itself (Slurm); `driver`, perhaps with a
-file of chunks (on a Ray cluster of the platform's); `ray`, `spread` or `place` (this program again, as a part of one).
+A word tells what else it is to be: a manifest, with its digest, beside which the tree lies (Slurm); `driver`, perhaps
+with a file of chunks (on a Ray cluster of the platform's); `ray`, `spread` or `place` (this program again, as a part
+of one).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import time
 from typing import Any
 
 from pod.failures import CLONE, FAILURES, INTERNAL, PYTHON, SETUP, TOOL, Failure, complain, say
-from pod.payload import checked, nodes_sent, read_file, read_payload
-from pod.places import Places, places_beside
+from pod.payload import nodes_sent, read_file, read_manifest, read_payload, read_tree
+from pod.places import Places, own_place, take_secrets
 from pod.process import Child, recipe_env, script_for
 from pod.rank import find_rank
 
@@ -33,7 +34,7 @@ def main() -> int:
         return ray_cluster.main(*sys.argv[1:])
     child, pod = Child(), Pod()
     try:
-        code = pod.run(child, "" if word == "driver" else word, word == "driver")
+        code = pod.run(child, "" if word == "driver" else word, word == "driver", sys.argv[2:])
     except Failure as failure:
         code = complain(pod.rank, failure)
     except SystemExit as early:
@@ -60,33 +61,46 @@ class Pod:
     shared: Any = None  # the SharedTree that it uses
     places: Places | None = None
 
-    def run(self, child: Child, manifest: str, driver: bool) -> int:
+    def run(self, child: Child, manifest: str, driver: bool, more: list[str]) -> int:
         """Everything up to the recipe's end; its code. Raises Failure."""
         if sys.version_info < (3, 8):
             raise Failure(PYTHON, "python3 is %d.%d; 3.8 is the oldest that works" % sys.version_info[:2])
         env = dict(os.environ)
-        if sys.argv[2:]:
-            env.update(item for item in read_file(sys.argv[2]).items() if item[0].startswith("AIRLIFT_"))
-        job: dict = checked(read_file(manifest), members=True) if manifest else {"nodes": nodes_sent(env)}
+        if more and not manifest:
+            env.update(item for item in read_file(more[0]).items() if item[0].startswith("AIRLIFT_"))
+        job: dict = read_manifest(manifest, *more) if manifest else {"nodes": nodes_sent(env)}
         rank = 0 if driver else find_rank(env, socket.gethostname(), job["nodes"])
         self.rank = str(rank)
+        base = ""
         if manifest:
-            places = self.places = places_beside(manifest, job, env)
+            tar, base = beside(manifest, job, env)
         else:
             job, tar = read_payload(env)
-            if driver:
-                from pod import ray_cluster
-                job = dict(job, nodes=1, on_cluster=job["nodes"], stays=bool(sys.argv[2:]))
-            if job.get("unpack") == "shared":
-                from pod.shared import SharedTree
-                self.shared = SharedTree(job, env, rank, tar)
-            places = self.places = Places(job, env, ray_cluster.BASE % job["run"] if driver else "")
-            places.put(tar, job, self.shared)
+        if driver:
+            from pod import ray_cluster
+            job = dict(job, nodes=1, on_cluster=job["nodes"], stays=bool(more))
+            base = ray_cluster.BASE % job["run"]
+        places = self.places = Places(job, env, base)
+        places.own = base if manifest else ""
+        if job.get("unpack") == "shared":
+            from pod.shared import SharedTree
+            self.shared = SharedTree(job, env, rank, tar)
+        places.put(tar, job, self.shared)
         said = rank, job["nodes"], job["tree"]["sha256"], job["tree"]["files"], places.code
         # The launcher tells one start from the next by this.
         begun = ", begun %s.%03d" % (time.strftime("%H:%M:%S"), time.time() % 1 * 1000) if job.get("retries") else ""
         say("rank %d of %d, sha256 %s, %d files in %s" % said + begun)
         return start(child, env, job, places, rank)
+
+
+def beside(manifest: str, job: dict, env: dict[str, str]) -> tuple[bytes, str]:
+    """(the tar beside the manifest, a folder for this start of the pod); takes the secrets beside it into `env`."""
+    folder = os.path.dirname(os.path.abspath(manifest))
+    tar = read_tree(folder, job["tree"])
+    take_secrets(folder, job.get("secrets", []), env)
+    for name in ("MASTER_ADDR", "PET_MASTER_ADDR"):  # a shell's: Slurm's list of nodes tells where rank 0 is
+        env.pop(name, None)
+    return tar, own_place(job, env)
 
 
 def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: int) -> int:

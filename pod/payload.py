@@ -48,14 +48,44 @@ def read_payload(env: dict[str, str]) -> tuple[dict, bytes]:
         job = checked(json.loads(zlib.decompress(join(env, "JOB"))))
     except (ValueError, RecursionError, zlib.error) as error:
         raise Failure(PAYLOAD, "the job's description cannot be read: %s" % error) from None
-    tar = decompress(join(env, "TREE"), job["tree"]["compression"])
+    return job, tar_of(join(env, "TREE"), job["tree"])
+
+
+def read_manifest(path: str, digest: str) -> dict:
+    """The job's description, where it has come as a file. Raises Failure(PAYLOAD)."""
+    try:
+        return checked(json.loads(whole_file(path, 1 << 26, digest)))
+    except (ValueError, RecursionError) as error:
+        raise Failure(PAYLOAD, "%s cannot be read: %s" % (path, error)) from None
+
+
+def read_tree(folder: str, tree: dict) -> bytes:
+    """The tar of the tree, where it has come as a file. Raises Failure."""
+    path = os.path.join(folder, "tree.tar." + tree["compression"])
+    return tar_of(whole_file(path, tree.get("bytes", 0), tree.get("packed", "")), tree)
+
+
+def whole_file(path: str, most: int, digest: str) -> bytes:
+    """A file of at most so many bytes. Raises Failure(PAYLOAD) unless it has the digest that was sent."""
+    try:
+        data = content(path, most + 1)
+    except OSError as error:
+        raise Failure(PAYLOAD, "%s: %s" % (path, error.strerror)) from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise Failure(PAYLOAD, "%s is not what was sent" % path)
+    return data
+
+
+def tar_of(packed: bytes, tree: dict) -> bytes:
+    """The tar, uncompressed. Raises Failure(PAYLOAD or PYTHON) unless it has the tree's digest."""
+    tar = decompress(packed, tree["compression"])
     digest = hashlib.sha256(tar).hexdigest()
-    if digest != job["tree"]["sha256"]:
-        raise Failure(PAYLOAD, "the tree's digest is %s, not %s" % (digest, job["tree"]["sha256"]))
-    return job, tar
+    if digest != tree["sha256"]:
+        raise Failure(PAYLOAD, "the tree's digest is %s, not %s" % (digest, tree["sha256"]))
+    return tar
 
 
-def checked(job: dict, members: bool = False) -> dict:
+def checked(job: dict) -> dict:
     """The description, if its shape is right. Raises Failure(PAYLOAD): launcher and pod may be of two versions."""
     job = job if isinstance(job, dict) else {}
     tree: dict = job["tree"] if isinstance(job.get("tree"), dict) else {}
@@ -68,7 +98,7 @@ def checked(job: dict, members: bool = False) -> dict:
         "setup": texts(job.get("setup")), "pip": texts(job.get("pip", [])), "folders": texts(job.get("folders", [])),
         "clones": isinstance(job.get("clones", []), list) and all(
             table(clone) and sorted(clone) == ["ref", "target", "url"] for clone in job.get("clones", [])),
-        "members": not members or table(job.get("members")),
+        "secrets": texts(job.get("secrets", [])),
         "shared": not shared or texts([job.get("shared")]), "keep": not shared or whole(job.get("keep")),
         "patience": not (shared or cluster) or whole(job.get("patience")),
         "cluster": cluster in ("", "platform") or (cluster == "pods" and whole(job.get("nodes"), 2)),
@@ -214,26 +244,3 @@ def strays(folder: str, tar: bytes) -> list[str]:
         paths = [os.path.join(place, name) for name in files + folders]
         found += [path for path in paths if path not in sent and (os.path.islink(path) or not os.path.isdir(path))]
     return found
-
-
-def check_tree(folder: str, members: dict[str, str]) -> None:
-    """Raises Failure(PAYLOAD) unless every file has its digest, and every link ("-> target") its target. First nobody
-    else may write there any more, so that what is checked is what will run."""
-    try:
-        for place, _, names in os.walk(folder):
-            for path in [place, *(os.path.join(place, name) for name in names)]:
-                info = os.lstat(path)
-                if info.st_uid not in (0, os.geteuid()):
-                    raise Failure(PAYLOAD, "%s belongs to another user" % path)
-                if info.st_mode & 0o022 and not stat.S_ISLNK(info.st_mode):
-                    os.chmod(path, stat.S_IMODE(info.st_mode) & ~0o022)
-        for name, wanted in sorted(members.items()):
-            path = os.path.join(folder, os.fsdecode(name.encode()))
-            if wanted.startswith("-> "):
-                found = "-> " + os.fsencode(os.readlink(path)).decode("utf-8", "replace")
-            else:
-                found = hashlib.sha256(content(path)).hexdigest()
-            if found != wanted:
-                raise Failure(PAYLOAD, "%s is not what was sent" % path)
-    except OSError as error:
-        raise Failure(PAYLOAD, "%s: %s" % (error.filename, error.strerror)) from None

@@ -19,15 +19,15 @@ import zlib
 from typing import Any
 
 from pod.failures import PLACE, Failure, say
-from pod.payload import check_tree, join, make_folders, unpack
+from pod.payload import content, join, make_folders, unpack
 
 
 class Places:
     """Where things are in this pod. All are absolute paths."""
 
-    def __init__(self, job: dict, env: dict[str, str], base: str = "", code: str = "") -> None:
+    def __init__(self, job: dict, env: dict[str, str], base: str = "") -> None:
         self.base = base or os.path.join(os.path.abspath(env.get("TMPDIR") or "/tmp"), "airlift-" + job["run"])
-        self.code = code or os.path.join(self.base, "code")
+        self.code = os.path.join(self.base, "code")
         self.config = os.path.join(self.base, "config.yaml")
         self.own = ""  # a folder of this start of the pod, which goes with it
         self.run_root = job.get("run_root") or os.path.join(self.base, "output")
@@ -96,7 +96,10 @@ class Places:
     def program(self, env: dict[str, str]) -> str:
         """The running program as a file, for the parts of a Ray cluster to be started from. Its path."""
         path = getattr(sys.modules["__main__"], "__file__", None)
-        return os.path.abspath(path) if path else self.keep("pod.py", zlib.decompress(join(env, "POD")))
+        if path:
+            return os.path.abspath(path)
+        source = getattr(sys.modules["pod"], "SOURCE", None)
+        return self.keep("pod.py", source or zlib.decompress(join(env, "POD")))
 
 
 def no_place(error: OSError, place: str) -> Failure:
@@ -135,19 +138,23 @@ def quoted(text: str) -> str:
                   json.dumps(text, ensure_ascii=False)[1:-1])
 
 
-def places_beside(manifest: str, job: dict, env: dict[str, str]) -> Places:
-    """The places of a pod on Slurm, whose tree has come by itself and lies beside the manifest. Checks it, takes the
-    secrets that lie above it into `env`, and writes the config into a folder of this pod's own. Raises Failure."""
-    code = os.path.dirname(os.path.abspath(manifest))
-    check_tree(code, job["members"])
+def own_place(job: dict, env: dict[str, str]) -> str:
+    """A new private folder for this start of a pod that leaves nothing behind: nobody removes a node's /tmp for it."""
+    scratch = os.path.abspath(env.get("TMPDIR") or "/tmp")
     try:
-        if job.get("secrets"):
-            with open(os.path.join(os.path.dirname(code), "secrets.json"), encoding="utf-8") as file:
-                env.update(json.load(file))
-        places = Places(job, env, tempfile.mkdtemp(prefix="airlift-%s-" % job["run"], dir=env.get("TMPDIR")), code)
-        places.own = places.base
-        places.make(job.get("folders", []))
-        places.write_config(job["config"])
-        return places
+        make_folders(scratch)
+        return tempfile.mkdtemp(prefix="airlift-%s-" % job["run"], dir=scratch)  # 0700
     except OSError as error:
-        raise no_place(error, code) from None
+        raise no_place(error, scratch) from None
+
+
+def take_secrets(folder: str, names: list[str], env: dict[str, str]) -> None:
+    """The secrets that have come as a file, into `env`: those that were sent, and nothing else that lies in it."""
+    path = os.path.join(folder, "secrets.json")
+    try:
+        found = json.loads(content(path, 1 << 22)) if names else {}
+        env.update({name: str(found[name]) for name in names})
+    except OSError as error:
+        raise no_place(error, path) from None
+    except (ValueError, KeyError, TypeError):
+        raise Failure(PLACE, "%s does not hold the secrets that were sent" % path) from None

@@ -62,7 +62,7 @@ class SharedTree:
         self.top, self.rank, self.tar = job["shared"], rank, tar
         self.attempt = "%s-%s" % (job["run"], re.sub(r"[^0-9]", "_", restarts))
         self.digest = job["tree"]["sha256"]
-        self.ready = "%s.ready-%s" % (self.attempt, env["AIRLIFT_TREE_CHUNKS"])
+        self.ready = "%s.ready-%s" % (self.attempt, env.get("AIRLIFT_TREE_CHUNKS", "1"))  # as a file, it is one
         self.use = "%s.%d.%s" % (self.attempt, rank, os.urandom(8).hex())
         self.keep, self.patience = job["keep"], job["patience"]
         self.used: str | None = None

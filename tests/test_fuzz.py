@@ -405,12 +405,15 @@ def test_hostile_tars(world, members, cut):
 @given(st.dictionaries(st.sampled_from(FIELDS), ODD, max_size=2), st.lists(st.sampled_from(FIELDS), max_size=1),
        st.binary(max_size=30) | st.none())
 def test_manifests_of_the_wrong_shape(world, changes, gone, text):
-    """As on Slurm: the tree lies there, and the manifest beside it says what it must be."""
+    """As on Slurm: the tree lies beside it as one file."""
     folder = scratch_of(world)
     path = folder / "airlift.json"
-    job = {key: value for key, value in (good_job() | {"members": {}} | changes).items() if key not in gone}
+    good = transport.files(support.plan(), support.job())
+    for name, data in good.items():
+        (folder / name).write_bytes(data)
+    job = {key: value for key, value in (json.loads(good["airlift.json"]) | changes).items() if key not in gone}
     if any("/" in str(value) or ".." in str(value) for value in changes.values()):
-        job = good_job()
+        job = json.loads(good["airlift.json"])
     path.write_bytes(json.dumps(job).encode() if text is None else text)
     with pytest.MonkeyPatch.context() as patch:
         written = []
@@ -418,7 +421,7 @@ def test_manifests_of_the_wrong_shape(world, changes, gone, text):
             patch.setattr(module, "say", lambda text, to=1: written.append(text))
         patch.setattr(process.Child, "__init__", lambda self: setattr(self, "process", None) or setattr(self, "signal", 0))
         patch.setattr(process.Child, "run", started)
-        patch.setattr(entry.sys, "argv", ["pod.py", str(path)])
+        patch.setattr(entry.sys, "argv", ["pod.py", str(path), hashlib.sha256(path.read_bytes()).hexdigest()])
         patch.setenv("TMPDIR", str(folder))
         code = entry.main()
     assert "Traceback" not in "\n".join(written) and (code == 0 or code in set(failures.FAILURES) - {failures.INTERNAL}), written

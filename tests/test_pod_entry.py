@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -205,7 +206,9 @@ def test_a_file_that_is_no_manifest(tmp_path: Path, text: str) -> None:
     whole = plan(command="echo RECIPE RAN")
     (tmp_path / "airlift.json").write_text(text)
     (tmp_path / "pod.py").write_bytes(whole.program)
-    code, out = ran(whole, tmp_path / "scratch", argv=[sys.executable, str(tmp_path / "pod.py"), str(tmp_path / "airlift.json")])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    argv = [sys.executable, str(tmp_path / "pod.py"), str(tmp_path / "airlift.json"), digest]
+    code, out = ran(whole, tmp_path / "scratch", argv=argv)
     assert code == failures.PAYLOAD
     failed(code, out, "?")
 

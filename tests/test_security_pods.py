@@ -420,28 +420,24 @@ def test_no_other_user_plants_swaps_or_removes_anything(open_path: Path, mask: i
         assert ["PermissionError" in as_nobody(attack) for attack in attacks] == [True] * len(attacks)
 
 
-# ---------------------------------------------------------------- a tree that has come by itself (Slurm)
+# ---------------------------------------------------------------- what has come as files (Slurm)
 
 
-@pytest.mark.parametrize("how", ["fine", "open", "foreign", "fifo"])
-def test_what_is_checked_beside_a_manifest_is_what_runs(open_path: Path, how: str) -> None:
-    code, sent = open_path / "job/code", job(command="echo RECIPE RAN")
+@pytest.mark.parametrize("name", ["", "pod.py", "airlift.json", "tree.tar.gz", "json.py"])
+def test_what_another_user_writes_beside_the_manifest_does_not_run(open_path: Path, name: str) -> None:
+    """The digests are in argv, which Slurm keeps; the folder here is one that others can write to."""
+    folder, sent = open_path / "job", job(command="echo RECIPE RAN")
     run = transport.plan_for("slurm", tree(), sent)
-    with tarfile.open(fileobj=BytesIO(transport.native(run, sent)), mode="r:gz") as tar:
-        tar.extractall(code)  # our own; not every 3.11 knows filters
-    script = code / SCRIPT
-    for path in [code, *code.rglob("*")] if how == "open" else []:
-        path.chmod(0o777)
-    if how == "foreign":
-        os.chown(script, NOBODY, NOBODY)
-    elif how == "fifo":
-        script.unlink()
-        os.mkfifo(script)
-    done, out = ran(run, open_path / "scratch", argv=["python3", str(code / "pod.py"), str(code / "airlift.json")])
-    assert done == (0 if how in ("fine", "open") else failures.PAYLOAD), out.text
-    assert ("RECIPE RAN" in out.text) == (done == 0)
-    if how == "open":
-        assert {stat.S_IMODE(path.stat().st_mode) & 0o022 for path in [code, *code.rglob("*")]} == {0}
+    whole = transport.files(run, sent)
+    folder.mkdir()
+    folder.chmod(0o777)
+    for path, data in whole.items():
+        (folder / path).write_bytes(data)
+        (folder / path).chmod(0o666)
+    if name:
+        as_nobody(lambda: (folder / name).write_bytes(whole.get(name, b"")[:-1] + b"raise SystemExit('EVIL')"))
+    done, out = ran(run, open_path / "scratch", argv=transport.file_argv(whole, str(folder)))
+    assert (done == 0) == ("RECIPE RAN" in out.text) == (name in ("", "json.py")) and "EVIL" not in out.text, out.text
     assert not list((open_path / "scratch").iterdir()), "what is the pod's own goes with it"
 
 

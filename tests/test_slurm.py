@@ -1,13 +1,11 @@
 """The Slurm backend: what it refuses and what it writes, without a cluster; and, marked slow, jobs on a real one."""
 
-import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +40,6 @@ def job(**settings: Any) -> Job:
     ({"remote_job_dir": "/shared/a:b"}, "remote_job_dir"),
     ({"remote_job_dir": "/shared/100%"}, "remote_job_dir"),
     ({"tunnel": "ssh"}, "has no host"),
-    ({"tunnel": "ssh", "host": "login"}, "has no user"),
     ({"tunnel": "ssh", "host": "login", "user": "me", "identity": "/nowhere/key"}, "no key"),
     ({"mounts": [{"path": "/", "mount_path": "/x"}]}, "is not a string"),
     ({"mounts": ["/data"]}, "cannot be parsed"),
@@ -84,63 +81,102 @@ def test_the_batch_script_has_what_the_profile_asks_for() -> None:
     assert "#SBATCH --partition=batch" in script_of(job()) and "--container" not in script_of(job())
 
 
-def unpacked(tmp_path: Path, **changes: Any) -> Path:
-    """A job's folder as it lies on the cluster."""
-    plan = support.plan(executor="slurm", **changes)
-    with tarfile.open(fileobj=io.BytesIO(transport.native(plan, support.job(**changes)))) as tar:
-        tar.extractall(tmp_path / "job/code")  # our own; not every 3.11 knows filters
-    return tmp_path / "job"
+def sent(tmp_path: Path, **changes: Any) -> tuple[Path, list[str]]:
+    """A job's folder as it lies on the cluster, and what srun starts there."""
+    files = transport.files(support.plan(executor="slurm", **changes), support.job(**changes))
+    for name, data in files.items():
+        layout.write(tmp_path / "job" / name, "").write_bytes(data)
+    (tmp_path / "job/code").mkdir()
+    return tmp_path / "job", transport.file_argv(files, str(tmp_path / "job"))
 
 
-def task(folder: Path, scratch: Path, **env: str) -> tuple[int, str]:
+def task(tmp_path: Path, argv: list[str], **env: str) -> tuple[int, str]:
     """One task of a step, as srun starts it."""
+    scratch = tmp_path / "scratch"
     scratch.mkdir(exist_ok=True)
     whole = {"PATH": support.PATH, "TMPDIR": str(scratch), "SLURM_NODEID": "0"} | env
-    done = subprocess.run([sys.executable, "code/pod.py", "code/airlift.json"], cwd=folder, capture_output=True,
-                          text=True, timeout=30, env=whole)
+    done = subprocess.run([sys.executable, *argv[1:]], cwd=tmp_path / "job/code", capture_output=True, text=True,
+                          timeout=30, env=whole)
     assert not list(scratch.iterdir()), "a task cleans up"
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_task_runs_in_the_tree_that_has_come_by_itself(tmp_path: Path) -> None:
-    command = 'echo rank=$NODE_RANK of $NNODES at $MASTER_ADDR; cat "$AIRLIFT_CONFIG"; echo $TOKEN; pwd; exit 3'
-    folder = unpacked(tmp_path, nodes=2, command=command, config='at: "/nemo_run/code/x"\n', secrets=True)
-    (folder / "secrets.json").write_text('{"TOKEN": "s3cret"}')
-    code, said = task(folder, tmp_path / "scratch", SLURM_NODEID="1", SLURM_JOB_NODELIST="n[7-8]", SLURM_JOB_ID="5")
+def test_a_task_unpacks_on_its_own_disk(tmp_path: Path) -> None:
+    command = 'echo rank=$NODE_RANK of $NNODES at $MASTER_ADDR; cat "$AIRLIFT_CONFIG"; echo $TOKEN $NO; pwd; exit 3'
+    folder, argv = sent(tmp_path, nodes=2, command=command, config='at: "/nemo_run/code/x"\n', secrets=["TOKEN"])
+    (folder / "secrets.json").write_text('{"TOKEN": "s3cret", "NO": "foreign"}')
+    code, said = task(tmp_path, argv, SLURM_NODEID="1", SLURM_JOB_NODELIST="n[7-8]", SLURM_JOB_ID="5",
+                      MASTER_ADDR="localhost")
     assert code == 3
-    for line in ("rank=1 of 2 at n7", 'at: "%s/code/x"' % folder, "s3cret", "%s/code" % folder,
+    place = r"%s/scratch/airlift-t23456-\w+/code" % re.escape(str(tmp_path))
+    for line in ("rank=1 of 2 at n7", 'at: "%s/x"' % place, "s3cret", place,
                  "airlift: rank 1 ended with exit code 3"):
-        assert line in said.splitlines(), said
+        assert re.search("^%s ?$" % line, said, re.MULTILINE), said
 
 
-@pytest.mark.parametrize("change", ["src/pkg/recipes/fam/train.py", "src/new.py", "airlift.json"])
-def test_a_task_runs_nothing_of_a_tree_that_is_not_what_was_sent(tmp_path: Path, change: str) -> None:
-    folder = unpacked(tmp_path, command="echo started")
-    if change == "src/new.py":
-        (folder / "code/src/pkg/recipes/fam/train.py").unlink()
+@pytest.mark.parametrize("name, code", [("pod.py", 80), ("airlift.json", 81), ("tree.tar.gz", 81)])
+@pytest.mark.parametrize("how", ["changed", "longer", "gone", "fifo"])
+def test_a_task_runs_nothing_but_what_was_sent(tmp_path: Path, name: str, code: int, how: str) -> None:
+    folder, argv = sent(tmp_path, command="echo started")
+    data = (folder / name).read_bytes()
+    if how in ("changed", "longer"):
+        (folder / name).write_bytes(data + b"\n" if how == "longer" else data[:-9] + b"x" + data[-8:])
     else:
-        (folder / "code" / change).write_text("x")
-    code, said = task(folder, tmp_path / "scratch")
-    assert code == 81 and "did not arrive whole" in said and "started" not in said
+        (folder / name).unlink()
+    if how == "fifo" and name != "pod.py":
+        os.mkfifo(folder / name)
+    ended, said = task(tmp_path, argv)
+    assert ended == code and "did not arrive whole" in said and "started" not in said, said
+    assert re.search(r"^airlift: rank (0|\?|unknown) ended with exit code %d$" % code, said, re.MULTILINE), said
+
+
+def test_strays_beside_what_was_sent_are_not_imported(tmp_path: Path) -> None:
+    folder, argv = sent(tmp_path, command="echo started")
+    for place in (folder, folder / "code"):
+        for name in ("json", "hashlib", "tarfile"):
+            (place / (name + ".py")).write_text("raise SystemExit('stray')")
+    code, said = task(tmp_path, argv)
+    assert code == 0 and "started" in said, said
 
 
 def test_secrets_that_are_gone_are_said(tmp_path: Path) -> None:
-    code, said = task(unpacked(tmp_path, secrets=True), tmp_path / "scratch")
+    folder, argv = sent(tmp_path, secrets=["TOKEN"])
+    code, said = task(tmp_path, argv)
     assert code == 83 and "secrets.json: No such file" in said
+    (folder / "secrets.json").write_text('{"OTHER": "x"}')
+    assert task(tmp_path, argv)[0] == 83
 
 
 def test_two_tasks_without_a_number_are_not_both_rank_0(tmp_path: Path) -> None:
-    code, said = task(unpacked(tmp_path, nodes=2), tmp_path / "scratch", SLURM_NODEID="")
+    code, said = task(tmp_path, sent(tmp_path, nodes=2)[1], SLURM_NODEID="")
     assert code == 82, said
 
 
-def test_no_secret_is_in_an_argument_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_copied_is_private_and_in_no_argument_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = layout.write(tmp_path / "bin/sbatch", "#!/bin/sh\ncat >%s/script; echo 12345; env >%s/env\n" % (tmp_path, tmp_path))
+    fake.chmod(0o755)
+    for name, value in {"PATH": "%s:%s" % (fake.parent, os.environ["PATH"]), "HOME": str(tmp_path), "SHELL": "/bin/bash",
+                        "SBATCH_PARTITION": "wrong", "HF_TOKEN": "hf_x", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    layout.write(tmp_path / ".profile", "echo noise; export HF_HOME=/here SBATCH_TIMELIMIT=1 RANK=3 OTHER='a\nRANK=b'\n")
     seen: list[Any] = []
     run = subprocess.run
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: seen.append(args) or run(*args, **options))
-    slurm.leave_secrets(ssh.Host(), str(tmp_path), {"TOKEN": "s3cret '\n$HOME"})
-    assert json.loads((tmp_path / "secrets.json").read_text()) == {"TOKEN": "s3cret '\n$HOME"}
-    assert (tmp_path / "secrets.json").stat().st_mode & 0o777 == 0o600 and "s3cret" not in repr(seen)
+    umask = os.umask(0)
+    try:
+        number = slurm.sbatch(ssh.Host(), str(tmp_path / "experiments/t/t_1"), "t", {"secrets.json": b"s3cret '\n"}, "script")
+    finally:
+        os.umask(umask)
+    folder = tmp_path / "experiments/t/t_1/t"
+    assert number == "12345" and (folder / "secrets.json").read_bytes() == b"s3cret '\n"
+    assert (tmp_path / "script").read_text() == "script" and "s3cret" not in repr(seen)
+    for path in [tmp_path / "experiments", *(tmp_path / "experiments").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+    env = (tmp_path / "env").read_text()
+    assert "HF_HOME=/here" in env and "RANK=b'" not in env.splitlines()[0]
+    for name in ("SBATCH_", "HF_TOKEN", "MASTER_ADDR"):
+        assert name not in env, env
+    assert not re.search("^RANK=3", env, re.MULTILINE)
 
 
 # ---------------------------------------------------------------- a real cluster
@@ -207,7 +243,6 @@ def test_nano3_sft_on_two_nodes(people: dict[str, Person], tunnel: str, image: s
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 ranks on cpu" in done.stdout and "ended with exit code 0" in done.stdout
     assert ("resumed at step" in done.stdout) == again
-    assert (" files in /nemo_run/code" in done.stdout) == bool(image)
     assert (person.base / "nano3/sft/model/model.safetensors").is_file()
 
 
@@ -225,10 +260,11 @@ def test_each_task_finds_its_own_rank_and_what_was_sent(laptop: Person, image: s
                          "run.env.env_vars.ODD=" + json.dumps(odd))
     assert done.returncode == 0, done.stdout + done.stderr
     run = re.search(r"run (\w+)", done.stdout).group(1)
-    code = "/nemo_run/code" if image else "%s/code" % laptop.folder_of(run)
     for rank in (0, 1):
+        code = re.search(r"\[%d\] airlift: rank .* files in (/tmp/airlift-%s-\w+/code)" % (rank, run), done.stdout).group(1)
         config = {"code": code + "/x", "out": "%s/fam/y" % laptop.base}
         assert "[%d] I am %d 2 n1 %s %s" % (rank, rank, odd, config) in done.stdout
+        assert image or not Path(code).parent.exists()
 
 
 @slow
@@ -321,12 +357,13 @@ def test_an_image_of_a_registry_is_squashed_once_on_a_node(laptop: Person) -> No
 
 
 @slow
-def test_a_tree_that_was_changed_on_the_cluster_does_not_run(laptop: Person) -> None:
-    laptop.recipe("nap", NAPPER)
-    scripts = "%s/experiments/*/*/*/code/src/nemotron/recipes/fam/nap/train.py" % laptop.base
-    change = "for file in %s; do echo >>$file; done" % scripts
-    done = laptop.launch("nap", "run.env.setup_lines=" + json.dumps(change))
-    assert done.returncode == 1 and "did not arrive whole" in done.stderr, done.stdout + done.stderr
+@pytest.mark.parametrize("name", transport.files(support.plan(executor="slurm"), support.job()))
+def test_what_was_changed_on_the_cluster_does_not_run(laptop: Person, name: str) -> None:
+    laptop.recipe("quick", "print('started')")
+    change = "for file in %s/experiments/*/*/*/%s; do echo >>$file; done" % (laptop.base, name)
+    done = laptop.launch("quick", "run.env.setup_lines=" + json.dumps(change))
+    assert done.returncode == 1 and "did not arrive whole" in done.stderr and "started" not in done.stdout, (
+        done.stdout + done.stderr)
 
 
 @slow
@@ -352,7 +389,7 @@ def test_check_asks_the_cluster(laptop: Person, changes: dict[str, Any], what: s
         assert found[what]["state"] == "failure" and said in found[what]["said"], found
     else:
         assert {one["state"] for one in found.values()} <= {"ok", "warning"}
-        assert {"login node", "Slurm", "partition", "sacct", "pyxis", "rsync", "job folder"} <= set(found)
+        assert {"login node", "Slurm", "partition", "sacct", "pyxis", "job folder"} <= set(found)
 
 
 # ---------------------------------------------------------------- secrets

@@ -1,7 +1,9 @@
 """What several executors share: each larger subject in a file of its own, the smaller ones here. Nothing imports an
 executor."""
 
+import contextlib
 import re
+import threading
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -17,6 +19,17 @@ def import_nemo() -> ModuleType:
     with screen.step("import nemo_run"):
         from backends.common import nemo
     return nemo
+
+
+def nemo_ahead() -> threading.Thread:
+    """Begin import_nemo() beside what else must be waited for; to be joined before nemo is used."""
+    def ahead() -> None:
+        with contextlib.suppress(Exception):  # import_nemo() runs into it again, and reports it
+            import_nemo()
+
+    thread = threading.Thread(target=ahead, daemon=True)
+    thread.start()
+    return thread
 
 
 # ---------------------------------------------------------------- requests

@@ -8,8 +8,8 @@ over in Handed. The import takes two seconds, so backends import this only when 
 import fcntl
 import logging
 import os
+import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,13 +27,14 @@ from nemo_run.core.execution.docker import LABEL_ID, LABEL_NAME, DockerContainer
 from nemo_run.core.execution.lepton import LeptonExecutor
 from nemo_run.core.execution.slurm import SlurmExecutor, SlurmJobDetails
 from nemo_run.core.packaging.base import Packager
+from nemo_run.core.tunnel.client import Tunnel
 from nemo_run.run.torchx_backend.schedulers import api
 
 import backends
 from backends.common.ssh import Host, last_lines
 from jobs import Job, workspace
 from runs import Run, load_run
-from transport import MANIFEST, Refusal
+from transport import Refusal
 
 
 @dataclass
@@ -41,8 +42,7 @@ class Handed:
     """What a launch hands over to nemo-run's objects for one run; each executor uses a part of it."""
 
     create: Callable[[], tuple[str, Any]] | None = None  # on a cloud: create the job and return (job id, state)
-    package: bytes = b""  # on Slurm: the gz tar for the packager
-    prepare: Callable[[], None] | None = None  # on Slurm: called before sbatch
+    sbatch: Callable[[str], str] | None = None  # on Slurm: submit this batch script and return the job's id
     environment: dict[str, str] | None = None  # of a container
 
 
@@ -138,19 +138,6 @@ def _run_of(app_id: str) -> Run:
 
 
 @dataclass(kw_only=True)
-class TreePackager(Packager):
-    """Hands over what transport.native packed; nemo-run extracts it with `tar -xz`."""
-
-    airlift_run: str = ""
-
-    def package(self, path: Path, job_dir: str, name: str) -> str:
-        package = Path(job_dir, "airlift.tar.gz")
-        package.touch(0o600)
-        package.write_bytes(HANDED[self.airlift_run].package)
-        return str(package)
-
-
-@dataclass(kw_only=True)
 class LogOfEachRank(SlurmJobDetails):
     """One log for each task and each start of the job, written on its node, instead of one log for all."""
 
@@ -166,58 +153,69 @@ class CarriedSlurm(SlurmExecutor):
     airlift_run: str = ""
 
     def package(self, packager: Packager, job_name: str) -> None:
-        super().package(packager, job_name)
-        Path(self.job_dir, "airlift.tar.gz").unlink()  # it has been extracted, and need not be copied
-        prepare = HANDED[self.airlift_run].prepare
-        assert prepare
-        prepare()
+        """Nothing to package: what the job needs goes to the cluster with the batch script."""
 
 
 class Session:
-    """The connection that nemo-run's tunnel and its rsync need, made with the system's ssh."""
-
-    is_connected = True
+    """How the records' tunnels run a command: on the machine that has sbatch, by the system's ssh."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        self.user, self.host, self.port = host.user, host.name, host.port or 22
-        self.connect_kwargs = {"key_filename": [host.identity] if host.identity else []}
 
     def run(self, command: str, hide: bool = True, warn: bool = False, **_: Any) -> SimpleNamespace:
+        if command.startswith("sbatch "):
+            return SimpleNamespace(command=command, stdout=_sbatch(Path(command.split()[-1])), return_code=0)
         done = self._host.run(command)
         if done.returncode and not warn:
-            doing = "submit the job" if command.startswith("sbatch") else "run `%s`" % command
-            raise Refusal("%s: cannot %s: %s" % (self._host, doing, last_lines(done.stderr)),
+            raise Refusal("%s: cannot run `%s`: %s" % (self._host, command, last_lines(done.stderr)),
                           "fix what it names, then launch again", 4)
         return SimpleNamespace(command=command, stdout=done.stdout.decode("utf-8", "replace"),
                                return_code=done.returncode)
 
-    def local(self, command: str, hide: bool = True) -> SimpleNamespace:
-        """Run rsync on this machine; the connection has been tried before, so it does not prompt."""
-        done = subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True)
-        if done.returncode:
-            raise Refusal("the files cannot be copied to %s: %s" % (self._host, last_lines(done.stderr)),
-                          "check that both machines have rsync, and that the folder has space", 4)
-        return SimpleNamespace(command=command)
-
-    def close(self) -> None:
+    def clear(self) -> None:
         """The shared connection ends with the launcher."""
 
 
-@dataclass(kw_only=True)
-class SSHTunnel(run.SSHTunnel):  # nemo-run's list of jobs needs this name
-    """nemo-run's, without its own ssh client, which accepts any host key, asks for passwords and ends the process."""
-
-    def connect(self) -> None:
-        self.session = Session(Host(self.host, self.user, self.port, self.identity))
+def _sbatch(script: Path) -> str:
+    """Submit the batch script that nemo-run has written here under the name of that on the cluster; the job's id."""
+    title = script.name.removesuffix("_sbatch.sh")
+    written = Path(get_nemorun_home(), "experiments", title, title + "_1", script.name)
+    sbatch = HANDED[title.rpartition("-")[2]].sbatch
+    assert sbatch
+    return sbatch(written.read_text(encoding="utf-8"))
 
 
 @dataclass(kw_only=True)
 class LocalTunnel(run.LocalTunnel):
-    """nemo-run's, with the error output of a command that failed."""
+    """nemo-run's, but the job's folder is not that of the records."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.session = Session(Host())
+
+
+@dataclass(kw_only=True)
+class SSHTunnel(Tunnel):
+    """nemo-run's list of jobs needs this name. Its own ssh client accepts any host key, asks for passwords and ends the
+    process; and for its own class it calls rsync, which opens a connection of its own and leaves out links."""
+
+    port: int | None = None
+    identity: str | None = None
+    _set_job_dir = run.SSHTunnel._set_job_dir
+
+    def connect(self) -> None:
+        """The first command does."""
 
     def run(self, command: str, hide: bool = True, warn: bool = False, **_: Any) -> Any:
-        return Session(Host()).run(command, warn=warn)
+        return Session(Host(self.host, self.user, self.port, self.identity)).run(command, warn=warn)
+
+    def put(self, local_path: str, remote_path: str) -> None:
+        raise NotImplementedError
+
+    get = put
+
+    def cleanup(self) -> None:
+        """The shared connection ends with the launcher."""
 
 
 def tunnel(host: Host, folder: str) -> Any:
@@ -226,14 +224,12 @@ def tunnel(host: Host, folder: str) -> Any:
     return SSHTunnel(host=host.name, user=host.user, port=host.port, identity=host.identity, job_dir=folder)
 
 
-def submit_slurm(title: str, executor: CarriedSlurm, run_id: str, package: bytes, base: str,
-                 prepare: Callable[[], None]) -> str:
-    """Have an Experiment pack, copy and sbatch; returns Slurm's job id. `prepare()` is called before sbatch."""
-    HANDED[run_id] = Handed(package=package, prepare=prepare)
-    script = run.Script(path="/nemo_run/code/pod.py", args=["/nemo_run/code/" + MANIFEST], entrypoint="python3")
-    # On the cluster itself nothing is copied, so nemo-run's folder must be the job's.
-    local = base if isinstance(executor.tunnel, LocalTunnel) else None
-    return _experiment(title, executor, script, local).split("/")[-1]
+def submit_slurm(title: str, executor: CarriedSlurm, run_id: str, argv: list[str], sbatch: Callable[[str], str]) -> str:
+    """Have an Experiment write the batch script, in which srun starts `argv` in each task, and give it to `sbatch()`,
+    which returns Slurm's job id; so does this."""
+    HANDED[run_id] = Handed(sbatch=sbatch)
+    words = [shlex.quote(word) for word in argv[2:]]  # they go into the script as they are
+    return _experiment(title, executor, run.Script(path=argv[1], args=words, entrypoint=argv[0])).split("/")[-1]
 
 
 @dataclass(kw_only=True)
@@ -277,23 +273,26 @@ def submit(title: str, executor: Executor, run_id: str, create: Callable[[], tup
     _experiment(title, executor, run.Script(inline="# Airlift run %s: pod.py starts the recipe" % run_id))
 
 
-def _experiment(title: str, executor: Executor, script: run.Script, base: str | None = None) -> str:
+def _experiment(title: str, executor: Executor, script: run.Script) -> str:
     """Run an Experiment of one job without waiting for it; returns nemo-run's handle of the job. Launchers take turns,
     since nemo-run rewrites its lists of jobs without a lock."""
     logging.getLogger("nemo_run").setLevel(logging.WARNING)
     home = get_nemorun_home()
     os.makedirs(home, exist_ok=True)
-    with open(os.path.join(home, ".airlift.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with run.Experiment(title, executor=executor, id=title + "_1", base_dir=base, log_level="WARNING",
-                            clean_mode=True, enable_goodbye_message=False, skip_status_at_exit=True) as experiment:
-            experiment.add(script, name=title)
-            try:
-                experiment.run(detach=True)
-            except Exception:
-                folder = os.path.join(base or home, "experiments", title)  # used by this run only
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            handle = str(experiment.jobs[0].handle)
+    umask = os.umask(0o077)  # the batch script holds the user's setup_lines
+    try:
+        with open(os.path.join(home, ".airlift.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with run.Experiment(title, executor=executor, id=title + "_1", log_level="WARNING", clean_mode=True,
+                                enable_goodbye_message=False, skip_status_at_exit=True) as experiment:
+                experiment.add(script, name=title)
+                try:
+                    experiment.run(detach=True)
+                except Exception:
+                    shutil.rmtree(os.path.join(home, "experiments", title), ignore_errors=True)  # of this run only
+                    raise
+                handle = str(experiment.jobs[0].handle)
+    finally:
+        os.umask(umask)
     sys.stdout.flush()
     return handle

@@ -30,7 +30,7 @@ from .inside import UID, USER
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 IMAGES = ("registry.example.com/nemo:1", "plain")
-TOOLS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sshd", "ssh", "rsync", "gcc", "git", "ip", "nsenter")
+TOOLS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sshd", "ssh", "gcc", "git", "ip", "nsenter")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
