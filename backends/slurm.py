@@ -32,7 +32,7 @@ from runs import Run
 from transport import Plan, Refusal
 
 CAN = {"detach", "ray"}
-SQUASH_S = 7200.0  # seconds for an image to be converted, in the queue and on a node
+SQUASH_S = 86_400.0  # seconds for an image to be converted: squash_time ends it, but first it may wait in the queue
 FETCH_S = 900.0  # seconds for a repository to be cloned
 COPY_S = 600.0  # seconds for a tree to be copied, over a slow line too
 PLAIN = re.compile(r"/[\w.@+=/-]+", re.ASCII)  # safe in shells without quotes, sbatch's patterns (%) and mounts (: ,)
@@ -57,7 +57,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     name = re.sub(r"[^A-Za-z0-9]+", "-", job.name, flags=re.ASCII).strip("-")[:40] + "-" + job.run_id
     above = "%s/experiments/%s/%s_1" % (base, name, name)
     run.keep(Record(host=dict(host.__dict__), name="airlift." + name, folder=above + "/" + name,
-                    secrets=bool(job.secrets)))
+                    secrets=bool(job.secrets), continuations=settings["continuations"]))
     sent = transport.files(plan, job.description | {"secrets": sorted(job.secrets)})
     secrets = {key: plan.env[key] for key in job.secrets}
     ahead.join()
@@ -69,21 +69,13 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     run.keep(Record(job=number))
 
 
-# The job's folder, with what comes as a tar; then sbatch, with the environment that the cluster gives a new login:
-# sbatch hands all it has on to the job, and its SBATCH_ variables win over what the batch script says.
-SUBMIT = """\
+# sbatch with the environment that the cluster gives a new login: it hands all it has on to the job, and its SBATCH_
+# variables win over what the batch script says. What it prints comes on descriptor 3, what a login prints does not.
+CLEAN = r"""
 exec 3>&1 >&2
-mask=$(umask)
-umask 077
-mkdir -p %(above)s && cd %(above)s || exit 1
-[ -O . ] || { echo "%(above)s belongs to another user" >&2; exit 1; }
-tar -xof - && mkdir %(name)s/code || exit 1
 case ${SHELL##*/} in bash | zsh | ksh | dash | sh) ;; *) SHELL=/bin/bash ;; esac
-sbatch=$(command -v sbatch) && exec 4<%(name)s_sbatch.sh && cd && umask "$mask" || exit 1
-%(login)s "$SHELL" -lc 'exec "$0" "$@"' sh -c %(leave)s "$sbatch" --requeue --parsable <&4 && exit
-code=$?
-rm -rf %(experiment)s
-exit $code
+sbatch=$(command -v sbatch) || { echo "there is no sbatch here" >&2; exit 1; }
+clean() { %(login)s "$SHELL" -lc 'exec "$0" "$@"' sh -c %(leave)s "$sbatch" "$@"; }
 """
 LOGIN = """\
 env -i HOME="$HOME" USER="$(id -un)" LOGNAME="$(id -un)" SHELL="$SHELL" ${SLURM_CONF:+"SLURM_CONF=$SLURM_CONF"} \\
@@ -101,6 +93,25 @@ done
 exec "$0" "$@" >&3"""
 
 
+def clean(host: Host) -> str:
+    """The lines that define clean(), which is sbatch with the environment of a new login. An ssh session is one."""
+    return CLEAN % {"leave": shlex.quote(LEAVE), "login": "" if host.name else LOGIN}
+
+
+# The job's folder, with what comes as a tar; then sbatch. Slurm hands the umask on to the job.
+SUBMIT = """\
+mask=$(umask)
+umask 077
+mkdir -p %(above)s && cd %(above)s || exit 1
+[ -O . ] || { echo "%(above)s belongs to another user" >&2; exit 1; }
+tar -xof - && mkdir %(name)s/code && exec 4<%(name)s_sbatch.sh && cd && umask "$mask" || exit 1
+clean --requeue --parsable <&4 && exit
+code=$?
+rm -rf %(experiment)s
+exit $code
+"""
+
+
 def sbatch(host: Host, above: str, name: str, files: dict[str, bytes], script: str) -> str:
     """Copy the files into the job's folder and submit the batch script, all in one connection; returns the job's id.
     Raises Refusal with sbatch's reason, and leaves nothing behind then."""
@@ -111,9 +122,8 @@ def sbatch(host: Host, above: str, name: str, files: dict[str, bytes], script: s
             info = tarfile.TarInfo(path)
             info.mode, info.size, info.mtime = 0o600, len(data), int(time.time())
             tar.addfile(info, io.BytesIO(data))
-    words = {"above": above, "name": name, "experiment": above.rpartition("/")[0], "leave": shlex.quote(LEAVE),
-             "login": "" if host.name else LOGIN}
-    said = host.output(SUBMIT % words, "submit the job", COPY_S, buffer.getvalue()).split()
+    words = {"above": above, "name": name, "experiment": above.rpartition("/")[0]}
+    said = host.output(clean(host) + SUBMIT % words, "submit the job", COPY_S, buffer.getvalue()).split()
     if not said:
         raise Refusal("%s: sbatch gave no job id" % host, "see whether its login shell runs commands", 4)
     return said[-1].split(";")[0]  # behind it may stand the name of the cluster
@@ -139,11 +149,6 @@ def cancel(run: Run) -> str:
     return stop_and_wait("job " + job, watch.status, lambda: watch.host.output("scancel " + job, "cancel the job"))
 
 
-TEST_ONLY = """\
-sbatch --test-only -A %(account)s -p %(partition)s -N %(nodes)d --time=%(time)s %(more)s --wrap true 2>&1 || exit 1
-"""
-
-
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     """The login node, its Slurm, account and partitions (by sbatch --test-only), pyxis, and the folder of all jobs."""
     found = finding("profile", partial(require_plain, settings))
@@ -155,22 +160,21 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     if found.state != "ok":
         return
     yield finding("Slurm", lambda: host.output("sbatch --version", "find sbatch").strip())
-    gpus = (job.gpus_per_node if job else settings.get("gpus_per_node")) or 0
-    more = ["--gpus-per-node=%s" % gpus] if isinstance(gpus, int) and gpus else []
-    more += ["--exclusive"] if settings.get("exclusive") else []
-    more += ["--mem=%s" % settings["mem"]] if settings.get("mem") else []
+    gpus = job.gpus_per_node if job else settings.get("gpus_per_node")
+    words = flags(settings, gpus) | {"nodes": job.nodes if job else settings.get("nodes", 1), "time": settings["time"],
+                                     "test-only": True, "wrap": "true"}
 
-    def accepted(partition: str) -> str:
-        script = TEST_ONLY % {"account": shlex.quote(settings["account"]), "partition": shlex.quote(partition),
-                              "nodes": job.nodes if job else settings.get("nodes", 1),
-                              "more": " ".join(map(shlex.quote, more)), "time": shlex.quote(settings["time"])}
-        answer = host.output(script, "submit to %s as %s" % (partition, settings["account"]))
-        return "%s: %s" % (partition, answer.strip().split(": ", 1)[-1])
+    def accepted(partition: str | None) -> str:
+        whole = shlex.join(as_options(words | {"partition": partition}))
+        answer = host.output(clean(host) + "clean %s 2>&1 >&3 3>&1" % whole, "submit to partition %s" % partition)
+        return "%s: %s" % (partition or "the default one", answer.strip().splitlines()[-1].split(": ", 1)[-1])
 
-    for partition in dict.fromkeys(settings.get(key) or settings["partition"] for key in (
+    for partition in dict.fromkeys(settings.get(key) or settings.get("partition") for key in (
             "run_partition", "batch_partition")):
         yield finding("partition", partial(accepted, partition))
-    yield finding("sacct", lambda: host.output("sacct -n -X -S now >/dev/null", "use sacct"), "answers")
+    found = finding("sacct", lambda: host.output("sacct -n -X -S now >/dev/null", "use sacct"), "answers")
+    yield found if found.state == "ok" else Finding(
+        "sacct", "warning", found.said, "without it, the end of a job that Slurm has forgotten is read in its logs")
     image = job.image if job else settings.get("container_image")
     if image or (not job and "container_image" not in settings):
         yield finding("pyxis", lambda: host.output("srun --help | grep -q -e --container-image", "find the option "
@@ -206,6 +210,9 @@ def check(job: Job, plan: Plan) -> None:
     """Raises Refusal for what would fail only on the cluster."""
     settings = job.settings
     require_plain(settings)
+    require_options(settings)
+    if settings["continuations"] and settings["grace"] < 30:
+        raise Refusal("grace is %d" % settings["grace"], "give a recipe 30 seconds or more to save")
     for mount in settings.get("mounts") or []:
         if not isinstance(mount, str):
             raise Refusal("the mount %r is not a string" % mount, 'write "SRC:DST" or "SRC:DST:FLAGS"')
@@ -248,9 +255,9 @@ mkdir -p %(base)s/images
 file=%(base)s/images/%(key)s.sqsh
 exec 9>"$file.lock"
 flock 9
-if [ ! -f "$file" ]; then
+if %(fresh)s || [ ! -f "$file" ]; then
   rm -f "$file.new"
-  srun -J airlift.squash -N1 -n1 -A %(account)s -p %(partition)s -t 60 enroot import -o "$file.new" %(url)s >&2
+  srun -J airlift.squash -N1 -n1 %(options)s enroot import -o "$file.new" %(url)s >&2
   mv "$file.new" "$file"
 fi
 echo "$file"
@@ -262,12 +269,16 @@ def squashed(host: Host, settings: dict[str, Any], image: str, base: str) -> str
     that enroot creates once for each tag or digest. Raises Refusal with enroot's reason."""
     if not settings.get("squash_partition") or image.startswith(("/", "./")) or image.endswith(".sqsh"):
         return image
-    plain = image.removeprefix("docker://")
+    scheme, _, plain = image.rpartition("://")
     registry, _, rest = plain.partition("/")
-    if "#" not in plain and rest and re.search("[.:]", registry):
+    if scheme in ("", "docker") and "#" not in plain and rest and re.search("[.:]", registry):
         plain = registry + "#" + rest  # enroot's way to separate registry and image
-    values = {"base": base, "key": re.sub(r"[^A-Za-z0-9._-]+", "-", plain), "url": shlex.quote("docker://" + plain),
-              "account": shlex.quote(settings["account"]), "partition": shlex.quote(settings["squash_partition"])}
+    url = (scheme or "docker") + "://" + plain
+    options = as_options({"account": settings.get("account"), "partition": settings["squash_partition"],
+                          "time": settings["squash_time"]})
+    values = {"base": base, "key": re.sub(r"[^A-Za-z0-9._-]+", "-", url.removeprefix("docker://")),
+              "url": shlex.quote(url), "options": shlex.join(options),
+              "fresh": "true" if settings.get("fresh_image") else "false"}
     return host.output(SQUASH % values, "convert the image " + image, SQUASH_S).strip().splitlines()[-1]
 
 
@@ -313,36 +324,114 @@ def clone(host: Host, mount: AutoMount, base: str) -> str:
     return host.output(script, "get %s of %s" % (mount.ref, mount.url), FETCH_S).strip().splitlines()[-1]
 
 
+# Options that Airlift sets, and the key or the reason for each.
+OWN_OPTIONS = {
+    **{name: "use the key " + name.replace("-", "_") for name in (
+        "account", "partition", "nodes", "time", "mem", "exclusive", "cpus-per-task", "gpus-per-node",
+        "container-image")},
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "array"), "each node runs one pod; use nproc_per_node"),
+    **dict.fromkeys(("requeue", "no-requeue"), "use the key retries"), "signal": "use the key grace",
+    **dict.fromkeys(("export", "export-file", "get-user-env"), "use env_vars or setup_lines"),
+    **dict.fromkeys(("dependency", "kill-on-invalid-dep"), "launch the stages together, like data/prep/sft,sft"),
+    **dict.fromkeys(("container-mounts", "container-workdir"), "use mounts or workdir"),
+    **dict.fromkeys(("job-name", "output", "error", "open-mode", "chdir", "wrap", "wait", "parsable", "test-only",
+                     "input", "kill-on-bad-exit", "het-group", "quiet", "help", "version"), "Airlift sets it itself"),
+}
+
+
+def require_options(settings: dict[str, Any]) -> None:
+    """Raises Refusal for an option in [sbatch] or [srun] that Airlift sets, or that cannot be written."""
+    for table in ("sbatch", "srun"):
+        for name, value in (settings.get(table) or {}).items():
+            if name.replace("_", "-") in OWN_OPTIONS:
+                raise Refusal("%s.%s is set by Airlift" % (table, name), OWN_OPTIONS[name.replace("_", "-")])
+            values = value if isinstance(value, list) else [value]
+            if not re.fullmatch(r"[a-z][a-z0-9_-]+", name) or not values or any(
+                    not isinstance(one, (str, int, float)) or "\n" in str(one) for one in values):
+                raise Refusal("%s.%s = %r is no option of %s" % (table, name, value, table),
+                              'write its long name without dashes in front, like qos = "high"; true for one alone')
+
+
+def flags(settings: dict[str, Any], gpus: int | str | None) -> dict[str, Any]:
+    """The options of sbatch but for nodes, time and partition, by their long names; None and False: not given."""
+    more = {name.replace("_", "-"): value for name, value in (settings.get("sbatch") or {}).items()}
+    theirs = any(name.startswith(("gpus", "tres")) or (name == "gres" and "gpu" in str(more[name])) for name in more)
+    return {"account": settings.get("account"), "mem": settings.get("mem"), "exclusive": settings.get("exclusive"),
+            "cpus-per-task": settings.get("cpus_per_task"),
+            "gpus-per-node": gpus if isinstance(gpus, int) and gpus and not theirs else None,
+            "signal": "B:USR1@%d" % settings["grace"] if settings["continuations"] else None} | {
+                name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in more.items()}
+
+
+def as_options(values: dict[str, Any]) -> list[str]:
+    """{"qos": "high", "exclusive": True, "mem": None} -> ["--qos=high", "--exclusive"]."""
+    return ["--" + name if value is True else "--%s=%s" % (name, value) for name, value in values.items()
+            if value is not None and value is not False]
+
+
 def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: list[str], folder: str, attached: bool
                    ) -> Any:
     """nemo-run's executor. It has no launcher: pod.py starts torchrun, Ray or the script in the task."""
     nemo, settings = import_nemo(), job.settings
     own = settings.get("run_partition" if attached else "batch_partition")
+    given = {name: value for name, value in flags(settings, job.gpus_per_node).items()
+             if value is not None and value is not False}
+    srun = {name.replace("_", "-"): value for name, value in (settings.get("srun") or {}).items()}
     return nemo.CarriedSlurm(
-        account=settings["account"], partition=own or settings["partition"], nodes=job.nodes, ntasks_per_node=1,
-        gpus_per_node=job.gpus_per_node if isinstance(job.gpus_per_node, int) and job.gpus_per_node else None,
-        cpus_per_task=settings.get("cpus_per_task"), mem=settings.get("mem"), time=settings["time"],
-        exclusive=settings.get("exclusive") or None, container_image=image,
+        account=None, partition=own or settings.get("partition"), nodes=job.nodes, ntasks_per_node=1,
+        time=settings["time"], additional_parameters=given, srun_args=as_options(srun), container_image=image,
         container_mounts=mounts if image else [], job_name_prefix="airlift.", launcher=None,
-        setup_lines=setup_lines(settings, folder if job.secrets else ""), job_details=nemo.LogOfEachRank(),
+        setup_lines=setup_lines(settings, folder, bool(job.secrets)), job_details=nemo.LogOfEachRank(),
         packager=nemo.Packager(), tunnel=nemo.tunnel(host, base + "/experiments"),
         poll_estimated_start_time=False, airlift_run=job.run_id)
 
 
-def setup_lines(settings: dict[str, Any], secrets: str) -> str:
+def setup_lines(settings: dict[str, Any], folder: str, secrets: bool) -> str:
     """The first lines of the batch script. They end nemo-run's tracing before the user's own lines."""
-    lines = ["{ set +vx; } 2>/dev/null", *([FORGET_AT_END % forget(secrets)] if secrets else []),
-             LAST_START % settings["retries"], settings.get("setup_lines", "")]
-    return "\n".join(lines)
+    values = {"folder": folder, "retries": settings["retries"], "most": settings["continuations"],
+              "late": max(1, settings["grace"] - 15), "forget": forget(folder) if secrets else ":"}
+    return "\n".join(["{ set +vx; } 2>/dev/null", STARTS % values, *([CONTINUE % values] * bool(values["most"])),
+                      settings.get("setup_lines", "")])
 
 
-# nemo-run always submits with --requeue; Slurm counts the starts, but has no limit for them.
-LAST_START = '[ "${SLURM_RESTART_COUNT:-0}" -lt %d ] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0'
-
-# When the batch script ends in any way (Slurm sends it TERM), unless Slurm has counted one more start for it.
-FORGET_AT_END = """\
-airlift_forget() {
+# nemo-run always submits with --requeue; Slurm counts the starts, but has no limit for them. `parts` counts those of
+# them that were continuations. The secrets go when the batch script ends in any way (Slurm sends it TERM), unless the
+# job starts again.
+STARTS = """\
+airlift_parts=$(cat %(folder)s/parts 2>/dev/null || echo 0)
+[ $((${SLURM_RESTART_COUNT:-0} - airlift_parts)) -lt %(retries)d ] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0
+airlift_over=
+airlift_end() {
+  if [ -n "$airlift_over" ]; then airlift_again && return; fi
   restarts=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep -o ' Restarts=[0-9]*')
-  [ "${restarts#*=}" != "${SLURM_RESTART_COUNT:-0}" ] || %s
+  [ "${restarts#*=}" != "${SLURM_RESTART_COUNT:-0}" ] || %(forget)s
 }
-trap airlift_forget EXIT"""
+trap airlift_end EXIT"""
+
+# Slurm sends USR1 to the batch script a while before the time limit. The recipe then gets TERM, and when it has ended,
+# or shortly before the limit, the job goes back into the queue. A function stands for srun, since bash heeds a signal
+# only when what it waits for is in the background.
+CONTINUE = """\
+airlift_again() {
+  [ "$airlift_parts" -lt %(most)d ] || return
+  echo "airlift: part $((airlift_parts + 1)) is over; the job is queued again"
+  scontrol update JobId="$SLURM_JOB_ID" Requeue=1 && echo $((airlift_parts + 1)) >%(folder)s/parts &&
+    scontrol requeue "$SLURM_JOB_ID"
+}
+airlift_limit() {
+  airlift_over=1
+  scancel --signal=TERM "$SLURM_JOB_ID"
+  { sleep %(late)d; airlift_again; } &
+}
+srun() {
+  command srun "$@" &
+  airlift_step=$!
+  trap airlift_limit USR1
+  wait $airlift_step
+  airlift_code=$?
+  while [ $airlift_code -gt 128 ] && kill -0 $airlift_step 2>/dev/null; do wait $airlift_step; airlift_code=$?; done
+  trap : USR1
+  return $airlift_code
+}"""
+
+

@@ -85,7 +85,7 @@ def pip_command(extras: list[str]) -> list[str]:
     return [" ".join(pip)] * bool(extras)
 
 
-HEED = """trap AIRLIFT_TERM=143 TERM; trap AIRLIFT_TERM=130 INT
+HEED = """trap : HUP USR1 USR2; trap AIRLIFT_TERM=143 TERM; trap AIRLIFT_TERM=130 INT
 trap '[ -z "${AIRLIFT_TERM:-}" ] || exit $AIRLIFT_TERM' DEBUG"""
 
 
@@ -94,7 +94,8 @@ def script_for(job: dict, workdir: str, ready: int) -> str:
     tells whose exit code it is. When TERM arrives, a bash with a trap waits for the command that runs and goes on from
     there: to its end, with the recipe's own code, if that was the last one; else it exits, or a TERM between two
     commands would be lost."""
-    lines = ["trap 'exit 143' TERM; trap 'exit 130' INT", "cd -- %s || exit %d" % (shlex.quote(workdir), TOOL)]
+    lines = ["trap 'exit 143' TERM; trap 'exit 130' INT; trap : HUP USR1 USR2",
+             "cd -- %s || exit %d" % (shlex.quote(workdir), TOOL)]
     for clone in job.get("clones", []):
         url, login = without_login(clone["url"])
         words = dict(clone, url=url, shown=hide(clone["url"]))
@@ -113,14 +114,24 @@ def script_for(job: dict, workdir: str, ready: int) -> str:
 class Child:
     """The bash that runs the recipe, in a process group of its own, and the signals for it."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    ENDING = (signal.SIGTERM, signal.SIGINT)
+    PASSED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)  # what they mean, if anything, the recipe knows
+    SIGNALS = ENDING + PASSED
 
     def __init__(self) -> None:
         self.process: subprocess.Popen | None = None
-        self.signal = 0  # the last one that came
-        for number in self.SIGNALS:
+        self.signal = 0  # the last one of ENDING that came
+        for number in self.ENDING:
             signal.signal(number, self.forward)
+        for number in self.PASSED:
+            signal.signal(number, self.pass_on)
         signal.signal(signal.SIGALRM, self.remind)
+
+    def pass_on(self, number: int, _frame: object) -> None:
+        """Give a signal to the recipe. Before there is one, nobody is there to heed it."""
+        if self.process:
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, number)
 
     def forward(self, number: int, _frame: object) -> None:
         """Give a signal to bash and all it runs. If it runs nothing right now, it may be about to: see remind."""

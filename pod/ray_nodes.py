@@ -98,7 +98,7 @@ class RayWorker(RayNode):
     def main(self) -> int:
         """Join, and stay until the driver has ended. The driver's code. Raises Failure."""
         for number in Child.SIGNALS:
-            signal.signal(number, self.heed)
+            signal.signal(number, self.heed if number in Child.ENDING else lambda *_: None)
         line = self.connect()
         self.deadline = time.monotonic() + self.patience + 10  # from here on rank 0 counts, and says when it gives up
         while True:
@@ -176,9 +176,9 @@ class RayHead(RayNode):
 
     def forward(self, number: int, _frame: object) -> None:
         """A signal for all of us goes to the driver; before there is one, this is the end."""
-        if self.driver is None:
+        if self.driver is None and number in Child.ENDING:
             raise SystemExit(128 + number)
-        self.signalled = True
+        self.signalled |= number in Child.ENDING
         self.end_driver(number)
 
     def listen(self) -> socket.socket:

@@ -80,13 +80,13 @@ KEYS: dict[str, Key] = {
     "ipc_mode": Key("str", "IPC mode of the container, like host", _DOCKER),
     "shm_size": Key("str", "size of /dev/shm, like 16g", _DOCKER),
     # Slurm
-    "account": Key("str", "the Slurm account that is charged", _SLURM),
-    "partition": Key("str", "the partition that jobs run in", _SLURM),
+    "account": Key("str", "the Slurm account that is charged; your default one if left out", _SLURM),
+    "partition": Key("str", "the partition that jobs run in; the default one if left out", _SLURM),
     "run_partition": Key("str", "the partition of launches that follow their job", _SLURM),
     "batch_partition": Key("str", "the partition of launches with --detach", _SLURM),
     "tunnel": Key("str", "how sbatch is reached: on this machine, or on a login node by ssh", _SLURM, default="local"),
-    "host": Key("str", "the login node, with tunnel = \"ssh\"", _SLURM),
-    "user": Key("str", "the user name on the login node", _SLURM),
+    "host": Key("str", "the login node, or its alias in ~/.ssh/config, with tunnel = \"ssh\"", _SLURM),
+    "user": Key("str", "the user name on the login node; ssh's own choice if left out", _SLURM),
     "port": Key("int", "the ssh port of the login node; ssh's own choice if left out", _SLURM),
     "identity": Key("str", "file of the ssh private key; ssh's own choice if left out", _SLURM),
     "remote_job_dir": Key("str", "a folder that all nodes see, for the jobs' files; also the workspace", _SLURM),
@@ -94,10 +94,18 @@ KEYS: dict[str, Key] = {
     "mem": Key("str", "memory per node, like 64G", _SLURM),
     "exclusive": Key("bool", "whether the job gets its nodes for itself", _SLURM),
     "cpus_per_task": Key("int", "CPUs of each pod", _SLURM),
+    "continuations": Key("whole", "how often a job that reaches its time limit is continued; see Long jobs", _SLURM,
+                         default=0),
+    "grace": Key("int", "seconds before the time limit at which the recipe gets SIGTERM, with continuations", _SLURM,
+                 default=120),
+    "sbatch": Key("table", "other options of sbatch: qos, reservation, constraint, gres, mail-type and so on", _SLURM),
+    "srun": Key("table", "other options of srun", _SLURM),
     "setup_lines": Key("str", "shell lines of the batch script, before srun", _SLURM),
     "lustre_mount": Key("str", "a file system that the container sees under the same path", _SLURM),
     "sif_dir": Key("str", "a folder of images that the container sees under the same path", _SLURM),
     "squash_partition": Key("str", "the partition where enroot converts images of registries, once each", _SLURM),
+    "squash_time": Key("str", "time limit of that conversion", _SLURM, default="01:00:00"),
+    "fresh_image": Key("bool", "whether the image is converted again, since its tag may have moved", _SLURM),
     # DGX Cloud Lepton
     "node_group": Key("str", "name of the node group", _LEPTON),
     "resource_shape": Key("str", "resource shape of each pod, like gpu.8xh100-80gb", _LEPTON),
@@ -141,7 +149,7 @@ UNUSED = {
 }
 ELSEWHERE = ("skypilot", "kubeflow")  # executors of NVIDIA's launcher that Airlift does not have
 REQUIRED = {
-    "local": (), "docker": (), "slurm": ("account", "partition", "remote_job_dir"),
+    "local": (), "docker": (), "slurm": ("remote_job_dir",),
     "lepton": ("node_group", "resource_shape"),
     "dgxcloud": ("base_url", "client_id", "client_secret", "project_name"),
 }

@@ -49,6 +49,8 @@ DEFAULT = READY + "time.sleep(30)"
 @pytest.mark.parametrize("number, recipe, code", [
     (signal.SIGTERM, ENDS_ITSELF, 7), (signal.SIGINT, ENDS_ITSELF, 7), (signal.SIGTERM, IGNORES, 9),
     (signal.SIGINT, IGNORES, 9), (signal.SIGTERM, DEFAULT, 143), (signal.SIGINT, DEFAULT, 130),
+    *((number, *what) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+      for what in ((ENDS_ITSELF, 7), (IGNORES, 9), (DEFAULT, 128 + number))),
 ])
 def test_signals_reach_the_recipe(tmp_path: Path, number: signal.Signals, recipe: str, code: int,
                                   workspace: bool) -> None:
@@ -68,6 +70,25 @@ def test_a_signal_reaches_the_recipe_even_if_it_was_ignored_when_the_pod_began(t
     with started(whole, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) as running:
         running.until(b"READY\n")
         assert running.signal(signal.SIGINT) == 7
+
+
+SAVES = READY.replace("print", "signal.signal(signal.SIGUSR1, lambda *_: print('SAVED', flush=True))\nprint", 1) + """
+import pathlib
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.05)
+"""
+
+
+def test_a_recipe_that_saves_on_usr1_goes_on(tmp_path: Path) -> None:
+    command = 'python "$AIRLIFT_CODE"/%s %s; echo "then $?"' % (SCRIPT, tmp_path / "go")
+    with started(plan({SCRIPT: SAVES.encode()}, command=command), tmp_path / "scratch") as running:
+        running.until(b"READY\n")
+        for _ in range(2):
+            os.kill(running.process.pid, signal.SIGUSR1)
+            running.until(b"SAVED\n")
+            running.output = b""
+        (tmp_path / "go").touch()
+        assert running.end() == 0 and "then 0" in running.text, running.text
 
 
 def test_term_while_it_unpacks(tmp_path: Path) -> None:

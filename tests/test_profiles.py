@@ -252,7 +252,7 @@ BAD = [
     ('executor = "docker"\ncontainer = "x"\ncontainer_image = "y"', "container_image is set twice, once as an alias",
      "keep one of them"),
     ('executor = "local"\nntasks_per_node = 1\nnprocs_per_node = 1', "nproc_per_node is set twice", "keep one of them"),
-    ('executor = "slurm"', "profile p lacks account, partition, remote_job_dir",
+    ('executor = "slurm"', "profile p lacks remote_job_dir",
      "executor slurm needs it; see profiles/"),
     ('executor = "lepton"\nnode_group = "x"', "profile p lacks resource_shape", "see profiles/lepton.toml"),
     ('executor = "local"\nstages = 3', "profile p: stages is 3", "write tables like [stages.rl]"),

@@ -33,6 +33,7 @@ class Record(TypedDict, total=False):
     name: str  # of the job, to find it if its id never arrived
     folder: str  # of the job, on the cluster
     secrets: bool  # whether the folder has secrets.json while the job may still run
+    continuations: int  # how often the job may be continued at its time limit
     job: str  # Slurm's job id, once it is known
 
 
@@ -40,7 +41,7 @@ def job_id(host: Host, run: Run) -> str:
     """Slurm's job id, looked up by name if the launcher was cut off before it arrived. Raises Refusal."""
     if not run.record.get("job"):
         name = shlex.quote(run.record["name"])
-        script = "squeue -h -n %s -o %%i; sacct -X -n -P --name %s -o JobID" % (name, name)
+        script = "squeue -h -n %s -o %%i; sacct -X -n -P --name %s -o JobID 2>/dev/null || :" % (name, name)
         found = host.output(script, "look for the job").split()
         if not found:
             raise Refusal("%s has no job of run %s" % (host, run.id), "it was not submitted; launch it again")
@@ -48,43 +49,55 @@ def job_id(host: Host, run: Run) -> str:
     return str(run.record["job"])
 
 
+# Nothing but Parts is printed where the controller has forgotten the job and accounting does not know it either.
 STATE = """\
 if ! said=$(scontrol -o show job %(job)s 2>&1); then
   case $said in
-  *"Invalid job id"*) said=$(sacct -X -n -P -j %(job)s -o State,ExitCode,Timelimit) || exit 1 ;;
+  *"Invalid job id"*) said=$(sacct -X -n -P -j %(job)s -o State,ExitCode,Timelimit 2>/dev/null) || said= ;;
   *) printf '%%s\\n' "$said" >&2; exit 1 ;;
   esac
 fi
-printf '%%s\\n' "$said"
+printf '%%s\\n' "$said" "Parts=$(cat %(folder)s/parts 2>/dev/null)"
 """
 
 
 def ask(host: Host, run: Run) -> Status:
     """The job's state by Slurm. Raises Refusal (exit code 5) if the controller does not answer."""
-    done = host.run(STATE % {"job": job_id(host, run)})
+    done = host.run(STATE % {"job": job_id(host, run), "folder": run.record["folder"]})
     if done.returncode:
         raise Refusal("%s: Slurm does not give the job's state: %s" % (host, last_lines(done.stderr)),
                       "try again later", 5)
-    return read_state(done.stdout.decode("utf-8", "replace"), run.starts)
+    return read_state(done.stdout.decode("utf-8", "replace"), run.starts, run.record.get("continuations", 0))
 
 
-def read_state(text: str, starts: int = 1) -> Status:
-    """The Status of scontrol's line, or of sacct's (State|ExitCode|Timelimit), for a job of at most `starts` starts."""
-    fields = dict(re.findall(r"(\w+)=(\S*)", text))
+WHY = {"NODE_FAIL": "a node went down", "OUT_OF_MEMORY": "it needed more than mem",
+       "PREEMPTED": "a job of higher priority took its nodes", "BOOT_FAIL": "a node did not start"}
+
+
+def read_state(text: str, starts: int = 1, continuations: int = 0) -> Status:
+    """The Status of scontrol's line, or of sacct's (State|ExitCode|Timelimit), for a job of at most `starts` starts
+    besides its continuations."""
+    said, _, parts = text.partition("Parts=")
+    fields = dict(re.findall(r"(\w+)=(\S*)", said))
     if not fields:
-        row = [*(text.strip().splitlines() or [""])[-1].split("|"), "", ""]
+        row = [*(said.strip().splitlines() or [""])[-1].split("|"), "", ""]
         fields = {"JobState": row[0].split(" ")[0], "ExitCode": row[1], "TimeLimit": row[2]}
     word = fields["JobState"]
     if not word:
         return Status("failed", GONE, gone=True)
     state = STATES.get(word, "waiting")
-    why = {"TIMEOUT": "it reached its time limit of %s" % fields.get("TimeLimit", ""),
-           "NODE_FAIL": "a node went down", "OUT_OF_MEMORY": "it needed more than mem"}.get(word, "")
+    why = WHY.get(word, "")
+    if word == "TIMEOUT":
+        why = "it reached its time limit of " + fields.get("TimeLimit", "")
     if state == "waiting" and fields.get("Reason", "None") != "None":
         why = fields["Reason"]
     detail = "%s: %s" % (word, why) if why else word
-    if fields.get("Restarts", "0") != "0":
-        detail += ", attempt %d of %d" % (int(fields["Restarts"]) + 1, starts)
+    continued = int(parts) if parts.strip().isdigit() else 0
+    again = int(fields.get("Restarts", "0")) - continued
+    if continuations:
+        detail += ", part %d of at most %d" % (continued + 1, continuations + 1)
+    if again > 0:
+        detail += ", attempt %d of %d" % (again + 1, starts)
     code = re.match("[0-9]+", fields.get("ExitCode", "")) if word == "FAILED" else None
     return Status(state, detail, 0 if state == "done" else (int(code.group()) or None) if code else None)
 
@@ -126,32 +139,46 @@ class Watch:
         self.rests: dict[str, bytes] = {}  # the last line of each, while it is incomplete
         self.ended: set[str] = set()  # logs whose last line says that the rank has ended
 
+    def ask(self) -> Status:
+        """The state by Slurm, or, where it has forgotten the job, by what the ranks' logs say last."""
+        status = ask(self.host, self.run)
+        codes = self.codes() if status.gone else {}
+        if not codes:
+            return status
+        code = first_failure(codes)
+        said = "Slurm has forgotten it; by its logs, "
+        if code is None and len(codes) < self.run.nodes:
+            return replace(status, detail=said + "%d of %d ranks ended" % (len(codes), self.run.nodes))
+        return Status("failed" if code else "done", said + ("a rank failed" if code else "all ranks ended"), code or 0)
+
     def status(self) -> Status:
-        return self.final(ask(self.host, self.run))
+        return self.final(self.ask())
 
     def final(self, status: Status) -> Status:
         """For a final status, remove the secrets, and find the exit code of the rank that failed first."""
-        if status.state not in FINAL:
-            return status
-        if self.run.record.get("secrets"):
+        if status.state in FINAL and self.run.record.get("secrets"):
             self.host.run(forget(self.run.record["folder"]))
         if status.state == "failed" and status.exit_code is not None:
-            where = self.run.record["folder"], self.run.record["job"]
-            script = "cd %s && for log in log-*_%s_*.out; do tail -c 900 \"$log\" | sed \"s/^/$log /\"; echo; done"
-            codes: dict[int, int] = {}
-            for found in self.host.run(script % where).stdout.decode("utf-8", "replace").split("\n"):
-                log, _, line = found.partition(" ")
-                if log.endswith(".out"):
-                    note(codes, rank_of(log), line)
-            return replace(status, exit_code=first_failure(codes) or status.exit_code)
+            return replace(status, exit_code=first_failure(self.codes()) or status.exit_code)
         return status
+
+    def codes(self) -> dict[int, int]:
+        """The exit codes of the ranks, by the last lines of their logs."""
+        where = self.run.record["folder"], job_id(self.host, self.run)
+        script = "cd %s && for log in log-*_%s_*.out; do tail -c 900 \"$log\" | sed \"s/^/$log /\"; echo; done"
+        found: dict[int, int] = {}
+        for text in self.host.run(script % where).stdout.decode("utf-8", "replace").split("\n"):
+            log, _, line = text.partition(" ")
+            if log.endswith(".out"):
+                note(found, rank_of(log), line)
+        return found
 
     def to_the_end(self) -> Status:
         """Print states and logs until the job ends for good."""
         last, heard, late = None, time.monotonic(), 0.0
         while True:
             try:
-                status = ask(self.host, self.run)
+                status = self.ask()
                 grown = self.print_grown()
             except Refusal as refusal:
                 if refusal.code != 5 or time.monotonic() - heard > PATIENCE_S:
@@ -177,7 +204,7 @@ class Watch:
 
     def print_all(self) -> None:
         """Print the logs so far. Raises Refusal if there are none."""
-        status = ask(self.host, self.run)
+        status = self.ask()
         while self.print_grown() >= MOST:
             pass
         self.print_rests()
