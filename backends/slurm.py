@@ -149,6 +149,15 @@ def cancel(run: Run) -> str:
     return stop_and_wait("job " + job, watch.status, lambda: watch.host.output("scancel " + job, "cancel the job"))
 
 
+TRY = """\
+said=$(clean %s 3>&1 2>&1 >/dev/null)
+code=$?
+[ $code -ne 0 ] || exec >&3
+printf '%%s\n' "$said"
+exit $code
+"""
+
+
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     """The login node, its Slurm, account and partitions (by sbatch --test-only), pyxis, and the folder of all jobs."""
     found = finding("profile", partial(require_plain, settings))
@@ -166,7 +175,7 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
 
     def accepted(partition: str | None) -> str:
         whole = shlex.join(as_options(words | {"partition": partition}))
-        answer = host.output(clean(host) + "clean %s 2>&1 >&3 3>&1" % whole, "submit to partition %s" % partition)
+        answer = host.output(clean(host) + TRY % whole, "submit to partition %s" % partition)
         return "%s: %s" % (partition or "the default one", answer.strip().splitlines()[-1].split(": ", 1)[-1])
 
     for partition in dict.fromkeys(settings.get(key) or settings.get("partition") for key in (
@@ -402,26 +411,27 @@ airlift_parts=$(cat %(folder)s/parts 2>/dev/null || echo 0)
 [ $((${SLURM_RESTART_COUNT:-0} - airlift_parts)) -lt %(retries)d ] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0
 airlift_over=
 airlift_end() {
-  if [ -n "$airlift_over" ]; then airlift_again && return; fi
+  [ -z "$airlift_over" ] || { kill $airlift_over; airlift_again && return; }
   restarts=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep -o ' Restarts=[0-9]*')
   [ "${restarts#*=}" != "${SLURM_RESTART_COUNT:-0}" ] || %(forget)s
 }
 trap airlift_end EXIT"""
 
 # Slurm sends USR1 to the batch script a while before the time limit. The recipe then gets TERM, and when it has ended,
-# or shortly before the limit, the job goes back into the queue. A function stands for srun, since bash heeds a signal
-# only when what it waits for is in the background.
+# or shortly before the limit, the job goes back into the queue. The pods are told by URG, which means nothing to
+# others: Slurm sends a signal to every process of a step, and with that of the pod, TERM would come twice. A function
+# stands for srun, since bash heeds a signal only when what it waits for is in the background.
 CONTINUE = """\
 airlift_again() {
-  [ "$airlift_parts" -lt %(most)d ] || return
+  [ "$airlift_parts" -lt %(most)d ] && [ "$(cat %(folder)s/parts 2>/dev/null || echo 0)" = "$airlift_parts" ] || return
   echo "airlift: part $((airlift_parts + 1)) is over; the job is queued again"
   scontrol update JobId="$SLURM_JOB_ID" Requeue=1 && echo $((airlift_parts + 1)) >%(folder)s/parts &&
     scontrol requeue "$SLURM_JOB_ID"
 }
 airlift_limit() {
-  airlift_over=1
-  scancel --signal=TERM "$SLURM_JOB_ID"
+  scancel --signal=URG "$SLURM_JOB_ID"
   { sleep %(late)d; airlift_again; } &
+  airlift_over=$!
 }
 srun() {
   command srun "$@" &

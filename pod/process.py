@@ -126,6 +126,7 @@ class Child:
         for number in self.PASSED:
             signal.signal(number, self.pass_on)
         signal.signal(signal.SIGALRM, self.remind)
+        signal.signal(signal.SIGURG, lambda _, frame: self.forward(signal.SIGTERM, frame))  # of Slurm's time limit
 
     def pass_on(self, number: int, _frame: object) -> None:
         """Give a signal to the recipe. Before there is one, nobody is there to heed it."""

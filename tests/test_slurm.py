@@ -485,7 +485,139 @@ def test_a_preempted_job_without_retries_ends(laptop: Person) -> None:
     laptop.until(run, "running", seconds=150)
     laptop.cluster.on_login(["srun", "-A", "team", "-p", "high", "-N2", "--exclusive", "true"])
     found = laptop.until(run, "failed", "cancelled")
-    assert found["detail"] == "PREEMPTED", found
+    assert found["detail"] == "PREEMPTED: a job of higher priority took its nodes", found
+
+
+@slow
+def test_a_long_job_goes_on_in_parts_until_it_ends_by_itself(laptop: Person) -> None:
+    """One part saves and ends with 0, one is ended by the signal, the third ends by itself."""
+    laptop.recipe("long", """
+        import os, pathlib, signal, sys, time
+        parts = pathlib.Path(os.environ["NEMO_RUN_DIR"], "parts-of-" + os.environ["AIRLIFT_RUN"])
+        with open(parts, "a") as file:
+            file.write("x")
+        number = len(parts.read_text())
+        print("this is part", number, flush=True)
+        if number == 3:
+            sys.exit(5)
+        if number == 1:
+            signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
+        time.sleep(600)
+        """)
+    done = laptop.launch("long", "run.env.time=00:01:00", "run.env.grace=45", "run.env.continuations=3", timeout=300)
+    run = re.search(r"run (\w+)", done.stdout).group(1)
+    assert done.returncode == 1 and "exit code 5" in done.stderr, done.stdout + done.stderr
+    assert done.stdout.count("saved") == 1 and "rank 0 ended with exit code 0" in done.stdout, done.stdout
+    for said in ("this is part 1", "this is part 2", "this is part 3", "part 2 of at most 4", "part 3 of at most 4"):
+        assert said in done.stdout, done.stdout
+    found = laptop.status(run)
+    assert found["detail"] == "FAILED, part 3 of at most 4" and found["job_exit_code"] == 5
+    assert (laptop.folder_of(run) / "parts").read_text() == "2\n"
+
+
+LOGIN = """\
+echo "Welcome to the cluster"
+export SBATCH_PARTITION=gone SBATCH_TIMELIMIT=1 SLURM_NTASKS=7 MASTER_ADDR=localhost RANK=5 HF_HOME=/opt/hf OWN=mine
+"""
+CONFIG = """\
+Host cluster
+  HostName 127.0.0.1
+  Port %(port)d
+  User %(user)s
+  IdentityFile %(key)s
+  ProxyJump jump
+  LocalForward 2222 127.0.0.1:1
+  ExitOnForwardFailure yes
+  RemoteCommand tmux attach
+  RequestTTY yes
+  StdinNull yes
+Host jump
+  HostName 127.0.0.1
+  Port %(port)d
+  User %(user)s
+  IdentityFile %(key)s
+"""
+SHOW = "import os; print(sorted((name, os.environ.get(name)) for name in " \
+       "('HF_HOME', 'HF_TOKEN', 'MASTER_ADDR', 'OWN', 'NODE_RANK', 'SBATCH_PARTITION', 'SLURM_JOB_PARTITION', 'MINE')))"
+
+
+@slow
+def test_the_users_ssh_configuration_and_a_login_that_talks(laptop: Person) -> None:
+    """A jump host, the port in ~/.ssh/config alone, settings in the way, and a .bashrc that prints and exports."""
+    keys = {"port": laptop.cluster.port, "user": laptop.cluster.user, "key": laptop.home / ".ssh/id_ed25519"}
+    text = (laptop.folder / "profiles/here.toml").read_text()
+    for key in ("user", "port", "identity", "account", "partition"):
+        text = re.sub("(?m)^%s = .*\n" % key, "", text)
+    layout.write(laptop.folder / "profiles/alias.toml", re.sub("(?m)^host = .*", 'host = "cluster"', text))
+    layout.write(laptop.home / ".ssh/config", CONFIG % keys)
+    bashrc = laptop.cluster.home / ".bashrc"
+    before = bashrc.read_text() if bashrc.exists() else ""
+    bashrc.write_text(before + LOGIN)
+    laptop.recipe("show", SHOW)
+    try:
+        checked = laptop.run("check", "alias")
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        words = ["--repo-root", str(laptop.recipes), "fam", "show", "alias", "--nodes", "2", "--all-ranks"]
+        done = laptop.run(*words, env={"HF_TOKEN": "hf_" + "x" * 34, "MINE": "laptop"})
+    finally:
+        bashrc.write_text(before)
+        (laptop.home / ".ssh/config").unlink()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "HF_TOKEN is set here but not sent" in done.stdout
+    for rank in "01":
+        seen = dict(eval(re.search(r"\[%s\] (\[.*\])" % rank, done.stdout).group(1)))
+        assert seen == {"HF_HOME": "/opt/hf", "HF_TOKEN": None, "MASTER_ADDR": "n1", "OWN": "mine", "NODE_RANK": rank,
+                        "SBATCH_PARTITION": None, "SLURM_JOB_PARTITION": "batch", "MINE": None}, seen
+
+
+@slow
+def test_the_submitting_shell_stays_out_of_the_job(login: Person) -> None:
+    login.recipe("show", SHOW)
+    done = login.launch("show", env={"HF_TOKEN": "hf_" + "x" * 34, "MASTER_ADDR": "localhost", "SBATCH_PARTITION": "low",
+                                     "SBATCH_TIMELIMIT": "1", "OWN": "shell", "MINE": "shell", "RANK": "3"})
+    assert done.returncode == 0 and "HF_TOKEN is set here but not sent" in done.stdout, done.stdout + done.stderr
+    seen = dict(eval(re.search(r"(\[\('HF_.*\])", done.stdout).group(1)))
+    assert [seen[name] for name in ("HF_TOKEN", "MINE", "OWN", "SBATCH_PARTITION")] == [None] * 4
+    assert seen["SLURM_JOB_PARTITION"] == "batch"
+
+
+@slow
+def test_a_shared_connection_of_the_users_is_the_way_in(laptop: Person) -> None:
+    """As where a second factor is asked for: without the open connection, nothing gets in."""
+    key = laptop.home / ".ssh/factor"
+    (laptop.home / ".ssh/id_ed25519").rename(key)
+    layout.write(laptop.home / ".ssh/config", "Host 127.0.0.1\n  ControlPath %s/.ssh/cm-%%C\n" % laptop.home)
+    laptop.recipe("quick", "print('started')")
+    profile = laptop.folder / "profiles/open.toml"
+    profile.write_text(re.sub("(?m)^identity = .*\n", "", (laptop.folder / "profiles/here.toml").read_text()))
+    words = ["--repo-root", str(laptop.recipes), "fam", "quick", "open"]
+    try:
+        assert laptop.run(*words).returncode == 4
+        enter = laptop.cluster.laptop_command(["ssh", "-M", "-N", "-p", str(laptop.cluster.port), "-i", str(key), "-l",
+                                               laptop.cluster.user, "127.0.0.1"])
+        with subprocess.Popen(enter, env=laptop.cluster.environment(str(laptop.home)), stdin=subprocess.DEVNULL) as master:
+            wait_for(lambda: list((laptop.home / ".ssh").glob("cm-*")))
+            done = laptop.run(*words)
+            assert done.returncode == 0 and "started" in done.stdout, done.stdout + done.stderr
+            assert master.poll() is None
+            master.terminate()
+    finally:
+        key.rename(laptop.home / ".ssh/id_ed25519")
+        (laptop.home / ".ssh/config").unlink()
+
+
+@slow
+def test_any_option_of_sbatch_and_srun(laptop: Person) -> None:
+    laptop.recipe("quick", "print('started')")
+    text = (laptop.folder / "profiles/here.toml").read_text()
+    more = '[sbatch]\ncomment = "for \'us\' $HOME"\nnodelist = "n2"\nmail-type = ["END", "FAIL"]\nhold = false\nspread-job = true\n'
+    layout.write(laptop.folder / "profiles/options.toml", text + more + '[srun]\nlabel = true\n')
+    done = laptop.run("--repo-root", str(laptop.recipes), "fam", "quick", "options")
+    assert done.returncode == 0 and re.search("^0: started", done.stdout, re.MULTILINE), done.stdout + done.stderr
+    record = json.loads((laptop.home / (".local/state/airlift/runs/%s.json" % re.search(r"run (\w+)", done.stdout).group(1))).read_text())
+    shown = laptop.cluster.on_login(["scontrol", "-o", "show", "job", record["record"]["job"]]).stdout
+    for words in ("Comment=for 'us' $HOME ", "NodeList=n2 ", "ReqNodeList=n2 ", "MailType=END,FAIL"):
+        assert words in shown, shown
 
 
 # ---------------------------------------------------------------- repositories
