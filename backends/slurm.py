@@ -25,15 +25,15 @@ import transport
 from backends import Finding, Status, stop_and_wait
 from backends.common import import_nemo, nemo_ahead
 from backends.common.checks import finding
-from backends.common.slurm_watch import Record, Watch, forget, job_id
+from backends.common.slurm_batch import as_options, flags, require_options, setup_lines
+from backends.common.slurm_prepare import resolved_mounts, squashed
+from backends.common.slurm_watch import Record, Watch, job_id
 from backends.common.ssh import Host
-from jobs import AutoMount, Job, repository_of
+from jobs import Job, repository_of
 from runs import Run
 from transport import Plan, Refusal
 
 CAN = {"detach", "ray"}
-SQUASH_S = 86_400.0  # seconds for an image to be converted: squash_time ends it, but first it may wait in the queue
-FETCH_S = 900.0  # seconds for a repository to be cloned
 COPY_S = 600.0  # seconds for a tree to be copied, over a slow line too
 PLAIN = re.compile(r"/[\w.@+=/-]+", re.ASCII)  # safe in shells without quotes, sbatch's patterns (%) and mounts (: ,)
 PREPARE = """\
@@ -241,143 +241,6 @@ def host_of(settings: dict[str, Any]) -> Host:
                 str(Path(identity).expanduser()) if identity else None)
 
 
-def resolved_mounts(host: Host, settings: dict[str, Any], base: str) -> list[str]:
-    """The mounts as srun takes them, with repositories cloned, and with lustre_mount and the folder of all jobs."""
-    mounts = []
-    for mount in settings.get("mounts") or []:
-        repository = repository_of(mount, settings.get("git_mirrors", {}))
-        if repository is None:
-            mounts.append(mount)
-        elif settings.get("auto_mount") != "image":
-            mounts.append("%s:%s" % (clone(host, repository, base), repository.target))
-    if settings.get("lustre_mount"):
-        mounts.append(settings["lustre_mount"])
-    mounts += [settings[key] for key in ("sif_dir", "persistent_cache") if settings.get(key)]
-    mounts = [mount if ":" in mount else "%s:%s" % (mount, mount) for mount in mounts]
-    return list(dict.fromkeys([*mounts, "%s:%s" % (base, base)]))
-
-
-# Prints the file. A second launch waits for the first; a file under its final name is complete.
-SQUASH = """\
-set -e
-mkdir -p %(base)s/images
-file=%(base)s/images/%(key)s.sqsh
-exec 9>"$file.lock"
-flock 9
-if %(fresh)s || [ ! -f "$file" ]; then
-  rm -f "$file.new"
-  srun -J airlift.squash -N1 -n1 %(options)s enroot import -o "$file.new" %(url)s >&2
-  mv "$file.new" "$file"
-fi
-echo "$file"
-"""
-
-
-def squashed(host: Host, settings: dict[str, Any], image: str, base: str) -> str:
-    """The image as srun takes it: as given, or, if it is in a registry and the profile has a squash_partition, a file
-    that enroot creates once for each tag or digest. Raises Refusal with enroot's reason."""
-    if not settings.get("squash_partition") or image.startswith(("/", "./")) or image.endswith(".sqsh"):
-        return image
-    scheme, _, plain = image.rpartition("://")
-    registry, _, rest = plain.partition("/")
-    if scheme in ("", "docker") and "#" not in plain and rest and re.search("[.:]", registry):
-        plain = registry + "#" + rest  # enroot's way to separate registry and image
-    url = (scheme or "docker") + "://" + plain
-    options = as_options({"account": settings.get("account"), "partition": settings["squash_partition"],
-                          "time": settings["squash_time"]})
-    values = {"base": base, "key": re.sub(r"[^A-Za-z0-9._-]+", "-", url.removeprefix("docker://")),
-              "url": shlex.quote(url), "options": shlex.join(options),
-              "fresh": "true" if settings.get("fresh_image") else "false"}
-    return host.output(SQUASH % values, "convert the image " + image, SQUASH_S).strip().splitlines()[-1]
-
-
-# Prints the folder of a commit, <remote_job_dir>/auto_mounts/<name>-<digest of the URL>/<commit>. It is fetched under
-# another name and renamed, so that it is complete or absent; two launches can use two commits at once.
-CLONE = r"""
-set -e
-export GIT_TERMINAL_PROMPT=0 GIT_SSH_COMMAND="${GIT_SSH_COMMAND:-ssh -o BatchMode=yes -o ConnectTimeout=10}"
-command -v git >/dev/null || { echo "there is no git on this host" >&2; exit 1; }
-url=%(url)s ref=%(ref)s base=%(base)s
-commit=
-case $ref in
-*[!0-9a-f]*) ;;
-*) [ ${#ref} -ne 40 ] || commit=$ref ;;
-esac
-if [ -z "$commit" ]; then
-  refs=$(git ls-remote "$url" "refs/tags/$ref^{}" "refs/tags/$ref" "refs/heads/$ref")
-  for name in "refs/tags/$ref^{}" "refs/tags/$ref" "refs/heads/$ref"; do
-    commit=$(printf '%%s\n' "$refs" | awk -v name="$name" '$2 == name { print $1; exit }')
-    [ -z "$commit" ] || break
-  done
-  [ -n "$commit" ] || { echo "it has neither a tag nor a branch $ref; name one, or a full commit" >&2; exit 1; }
-fi
-if [ ! -d "$base/$commit" ]; then
-  mkdir -p "$base"
-  new=$(mktemp -d "$base/new.XXXXXX")
-  trap 'rm -rf "$new"' EXIT
-  git init -q "$new"
-  git -C "$new" fetch -q --depth 1 "$url" "$commit" 2>/dev/null ||
-    git -C "$new" fetch -q "$url" '+refs/heads/*:refs/remotes/origin/*' '+refs/tags/*:refs/tags/*'
-  git -C "$new" -c advice.detachedHead=false checkout -q --detach "$commit"
-  chmod 755 "$new"
-  mv -T "$new" "$base/$commit" 2>/dev/null || [ -d "$base/$commit" ]
-fi
-printf '%%s\n' "$base/$commit"
-"""
-
-
-def clone(host: Host, mount: AutoMount, base: str) -> str:
-    """Clone a ${auto_mount:…} repository on the cluster; returns its folder. Raises Refusal with git's reason."""
-    values = {"url": mount.url, "ref": mount.ref, "base": mount.folder(base)}
-    script = CLONE % {name: shlex.quote(value) for name, value in values.items()}
-    return host.output(script, "get %s of %s" % (mount.ref, mount.url), FETCH_S).strip().splitlines()[-1]
-
-
-# Options that Airlift sets, and the key or the reason for each.
-OWN_OPTIONS = {
-    **{name: "use the key " + name.replace("-", "_") for name in (
-        "account", "partition", "nodes", "time", "mem", "exclusive", "cpus-per-task", "gpus-per-node",
-        "container-image")},
-    **dict.fromkeys(("ntasks", "ntasks-per-node", "array"), "each node runs one pod; use nproc_per_node"),
-    **dict.fromkeys(("requeue", "no-requeue"), "use the key retries"), "signal": "use the key grace",
-    **dict.fromkeys(("export", "export-file", "get-user-env"), "use env_vars or setup_lines"),
-    **dict.fromkeys(("dependency", "kill-on-invalid-dep"), "launch the stages together, like data/prep/sft,sft"),
-    **dict.fromkeys(("container-mounts", "container-workdir"), "use mounts or workdir"),
-    **dict.fromkeys(("job-name", "output", "error", "open-mode", "chdir", "wrap", "wait", "parsable", "test-only",
-                     "input", "kill-on-bad-exit", "het-group", "quiet", "help", "version"), "Airlift sets it itself"),
-}
-
-
-def require_options(settings: dict[str, Any]) -> None:
-    """Raises Refusal for an option in [sbatch] or [srun] that Airlift sets, or that cannot be written."""
-    for table in ("sbatch", "srun"):
-        for name, value in (settings.get(table) or {}).items():
-            if name.replace("_", "-") in OWN_OPTIONS:
-                raise Refusal("%s.%s is set by Airlift" % (table, name), OWN_OPTIONS[name.replace("_", "-")])
-            values = value if isinstance(value, list) else [value]
-            if not re.fullmatch(r"[a-z][a-z0-9_-]+", name) or not values or any(
-                    not isinstance(one, (str, int, float)) or "\n" in str(one) for one in values):
-                raise Refusal("%s.%s = %r is no option of %s" % (table, name, value, table),
-                              'write its long name without dashes in front, like qos = "high"; true for one alone')
-
-
-def flags(settings: dict[str, Any], gpus: int | str | None) -> dict[str, Any]:
-    """The options of sbatch but for nodes, time and partition, by their long names; None and False: not given."""
-    more = {name.replace("_", "-"): value for name, value in (settings.get("sbatch") or {}).items()}
-    theirs = any(name.startswith(("gpus", "tres")) or (name == "gres" and "gpu" in str(more[name])) for name in more)
-    return {"account": settings.get("account"), "mem": settings.get("mem"), "exclusive": settings.get("exclusive"),
-            "cpus-per-task": settings.get("cpus_per_task"),
-            "gpus-per-node": gpus if isinstance(gpus, int) and gpus and not theirs else None,
-            "signal": "B:USR1@%d" % settings["grace"] if settings["continuations"] else None} | {
-                name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in more.items()}
-
-
-def as_options(values: dict[str, Any]) -> list[str]:
-    """{"qos": "high", "exclusive": True, "mem": None} -> ["--qos=high", "--exclusive"]."""
-    return ["--" + name if value is True else "--%s=%s" % (name, value) for name, value in values.items()
-            if value is not None and value is not False]
-
-
 def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: list[str], folder: str, attached: bool
                    ) -> Any:
     """nemo-run's executor. It has no launcher: pod.py starts torchrun, Ray or the script in the task."""
@@ -393,55 +256,3 @@ def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: l
         setup_lines=setup_lines(settings, folder, bool(job.secrets)), job_details=nemo.LogOfEachRank(),
         packager=nemo.Packager(), tunnel=nemo.tunnel(host, base + "/experiments"),
         poll_estimated_start_time=False, airlift_run=job.run_id)
-
-
-def setup_lines(settings: dict[str, Any], folder: str, secrets: bool) -> str:
-    """The first lines of the batch script. They end nemo-run's tracing before the user's own lines."""
-    values = {"folder": folder, "retries": settings["retries"], "most": settings["continuations"],
-              "late": max(1, settings["grace"] - 15), "forget": forget(folder) if secrets else ":"}
-    return "\n".join(["{ set +vx; } 2>/dev/null", STARTS % values, *([CONTINUE % values] * bool(values["most"])),
-                      settings.get("setup_lines", "")])
-
-
-# nemo-run always submits with --requeue; Slurm counts the starts, but has no limit for them. `parts` counts those of
-# them that were continuations. The secrets go when the batch script ends in any way (Slurm sends it TERM), unless the
-# job starts again.
-STARTS = """\
-airlift_parts=$(cat %(folder)s/parts 2>/dev/null || echo 0)
-[ $((${SLURM_RESTART_COUNT:-0} - airlift_parts)) -lt %(retries)d ] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0
-airlift_over=
-airlift_end() {
-  [ -z "$airlift_over" ] || { kill $airlift_over; airlift_again && return; }
-  restarts=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep -o ' Restarts=[0-9]*')
-  [ "${restarts#*=}" != "${SLURM_RESTART_COUNT:-0}" ] || %(forget)s
-}
-trap airlift_end EXIT"""
-
-# Slurm sends USR1 to the batch script a while before the time limit. The recipe then gets TERM, and when it has ended,
-# or shortly before the limit, the job goes back into the queue. The pods are told by URG, which means nothing to
-# others: Slurm sends a signal to every process of a step, and with that of the pod, TERM would come twice. A function
-# stands for srun, since bash heeds a signal only when what it waits for is in the background.
-CONTINUE = """\
-airlift_again() {
-  [ "$airlift_parts" -lt %(most)d ] && [ "$(cat %(folder)s/parts 2>/dev/null || echo 0)" = "$airlift_parts" ] || return
-  echo "airlift: part $((airlift_parts + 1)) is over; the job is queued again"
-  scontrol update JobId="$SLURM_JOB_ID" Requeue=1 && echo $((airlift_parts + 1)) >%(folder)s/parts &&
-    scontrol requeue "$SLURM_JOB_ID"
-}
-airlift_limit() {
-  scancel --signal=URG "$SLURM_JOB_ID"
-  { sleep %(late)d; airlift_again; } &
-  airlift_over=$!
-}
-srun() {
-  command srun "$@" &
-  airlift_step=$!
-  trap airlift_limit USR1
-  wait $airlift_step
-  airlift_code=$?
-  while [ $airlift_code -gt 128 ] && kill -0 $airlift_step 2>/dev/null; do wait $airlift_step; airlift_code=$?; done
-  trap : USR1
-  return $airlift_code
-}"""
-
-

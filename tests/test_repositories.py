@@ -1,5 +1,5 @@
-"""${auto_mount:…}: how an entry is read, what a pod on a cloud clones for itself, and backends/slurm.py, by which
-a Slurm cluster has a commit once for all."""
+"""${auto_mount:…}: how an entry is read, what a pod on a cloud clones for itself, and backends/common/slurm_prepare.py,
+by which a Slurm cluster has a commit, or an image, once for all."""
 
 import subprocess
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from support import need, plan, ran
 
 import jobs
-from backends import slurm
+from backends.common import slurm_prepare
 from backends.common.ssh import Host
 from pod.failures import CLONE
 from transport import Refusal
@@ -114,21 +114,21 @@ def test_image_uses_what_the_image_has(repository: Path, tmp_path: Path) -> None
 def test_a_commit_is_there_once_and_whole(repository: Path, tmp_path: Path, ref: str, version: str) -> None:
     commit = git(repository, "rev-list", "--max-parents=0", "main") if ref == "SHA" else ref
     mount = jobs.AutoMount("file://%s" % repository, commit, "/opt/lib")
-    folder = Path(slurm.clone(Host(), mount, str(tmp_path / "jobs dir")))
+    folder = Path(slurm_prepare.clone(Host(), mount, str(tmp_path / "jobs dir")))
     assert folder.name == git(repository, "rev-parse", commit + "^{commit}")
     assert folder.parent == Path(mount.folder(str(tmp_path / "jobs dir")))
     assert (folder / "version").read_text() == version and folder.stat().st_mode & 0o777 == 0o755
     (folder / "mine").write_text("kept")  # a job may read it
-    assert slurm.clone(Host(), mount, str(tmp_path / "jobs dir")) == str(folder)
+    assert slurm_prepare.clone(Host(), mount, str(tmp_path / "jobs dir")) == str(folder)
     assert (folder / "mine").exists() and [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_a_branch_that_moves_gets_a_folder_of_its_own(repository: Path, tmp_path: Path) -> None:
     mount = jobs.AutoMount("file://%s" % repository, "main", "/opt/lib")
-    before = Path(slurm.clone(Host(), mount, str(tmp_path)))
+    before = Path(slurm_prepare.clone(Host(), mount, str(tmp_path)))
     (repository / "version").write_text("4")
     git(repository, "commit", "-q", "-a", "-m", "4")
-    after = Path(slurm.clone(Host(), mount, str(tmp_path)))
+    after = Path(slurm_prepare.clone(Host(), mount, str(tmp_path)))
     assert ((before / "version").read_text(), (after / "version").read_text()) == ("3", "4")
     assert before.parent == after.parent
 
@@ -142,6 +142,28 @@ def test_a_commit_that_cannot_be_had_is_refused_and_leaves_nothing(repository: P
     ref = ref.replace("%s", str(tmp_path))
     mount = jobs.AutoMount(url or "file://%s" % repository, ref, "/opt/lib")
     with pytest.raises(Refusal) as caught:
-        slurm.clone(Host(), mount, str(tmp_path / "jobs"))
+        slurm_prepare.clone(Host(), mount, str(tmp_path / "jobs"))
     assert caught.value.code == 4 and said in caught.value.what
     assert not (tmp_path / "x").exists() and not [path for path in (tmp_path / "jobs").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(("image", "url"), [
+    ("nvcr.io/nvidia/nemo:25.1", "docker://nvcr.io#nvidia/nemo:25.1"), ("ubuntu:22.04", "docker://ubuntu:22.04"),
+    ("docker://host:5000/a/b", "docker://host:5000#a/b"), ("docker://me@host#a/b:1", "docker://me@host#a/b:1"),
+    ("dockerd://local/image:1", "dockerd://local/image:1"), ("podman://local.example/image", "podman://local.example/image"),
+    ("org/name@sha256:" + "0" * 64, "docker://org/name@sha256:" + "0" * 64)])
+def test_an_image_is_converted_once_and_again_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, image: str,
+                                                         url: str) -> None:
+    """Each scheme that enroot takes, as enroot wants it; account and partition only where they are set."""
+    for name, body in (("srun", 'echo "$*" >>%s/asked; shift 3; while [ "$1" != enroot ]; do shift; done; "$@"' % tmp_path),
+                       ("enroot", '[ "$1 $2" = "import -o" ] && echo squashed >"$3"')):
+        (tmp_path / name).write_text("#!/bin/sh\n%s\n" % body)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", "%s:/usr/bin:/bin" % tmp_path)
+    settings = {"squash_partition": "cpu", "squash_time": "02:00:00"}
+    first = slurm_prepare.squashed(Host(), settings, image, str(tmp_path))
+    assert Path(first).read_text() == "squashed\n" and slurm_prepare.squashed(Host(), settings, image, str(tmp_path)) == first
+    assert slurm_prepare.squashed(Host(), settings | {"fresh_image": True, "account": "a b"}, image, str(tmp_path)) == first
+    one, two = (tmp_path / "asked").read_text().splitlines()
+    assert one == "-J airlift.squash -N1 -n1 --partition=cpu --time=02:00:00 enroot import -o %s.new %s" % (first, url)
+    assert "--account=a b --partition=cpu" in two

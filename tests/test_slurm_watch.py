@@ -65,6 +65,38 @@ def test_a_number_that_never_arrived_is_found_by_the_jobs_name(tool, tmp_path):
         slurm_watch.job_id(Host(), run_in(tmp_path, job=""))
 
 
+@pytest.mark.parametrize("text, parts, detail", [
+    ("JobState=RUNNING Reason=None Restarts=2 ExitCode=0:0", "2", "RUNNING, part 3 of at most 4"),
+    ("JobState=PENDING Reason=BeginTime Restarts=2", "1", "PENDING: BeginTime, part 2 of at most 4, attempt 2 of 3"),
+    ("JobState=NODE_FAIL Restarts=0", "", "NODE_FAIL: a node went down, part 1 of at most 4"),
+    ("JobState=PREEMPTED Restarts=0", "", "PREEMPTED: a job of higher priority took its nodes, part 1 of at most 4")])
+def test_parts_and_attempts_are_told_apart(text: str, parts: str, detail: str) -> None:
+    assert slurm_watch.read_state("%s\nParts=%s\n" % (text, parts), 3, 3).detail == detail
+
+
+@pytest.mark.parametrize("ends, status", [
+    ({0: "rank 0 ended with exit code 0", 1: "rank 1 ended with exit code 0"},
+     Status("done", "Slurm has forgotten it; by its logs, all ranks ended", 0)),
+    ({0: "rank 0 ended with exit code 143", 1: "rank 1 ended with exit code 7"},
+     Status("failed", "Slurm has forgotten it; by its logs, a rank failed", 7)),
+    ({0: "rank 0 ended with exit code 0"},
+     Status("failed", "Slurm has forgotten it; by its logs, 1 of 2 ranks ended", gone=True)),
+    ({}, Status("failed", "the platform no longer knows it", gone=True))])
+@pytest.mark.parametrize("sacct", ["exit 1\n", "echo 'sacct: error: Slurm accounting storage is disabled' >&2; exit 1\n",
+                                   "true\n"])
+def test_without_accounting_the_logs_tell_how_a_forgotten_job_ended(tool, tmp_path, ends, status, sacct, capsysbinary):
+    tool("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
+    tool("sacct", sacct)
+    for rank, line in ends.items():
+        (tmp_path / ("log-x_7_%d_0.out" % rank)).write_text("hello\nairlift: %s\n" % line)
+    run = run_in(tmp_path, nodes=2)
+    assert watch(run).status() == status
+    if ends:
+        watch(run).print_all()
+        assert b"hello" in capsysbinary.readouterr().out
+        assert watch(run).to_the_end() == status
+
+
 def test_sacct_is_asked_for_what_the_controller_has_forgotten(tool, tmp_path):
     tool("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
     tool("sacct", "echo 'FAILED|3:0|04:00:00'\n")
