@@ -54,7 +54,7 @@ def squashed(host: Host, settings: dict[str, Any], image: str, base: str) -> str
     if scheme in ("", "docker") and "#" not in plain and rest and re.search("[.:]", registry):
         plain = registry + "#" + rest  # enroot's way to separate registry and image
     url = (scheme or "docker") + "://" + plain
-    options = as_options({"account": settings.get("account"), "partition": settings["squash_partition"],
+    options = as_options({"account": settings.get("account") or None, "partition": settings["squash_partition"],
                           "time": settings["squash_time"]})
     values = {"base": base, "key": re.sub(r"[^A-Za-z0-9._-]+", "-", url.removeprefix("docker://")),
               "url": shlex.quote(url), "options": shlex.join(options),
