@@ -362,7 +362,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert all({"loss", "reward", "accuracy", "kl", "length", "grad_norm", "lr"} <= set(line) for line in metrics)
     assert [line["step"] for line in metrics if {"val_reward", "val_accuracy"} <= set(line)] == [2, 4]
     whole, resumed = (torch.load(tmp_path / name / "checkpoints/step-00000004.pt") for name in ("whole", "out"))
-    assert resumed.pop("fingerprint") == whole.pop("fingerprint")
+    for name in ("fingerprint", "config"):
+        assert resumed.pop(name) == whole.pop(name)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
     assert train(prepared, tmp_path / "out") == 0

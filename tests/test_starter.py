@@ -471,7 +471,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
         (["model.tokenizer=null"], "names no tokenizer"),
         (["data.train=none.jsonl"], "cannot read the data file .*none.jsonl"),
         (["train.lr=1e30", "train.steps=9", "train.clip_grad_norm=1e30"], "gradient is not finite at step"),
-        (["output=/proc/x"], "cannot write /proc/x/metrics.jsonl"),
+        (["output=/proc/x"], "cannot write to /proc/x"),
     ],
 )
 def test_what_cannot_be_trained_is_named(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -528,7 +528,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert "resumed at step 3 of 6" in capsys.readouterr().out
     assert without_speed(read_metrics(tmp_path)) == without_speed(read_metrics(done))
     whole, resumed = (torch.load(output / "checkpoints/step-00000006.pt") for output in (done, tmp_path))
-    assert resumed.pop("fingerprint") == whole.pop("fingerprint")
+    for name in ("fingerprint", "config"):
+        assert resumed.pop(name) == whole.pop(name)
     torch.testing.assert_close(resumed, whole, rtol=0, atol=0)
 
 
@@ -546,6 +547,36 @@ def test_a_finished_run_ends_at_once_and_more_steps_extend_it(
     assert [line["step"] for line in read_metrics(output)] == [1, 2, 3, 4, 5, 6, 7]
     assert json.loads((output / "model/training.json").read_text())["step"] == 7
     assert len(list((output / "checkpoints").iterdir())) == 2
+
+
+def test_another_config_does_not_pass_for_the_one_that_was_trained(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "copy"
+    subprocess.run(["cp", "-r", done, output], check=True)
+    assert json.loads((output / "config.json").read_text())["train.steps"] == 6
+    with pytest.raises(RecipeError, match=r"step 6 of 6 was reached with another config: train\.lr was .* is 0\.5"):
+        train(output, "train.steps=6", "train.lr=0.5")
+    capsys.readouterr()
+    assert train(output, "train.steps=7", "train.lr=0.5", "train.log_every=3") == 0
+    said = capsys.readouterr().out
+    assert "changed since the checkpoint: train.lr was" in said and "train.steps was 6 and is 7" in said
+    assert "log_every" not in said and json.loads((output / "config.json").read_text())["train.lr"] == 0.5
+
+
+def test_a_second_job_does_not_write_to_the_same_folder(done: Path, tmp_path: Path) -> None:
+    output = tmp_path / "copy"
+    subprocess.run(["cp", "-r", done, output], check=True)
+    holder = (
+        "import fcntl, os, sys, time; lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT); fcntl.lockf(lock, "
+        "fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder, str(output / ".lock")], stdout=subprocess.PIPE) as other:
+        assert other.stdout and other.stdout.readline() == b"held\n"
+        with pytest.raises(RecipeError, match=r"another run writes to .*\n.*--name NAME"):
+            train(output, "train.steps=7")
+        other.kill()
+    assert train(output, "train.steps=7") == 0
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def flags(settings: dict[str, Any], gpus: int | str | None) -> dict[str, Any]:
     """The options of sbatch but for nodes, time and partition, by their long names; None and False: not given."""
     more = {name.replace("_", "-"): value for name, value in (settings.get("sbatch") or {}).items()}
     theirs = any(name.startswith(("gpus", "tres")) or (name == "gres" and "gpu" in str(more[name])) for name in more)
-    return {"account": settings.get("account") or None, "mem": settings.get("mem"), "exclusive": settings.get("exclusive"),
-            "cpus-per-task": settings.get("cpus_per_task"),
+    return {"account": settings.get("account") or None, "mem": settings.get("mem"),
+            "exclusive": settings.get("exclusive"), "cpus-per-task": settings.get("cpus_per_task"),
             "gpus-per-node": gpus if isinstance(gpus, int) and gpus and not theirs else None,
             "signal": "B:USR1@%d" % settings["grace"] if settings["continuations"] else None} | {
                 name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in more.items()}

@@ -2,6 +2,7 @@
 
     <output>/checkpoints/step-00000050.pt    model, optimizer, and how far the run was
     <output>/metrics.jsonl                   one JSON object for each logged step
+    <output>/config.json                     the config of the run that wrote here last
 
 Rank 0 writes, every rank reads. The learning rate, the order of the data and the random numbers of a step are
 functions of the step and the seed, so that a checkpoint need not hold them.
@@ -13,6 +14,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,33 @@ def check_fingerprint(path: Path, saved: dict[str, str], current: dict[str, str]
                 f"{path} was trained with {key} = {value}, now it is {current[key]}.\n"
                 "Undo that change, or start anew with another output=FOLDER."
             )
+
+
+# They change how a run is carried out, not what comes out of it; data and model stand in the fingerprint.
+MANNER = ("output", "data.train", "data.val", "data.blend", "data.verify", "model.path", "model.tokenizer",
+          "rollout.actors", "rollout.batch_size", *(f"train.{name}" for name in (
+    "micro_batch_size", "gradient_checkpointing", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"
+)))  # fmt: skip
+
+
+def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 0.1}} -> {"train.lr": 0.1}, without what MANNER names."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = above + name
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, key + ".")
+        elif key not in MANNER:
+            found[key] = value
+    return found
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """What has changed between two configs, as "train.lr was 0.003 and is 0.5"; nothing if one is not known."""
+    keys = sorted(set(saved) | set(current)) if saved and current else []
+    return [
+        f"{key} was {saved.get(key)} and is {current.get(key)}" for key in keys if saved.get(key) != current.get(key)
+    ]
 
 
 def truncate_metrics(path: Path, step: int) -> None:

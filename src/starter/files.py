@@ -61,8 +61,9 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Wait until no other run writes to ``folder``. The kernel ends the lock with its process, however that ends."""
+def only_run(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold ``folder`` against other runs that would write to it: wait for them, or raise RecipeError. The kernel ends
+    the lock with its process, however that ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -72,6 +73,10 @@ def only_run(folder: Path) -> Iterator[None]:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN) and not wait:
+                raise RecipeError(
+                    f"another run writes to {folder}.\nWait for it, or give this experiment its own name: --name NAME."
+                ) from error
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 print(f"another run writes to {folder}: waiting for it", flush=True)
                 fcntl.lockf(lock, fcntl.LOCK_EX)

@@ -8,6 +8,7 @@ the actors draw is a function of the seed and of a prompt's place in the run, no
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import sys
@@ -52,10 +53,11 @@ def run(recipe: Path, argv: list[str]) -> int:
     world, output = alone(), training.output_folder(cfg.output)
     training.quiet_libraries(world)
     opened = training.open_model(cfg.model, world, chat=True)
-    learner = prepare(cfg, recipe, opened, output, world)
-    with assembled(cfg, opened, learner) as crew:
-        learner.crew = crew
-        return training.conclude(learner, opened.exporter(learner, output / "model", cfg.data.train), output)
+    with training.held(output, world):
+        learner = prepare(cfg, recipe, opened, output, world)
+        with assembled(cfg, opened, learner) as crew:
+            learner.crew = crew
+            return training.conclude(learner, opened.exporter(learner, output / "model", cfg.data.train), output)
 
 
 @contextlib.contextmanager
@@ -84,6 +86,7 @@ def prepare(cfg: RLConfig, recipe: Path, opened: OpenModel, output: Path, world:
         **architecture(opened.config),
     }
     learner = Learner(network, train, val[0] if val else [], cfg, output, fingerprint, world, opened)
+    learner.config = checkpoint.flat(dataclasses.asdict(cfg))
     learner.resume(resume_from)
     path = output / "checkpoints" / "reference.pt"
     if not resume_from:

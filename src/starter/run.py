@@ -65,6 +65,8 @@ class Run:
     ) -> None:
         self.cfg, self.seed, self.world, self.fingerprint = cfg, seed, world, fingerprint
         self.checkpoints, self.metrics = output / "checkpoints", output / "metrics.jsonl"
+        self.config: dict[str, Any] = {}  # flat, without what does not matter
+        self.changed: list[str] = []  # in the config since the checkpoint
         self.step = self.samples = self.tokens = 0
         self.model = model
         self.model.to(world.device)  # type: ignore[arg-type]
@@ -96,6 +98,7 @@ class Run:
         if path:
             state = checkpoint.load_checkpoint(path)
             checkpoint.check_fingerprint(path, state["fingerprint"], self.fingerprint)
+            self.changed = checkpoint.differences(state.get("config", {}), self.config)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             for group, weight_decay in zip(self.optimizer.param_groups, (self.cfg.weight_decay, 0.0), strict=True):
@@ -116,6 +119,7 @@ class Run:
                 "samples": self.samples,
                 "tokens": self.tokens,
                 "fingerprint": self.fingerprint,
+                "config": self.config,
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }

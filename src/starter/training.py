@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -18,6 +20,7 @@ from starter import checkpoint, manifest, model
 from starter.chat import load_tokenizer
 from starter.config import ModelConfig, PretrainConfig, RecipeError, SFTConfig, parse_args
 from starter.distributed import StopSignal, World, join, local_rank
+from starter.files import only_run, write_json
 from starter.run import Run
 from starter.template import which_template
 from starter.trainer import Sequences, Trainer
@@ -60,12 +63,22 @@ def run(recipe: Path, argv: list[str], config: type[Config], load: Load[Config],
     output = output_folder(cfg.output)
     world = join()
     quiet_libraries(world)
-    resume_from = world.from_rank_0(checkpoint.newest_checkpoint(output / "checkpoints"))
+    with held(output, world):
+        resume_from = world.from_rank_0(checkpoint.newest_checkpoint(output / "checkpoints"))
+        return conclude(
+            *world.together(lambda: prepare(cfg, recipe, output, world, resume_from, load, chat)), output
+        )
 
-    def start() -> tuple[Trainer, Callable[[], None]]:
-        return prepare(cfg, recipe, output, world, resume_from, load, chat)
 
-    return conclude(*world.together(start), output)
+@contextlib.contextmanager
+def held(output: Path, world: World) -> Iterator[None]:
+    """Hold the folder against a second job: both would write one set of checkpoints, and one model would be lost."""
+    with contextlib.ExitStack() as stack:
+        if world.rank == 0:
+            world.together(lambda: stack.enter_context(only_run(output, wait=False)))
+        else:
+            world.together(lambda: None)
+        yield
 
 
 def output_folder(output: str) -> Path:
@@ -76,6 +89,8 @@ def conclude(trainer: Run, export: Callable[[], None], output: Path) -> int:
     """Train, and export the model. Returns the process' exit code."""
     trainer.distribute()
     announce(trainer)
+    if trainer.world.rank == 0:
+        write_json(output / "config.json", trainer.config)
     stopped_by = trainer.fit(StopSignal())
     if stopped_by:
         trainer.say(f"{signal.Signals(stopped_by).name}: stopped after step {trainer.step}, checkpoint saved")
@@ -101,6 +116,7 @@ def prepare(
         **model.architecture(opened.config),
     }
     trainer = Trainer(network, data.train, data.val, cfg.train, cfg.seed, output, fingerprint, world)
+    trainer.config = checkpoint.flat(dataclasses.asdict(cfg))
     trainer.resume(resume_from)
 
     return trainer, opened.exporter(trainer, output / "model", data.name)
@@ -153,11 +169,19 @@ def quiet_libraries(world: World) -> None:
 
 
 def announce(trainer: Run) -> None:
+    """Say where the run stands. Raises RecipeError where another config would have nothing left to do."""
     world, steps = trainer.world, trainer.cfg.steps
     trainer.say(
         f"{trainer.model.num_parameters():,} parameters, {world.size} ranks on {world.device.type}, "
         f"{trainer.describe()}"
     )
+    for change in trainer.changed:
+        trainer.say(f"changed since the checkpoint: {change}")
+    if trainer.step >= steps and trainer.changed:
+        raise RecipeError(
+            f"step {trainer.step} of {steps} was reached with another config: {'; '.join(trainer.changed)}.\n"
+            "Start another experiment with --name NAME, or undo the change."
+        )
     if trainer.step < steps:
         trainer.say(f"resumed at step {trainer.step} of {steps}" if trainer.step else f"starting, {steps} steps")
     else:
