@@ -57,8 +57,8 @@ class Launch:
             self.profile.require_set()
         self.root = Path(options.repo_root or self.profile.keys.get("repo_root") or HERE).resolve()
         recipe = recipes.find(self.root, words.family + "/" + stage)
-        self.overrides = words.overrides
-        if len(words.stages) > 1:  # an override is for the stages whose config has its first key; run.… is for all
+        self.overrides, self.several = words.overrides, len(words.stages) > 1
+        if self.several:  # an override is for the stages whose config has its first key; run.… is for all
             known = configs.known_keys(recipe, options.config) | {"run"}
             self.overrides = [word for word in words.overrides if re.split(r"[.=\[]", word)[0] in known]
         ahead = _Ahead(self.root, recipe, self.profile)
@@ -132,7 +132,7 @@ class Launch:
 
     def check(self, attached: bool) -> None:
         """Raises Refusal for what can be refused without contacting the platform."""
-        backends.require(self.job, attached)
+        backends.require(self.job, attached, self.several)
         backends.backend(self.job.executor).check(self.job, self.plan)
 
     def refusal(self, attached: bool) -> str:

@@ -94,7 +94,8 @@ def run_table(rows: list[dict[str, Any]]) -> str:
     lines = [("RUN", "STATE", "AGE", "RECIPE", "PROFILE", "NODES", "DETAIL")]
     for row in rows:
         details = ("" if row["detail"] == "exit code 0" else row["detail"],
-                   "exit code %s" % row["job_exit_code"] if row["job_exit_code"] else "")
+                   "exit code %s" % row["job_exit_code"] if row["job_exit_code"] else "",
+                   "after " + row["after"] if row["after"] else "")
         detail = "; ".join(dict.fromkeys(filter(None, details)))
         lines.append((row["run"], row["state"], span(row["age_s"]), row["recipe"], row["profile"], str(row["nodes"]),
                       detail))
