@@ -104,12 +104,12 @@ class Launch:
         description = jobs.Description(
             run=run_id, recipe=recipe.name, script=recipe.script, launch=recipe.launch, nodes=settings["nodes"],
             run_root=root, config=self.config.text,
-            env=jobs.environment(settings, self.config.run, recipe.name, executor),
             pip=settings.get("pip_extras") or [], setup=jobs.setup_commands(settings), command=command, tool=tool,
             workdir=settings.get("workdir"),
             clones=repositories, folders=list(jobs.persistent_caches(settings).values()),
             retries=settings.get("retries", 0), patience=settings["rendezvous_timeout"],
             cluster=jobs.ray_cluster(recipe, settings, executor))
+        description |= jobs.environment(settings, self.config.run, recipe.name, executor)
         description |= jobs.unpacking(settings)
         if description["cluster"] == "pods":
             description["secret"] = os.urandom(32).hex()

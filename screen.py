@@ -228,7 +228,8 @@ SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|
 
 def shown_env(launch: "Launch") -> dict[str, str]:
     """The environment of the pods, Airlift's and the recipe's: secrets as ***, chunks by their length."""
-    env = dict(launch.plan.env, **launch.job.description["env"])
+    sent = launch.job.description
+    env = sent["defaults"] | launch.plan.env | sent["env"]
     env.update((name, "***") for name in launch.job.secrets if not env.get(name, "").startswith("<unset "))
     for name, value in env.items():
         if re.match(r"AIRLIFT_[A-Z]+_\d+$", name):
