@@ -135,7 +135,7 @@ def status(options: Namespace) -> int:
                 silent[run.profile] = refusal
         rows.append({"run": run.id, "recipe": run.recipe, "profile": run.profile, "nodes": run.nodes,
                      "state": state.state, "detail": state.detail, "age_s": int(time.time() - run.started),
-                     "job_exit_code": state.exit_code})
+                     "job_exit_code": state.exit_code, "after": run.after})
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -179,6 +179,8 @@ def follow(run: runs.Run, took: tuple[float, float] | None = None) -> int:
     what = "the job was cancelled" if status.state == "cancelled" else "the job failed" + (
         " with exit code %d" % code if code is not None else ", and its exit code is not known (%s)" % status.detail)
     why = "the pod's log says: %s; %s" % FAILURES[code] if code in FAILURES else "see python launch.py logs " + run.id
+    if run.after and not run.running_since and status.state == "cancelled":
+        why = "python launch.py status shows how the stages before it ended"
     screen.complain(what + after.replace(" in ", " after "), why)
     return 1
 
@@ -193,10 +195,21 @@ def logs(options: Namespace) -> int:
 
 
 def cancel(options: Namespace) -> int:
-    run = find_run(options)
-    done = "%s, %s on %s: %s" % (run.id, run.recipe, run.profile, backends.backend(run.executor).cancel(run))
-    print(screen.plain(done)[:screen.LONGEST])
-    return 0
+    return end(find_run(options))
+
+
+def end(run: runs.Run) -> int:
+    """Cancel a run and those that come after it, the last one first, so that none begins meanwhile. The exit code."""
+    worst = 0
+    for each in reversed(runs.chain(run)):
+        try:
+            done = backends.backend(each.executor).cancel(each)
+            said = "%s, %s on %s: %s" % (each.id, each.recipe, each.profile, done)
+            print(screen.plain(said)[:screen.LONGEST], flush=True)
+        except Refusal as refusal:
+            screen.complain("run %s was not cancelled: %s" % (each.id, one_line(refusal.what)), one_line(refusal.fix))
+            worst = max(worst, refusal.code)
+    return worst
 
 
 DIFFERENCES = {"changed": "yellow", "only in the run": "red", "only here": "green"}

@@ -28,7 +28,8 @@ class Description(TypedDict, total=False):
     nodes: int
     run_root: str | None  # None: outputs stay in the pod
     config: str  # YAML
-    env: dict[str, str]  # the recipe's own
+    env: dict[str, str]  # the recipe's, by the user's word
+    defaults: dict[str, str]  # what else it gets, where neither the user nor the pod's own environment has it
     pip: list[str]  # what pip installs first: the profile's own word that the network may be used
     setup: list[str]  # commands that run before it, in its shell
     command: str  # what bash runs
@@ -300,24 +301,26 @@ def unpacking(settings: dict[str, Any]) -> Description:
     return Description(unpack="shared", shared=posixpath.join(base, ".airlift"), keep=settings["keep"])
 
 
-def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str) -> dict[str, str]:
-    """The recipe's environment: what follows from workspace, caches and run.wandb, then the user's env_vars."""
+def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str) -> Description:
+    """The part of the description with the recipe's environment: what run.wandb and env_vars name; and as defaults,
+    what follows from workspace, caches and the recipe's name."""
     env: dict[str, str] = {}
     base = workspace(settings)
+    ours = persistent_caches(settings)
     if base and executor != "local":
-        env["HF_HOME"] = posixpath.join(base, "hf")
-    env |= persistent_caches(settings)
+        ours["HF_HOME"] = posixpath.join(base, "hf")
     wandb = run.get("wandb")
     if isinstance(wandb, dict):
         names = {"entity": "WANDB_ENTITY", "project": "WANDB_PROJECT", "name": "WANDB_NAME", "run_name": "WANDB_NAME",
                  "group": "WANDB_GROUP", "job_type": "WANDB_JOB_TYPE"}
-        env |= {names[key]: str(value) for key, value in wandb.items() if key in names and value}
+        env = {names[key]: str(value) for key, value in wandb.items() if key in names and value}
         tags = wandb.get("tags")
         if tags:
             env["WANDB_TAGS"] = ",".join(map(str, tags)) if isinstance(tags, list) else str(tags)
         if wandb.get("project"):
-            env = {"WANDB_ENABLED": "true", "WANDB_JOB_TYPE": name, "WANDB_NAME": name.replace("/", "-")} | env
-    return env | settings["env_vars"]
+            ours |= {"WANDB_ENABLED": "true", "WANDB_JOB_TYPE": name, "WANDB_NAME": name.replace("/", "-")}
+    env |= settings["env_vars"]
+    return Description(env=env, defaults={name: value for name, value in ours.items() if name not in env})
 
 
 TOKENS = ("HF_TOKEN", "WANDB_API_KEY", "NGC_API_KEY")

@@ -24,6 +24,7 @@ if sys.version_info < (3, 11):
 
 import argparse
 import collections
+import contextlib
 import difflib
 import json
 import re
@@ -67,8 +68,7 @@ def launch(options):
 
 def run_stages(launches, stages, options):
     if options.detach and len(launches) > 1:
-        raise Refusal("--detach is not possible with several stages: the launcher has to start the next one",
-                      "leave --detach out, or launch the stages one by one")
+        return submit_chain(launches, options)
     for number, one in enumerate(launches):
         left = stages[number:]
         try:
@@ -86,6 +86,22 @@ def run_stages(launches, stages, options):
     return 0
 
 
+def submit_chain(launches, options):
+    """Submit all stages now, each to begin when the one before it has succeeded; all of them or none."""
+    first = run = None
+    try:
+        for one in launches:
+            run, _ = submit(one, options, run and run.id)
+            first = first or run
+    except BaseException:
+        if first:
+            with contextlib.redirect_stdout(sys.stderr):  # nobody may read the other one any more
+                print("not all stages could be submitted, so those that were are cancelled:")
+                commands.end(first)
+        raise
+    return 0
+
+
 def command_line(options, stages):
     """The command line that launches these stages with the same options."""
     names = [word for word in options.words if "=" not in word]
@@ -97,8 +113,8 @@ def command_line(options, stages):
     return "python launch.py " + " ".join(map(shlex.quote, words + options.args))
 
 
-def submit(launch, options):
-    """Start the job; returns (its run, the seconds that it took)."""
+def submit(launch, options, after=None):
+    """Start the job, or have it start after another run; returns (its run, the seconds that it took)."""
     job, plan, begun = launch.job, launch.plan, time.time()
     print("%s on %s: %s, %d files, %s, sha256 %s, run %s" % (
         job.name, launch.profile.name, screen.shape(job), plan.files, transport.human(len(plan.tar)),
@@ -110,7 +126,7 @@ def submit(launch, options):
     run = runs.Run(job.run_id, job.name, launch.profile.name, job.executor, job.nodes, plan.digest, begun,
                    retries=job.description["retries"], outputs=job.description["run_root"], origin=launch.origin,
                    ranks=list(range(job.nodes)) if every else commands.chosen(options, job.nodes),
-                   carries=runs.fingerprints(launch.tree))
+                   carries=runs.fingerprints(launch.tree), after=after)
     try:
         backends.backend(job.executor).submit(run, job, plan, not options.detach)
     except Refusal as refusal:
@@ -118,7 +134,8 @@ def submit(launch, options):
             run.forget()
         raise
     if options.detach:
-        print("started; to follow it: python launch.py logs -f %s" % job.run_id)
+        print("%s; to follow it: python launch.py logs -f %s" % (
+            "starts when run %s has succeeded" % after if after else "started", job.run_id))
     return run, time.time() - begun
 
 

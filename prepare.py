@@ -57,8 +57,8 @@ class Launch:
             self.profile.require_set()
         self.root = Path(options.repo_root or self.profile.keys.get("repo_root") or HERE).resolve()
         recipe = recipes.find(self.root, words.family + "/" + stage)
-        self.overrides = words.overrides
-        if len(words.stages) > 1:  # an override is for the stages whose config has its first key; run.… is for all
+        self.overrides, self.several = words.overrides, len(words.stages) > 1
+        if self.several:  # an override is for the stages whose config has its first key; run.… is for all
             known = configs.known_keys(recipe, options.config) | {"run"}
             self.overrides = [word for word in words.overrides if re.split(r"[.=\[]", word)[0] in known]
         ahead = _Ahead(self.root, recipe, self.profile)
@@ -104,12 +104,12 @@ class Launch:
         description = jobs.Description(
             run=run_id, recipe=recipe.name, script=recipe.script, launch=recipe.launch, nodes=settings["nodes"],
             run_root=root, config=self.config.text,
-            env=jobs.environment(settings, self.config.run, recipe.name, executor),
             pip=settings.get("pip_extras") or [], setup=jobs.setup_commands(settings), command=command, tool=tool,
             workdir=settings.get("workdir"),
             clones=repositories, folders=list(jobs.persistent_caches(settings).values()),
             retries=settings.get("retries", 0), patience=settings["rendezvous_timeout"],
             cluster=jobs.ray_cluster(recipe, settings, executor))
+        description |= jobs.environment(settings, self.config.run, recipe.name, executor)
         description |= jobs.unpacking(settings)
         if description["cluster"] == "pods":
             description["secret"] = os.urandom(32).hex()
@@ -132,7 +132,7 @@ class Launch:
 
     def check(self, attached: bool) -> None:
         """Raises Refusal for what can be refused without contacting the platform."""
-        backends.require(self.job, attached)
+        backends.require(self.job, attached, self.several)
         backends.backend(self.job.executor).check(self.job, self.plan)
 
     def refusal(self, attached: bool) -> str:

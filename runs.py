@@ -44,6 +44,7 @@ class Run:
     ranks: list[int] = field(default_factory=lambda: [0])  # whose logs are shown
     outputs: str | None = None  # the run root, where it outlives the pods
     origin: Origin | None = None
+    after: str | None = None  # the run of the stage before it, which must succeed first
     record: dict[str, Any] = field(default_factory=dict)  # the backend's own data; its class Record has the keys
     carries: dict[str, str] = field(default_factory=dict, repr=False)  # fingerprints(), saved in a file of its own
 
@@ -126,6 +127,14 @@ def all_runs() -> tuple[list[Run], list[Refusal]]:
         except Refusal as problem:
             problems.append(problem)
     return sorted(found, key=lambda run: -run.started), problems
+
+
+def chain(run: Run) -> list[Run]:
+    """A run and those that come after it, in their order."""
+    found = [run]
+    for other in reversed(all_runs()[0]):
+        found += [other] * (other.after == found[-1].id)
+    return found
 
 
 def home() -> Path:

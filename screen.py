@@ -94,7 +94,8 @@ def run_table(rows: list[dict[str, Any]]) -> str:
     lines = [("RUN", "STATE", "AGE", "RECIPE", "PROFILE", "NODES", "DETAIL")]
     for row in rows:
         details = ("" if row["detail"] == "exit code 0" else row["detail"],
-                   "exit code %s" % row["job_exit_code"] if row["job_exit_code"] else "")
+                   "exit code %s" % row["job_exit_code"] if row["job_exit_code"] else "",
+                   "after " + row["after"] if row["after"] else "")
         detail = "; ".join(dict.fromkeys(filter(None, details)))
         lines.append((row["run"], row["state"], span(row["age_s"]), row["recipe"], row["profile"], str(row["nodes"]),
                       detail))
@@ -227,7 +228,8 @@ SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|
 
 def shown_env(launch: "Launch") -> dict[str, str]:
     """The environment of the pods, Airlift's and the recipe's: secrets as ***, chunks by their length."""
-    env = dict(launch.plan.env, **launch.job.description["env"])
+    sent = launch.job.description
+    env = sent["defaults"] | launch.plan.env | sent["env"]
     env.update((name, "***") for name in launch.job.secrets if not env.get(name, "").startswith("<unset "))
     for name, value in env.items():
         if re.match(r"AIRLIFT_[A-Z]+_\d+$", name):

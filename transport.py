@@ -579,7 +579,8 @@ def file_argv(sent: dict[str, bytes], folder: str) -> list[str]:
 
 def _recipe_env(env: dict[str, str], job: dict[str, Any]) -> dict[str, str]:
     """What the pod will start bash with, about; its script is a file. Raises Refusal for what no pod can have."""
-    result, texts = env | job.get("env", {}), [*job.get("pip", []), *job.get("setup", []), job.get("command", "")]
+    result = job.get("defaults", {}) | env | job.get("env", {})
+    texts = [*job.get("pip", []), *job.get("setup", []), job.get("command", "")]
     for name in result:
         if not re.fullmatch(r"[^=\0]+", name):
             raise Refusal("a variable cannot be named %r" % name, "fix its name in env_vars")

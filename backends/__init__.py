@@ -48,7 +48,7 @@ class Finding:
 class Backend(Protocol):
     """The functions of an executor's module."""
 
-    CAN: set[str]  # which of "detach" and "ray" (a Ray recipe on several nodes) it supports
+    CAN: set[str]  # which of "detach", "chain" (run.after) and "ray" (a Ray recipe on several nodes) it supports
 
     def check(self, job: Job, plan: Plan) -> None:
         """Raise Refusal for what the platform would refuse, without contacting it."""
@@ -80,11 +80,14 @@ def backend(executor: str) -> Backend:
     return cast(Backend, importlib.import_module(BACKENDS[executor]))
 
 
-def require(job: Job, attached: bool) -> None:
-    """Raises Refusal for a job that needs what its backend does not support."""
+def require(job: Job, attached: bool, several: bool = False) -> None:
+    """Raises Refusal for a job, perhaps one of several stages, that needs what its backend does not support."""
     can = backend(job.executor).CAN
     if not attached and "detach" not in can:
         raise Refusal("--detach is not supported by executor %s" % job.executor, "launch without it")
+    if not attached and several and "chain" not in can:
+        raise Refusal("--detach is not possible with several stages on %s: the launcher has to start the next one"
+                      % job.executor, "leave --detach out, or launch the stages one by one")
     if job.description.get("cluster") and "ray" not in can:
         raise Refusal("a Ray recipe on %d nodes is not supported by executor %s" % (job.nodes, job.executor),
                       "use --nodes 1, or another executor")

@@ -30,10 +30,10 @@ from backends.common.slurm_prepare import resolved_mounts, squashed
 from backends.common.slurm_watch import Record, Watch, job_id
 from backends.common.ssh import Host
 from jobs import Job, repository_of
-from runs import Run
+from runs import Run, load_run
 from transport import Plan, Refusal
 
-CAN = {"detach", "ray"}
+CAN = {"detach", "ray", "chain"}
 COPY_S = 600.0  # seconds for a tree to be copied, over a slow line too
 PLAIN = re.compile(r"/[\w.@+=/-]+", re.ASCII)  # safe in shells without quotes, sbatch's patterns (%) and mounts (: ,)
 PREPARE = """\
@@ -63,6 +63,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     ahead.join()
     nemo = import_nemo()
     executor = slurm_executor(job, host, base, image, mounts, above + "/" + name, attached)
+    executor.additional_parameters |= dependency(host, run)
     argv = transport.file_argv(sent, "/nemo_run")
     kept = sent | ({"secrets.json": json.dumps(secrets).encode()} if secrets else {})
     number = nemo.submit_slurm(name, executor, job.run_id, argv, partial(sbatch, host, above, name, kept))
@@ -127,6 +128,21 @@ def sbatch(host: Host, above: str, name: str, files: dict[str, bytes], script: s
     if not said:
         raise Refusal("%s: sbatch gave no job id" % host, "see whether its login shell runs commands", 4)
     return said[-1].split(";")[0]  # behind it may stand the name of the cluster
+
+
+def dependency(host: Host, run: Run) -> dict[str, Any]:
+    """The options of a job that waits for that of run.after. Raises Refusal if it would wait for ever."""
+    if not run.after:
+        return {}
+    before = Watch(load_run(run.after))
+    if before.host != host:
+        raise Refusal("the stage before is on %s, and this one on %s" % (before.host, host), "leave --detach out")
+    found = before.status()  # Slurm soon forgets what has ended, and an image may have taken its time
+    if found.state in ("failed", "cancelled"):
+        raise Refusal("run %s, the stage before, is %s already (%s)" % (run.after, found.state, found.detail),
+                      "see python launch.py logs " + run.after, 4)
+    return {} if found.state == "done" else {"dependency": "afterok:" + job_id(host, before.run),
+                                             "kill-on-invalid-dep": "yes"}
 
 
 def follow(run: Run) -> Status:

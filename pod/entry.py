@@ -116,6 +116,9 @@ def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: in
         from pod import ray_nodes
         job = dict(job, command=ray_nodes.command_for(job, places, rank, env))
     given = recipe_env(env, job, places, rank)
+    kept = sorted(name for name in job.get("defaults", {}) if name in env and name not in job["env"])
+    if kept and not rank:
+        say("left as this pod has them: " + ", ".join(kept))
     if job.get("on_cluster"):
         from pod import ray_cluster
         ray_cluster.spread(env, job, places)

@@ -94,7 +94,8 @@ def checked(job: dict) -> dict:
         "run": texts([job.get("run")]) and re.fullmatch(r"[\w-]{1,64}", job["run"]),
         "nodes": whole(job.get("nodes")),
         "tree": texts([tree.get("sha256"), tree.get("compression")]) and whole(tree.get("files"), 0),
-        "env": table(job.get("env")) and all(name and "=" not in name for name in job["env"]),
+        "env": table(job.get("env")) and table(job.get("defaults", {})) and all(
+            name and "=" not in name for name in [*job["env"], *job.get("defaults", {})]),
         "setup": texts(job.get("setup")), "pip": texts(job.get("pip", [])), "folders": texts(job.get("folders", [])),
         "clones": isinstance(job.get("clones", []), list) and all(
             table(clone) and sorted(clone) == ["ref", "target", "url"] for clone in job.get("clones", [])),

@@ -19,7 +19,8 @@ from pod.rank import find_master
 
 
 def recipe_env(env: dict[str, str], job: dict, places: Places, rank: int) -> dict[str, str]:
-    """The recipe's environment: the pod's without what is ours, then the user's, then rank and places."""
+    """The recipe's environment: the pod's without what is ours, then the user's, then rank and places. Defaults only
+    where neither has the name: what image, cluster or platform have set is known to be right there."""
     result = {name: value for name, value in env.items() if not name.startswith("AIRLIFT_")}
     if job["launch"] == "torchrun":  # a platform's PET_RDZV_BACKEND would overrule torchrun's arguments
         result = {name: value for name, value in result.items() if not name.startswith("PET_")}
@@ -27,6 +28,7 @@ def recipe_env(env: dict[str, str], job: dict, places: Places, rank: int) -> dic
     if job.get("unpack") == "shared":
         result.setdefault("PYTHONPYCACHEPREFIX", os.path.join(places.base, "pycache"))  # a published tree never changes
     result.update({name: places.fill(value) for name, value in job["env"].items()})
+    result = dict({name: places.fill(value) for name, value in job.get("defaults", {}).items()}, **result)
     address, port = find_master(dict(env, **result), job["nodes"])
     paths = [os.path.join(places.code, "src")] + [p for p in result.get("PYTHONPATH", "").split(":") if p]
     result.update({

@@ -113,7 +113,8 @@ class Podman:
                 info.type, info.linkname = tarfile.SYMTYPE, "usr/" + name
                 tar.addfile(info)
         (self.root / "image.tar").write_bytes(buffer.getvalue())
-        self.client().api.import_image_from_file(str(self.root / "image.tar"), repository="plain", tag="latest")
+        self.client().api.import_image_from_file(
+            str(self.root / "image.tar"), repository="plain", tag="latest", changes=["ENV HF_HOME=/image/hf"])
 
 
 def _die_with_parent() -> None:

@@ -41,7 +41,7 @@ def test_every_executor_keeps_the_contract(executor: str, function: str) -> None
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_what_an_executor_can_is_declared(executor: str) -> None:
     can = backends.backend(executor).CAN
-    assert isinstance(can, set) and can <= {"detach", "ray"}
+    assert isinstance(can, set) and can <= {"detach", "chain", "ray"}
 
 
 def test_there_is_a_backend_a_limit_and_a_list_of_keys_for_each() -> None:
@@ -127,6 +127,14 @@ def test_what_a_backend_cannot_is_refused_in_one_place(stub: Any) -> None:
     ray = Job("t23456", "a/b", "local", 2, 0, 1, None, {}, support.job(nodes=2, launch="ray", cluster="pods"), {})
     with pytest.raises(Refusal, match="--detach is not supported by executor local"):
         backends.require(ray, False)
+    made = stub(Status("done"))
+    made.CAN = {"detach", "ray"}
+    backends.require(ray, False)
+    with pytest.raises(Refusal, match="--detach is not possible with several stages on local"):
+        backends.require(ray, False, True)
+    made.CAN.add("chain")
+    backends.require(ray, False, True)
+    made.CAN = set()
     with pytest.raises(Refusal, match="a Ray recipe on 2 nodes is not supported by executor local"):
         backends.require(ray, True)
 

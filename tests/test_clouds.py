@@ -137,6 +137,20 @@ def test_the_environment_of_nvidias_launcher(here):
     assert "note: HF_TOKEN is set here but not sent" in result.out and "hf_secret" not in result.out
 
 
+def test_what_the_platform_sets_wins_over_our_defaults_and_the_user_over_both(here):
+    envs = [{"name": name, "value": "/platform"} for name in ("HF_HOME", "VLLM_CACHE_ROOT", "DG_JIT_CACHE_DIR")]
+    here.profile("[env_vars]\nDG_JIT_CACHE_DIR = '/mine'\n", persistent_cache="/shared/cache",
+                 custom_spec={"envs" if here.kind == "lepton" else "environmentVariables": envs})
+    names = ["HF_HOME", "VLLM_CACHE_ROOT", "DG_JIT_CACHE_DIR", "FLASHINFER_CUBIN_DIR"]
+    here.recipe("import os\nprint([os.environ.get(name) for name in %r])" % names)
+    result = here.launch()
+    assert str(["/platform", "/platform", "/mine", "/shared/cache/flashinfer_cubins"]) in result.out, result.err
+    assert "airlift: left as this pod has them: HF_HOME, VLLM_CACHE_ROOT\n" in result.out
+    assert (here.volume / "cache/vllm_compile_cache/deep_gemm").is_dir()
+    shown = json.loads(here.launch("--json").out)["env"]
+    assert (shown["HF_HOME"], shown["DG_JIT_CACHE_DIR"]) == ("/shared/airlift/hf", "/mine")
+
+
 def test_a_stage_on_one_cpu_node(here):
     here.profile('[stages."data/prep"]\ngpus_per_node = 0\nnodes = 1\n' + 'resource_shape = "cpu.large"\n' * (
         here.kind == "lepton"), nodes=2)

@@ -176,6 +176,16 @@ def test_a_workspace_in_a_pod_is_absolute(executor):
     assert str(found) == "the workspace is 'out'\nit must be an absolute path, as the pod sees it"
 
 
+def test_what_follows_from_the_settings_is_a_default_and_what_is_named_is_not():
+    found, _ = settle("slurm", profile={"remote_job_dir": "/j", "persistent_cache": "/c",
+                                        "env_vars": {"VLLM_CACHE_ROOT": "/v", "WANDB_NAME": "n"}})
+    made = jobs.environment(found, {"wandb": {"project": "p"}}, "nano3/sft", "slurm")
+    assert made["env"] == {"WANDB_PROJECT": "p", "VLLM_CACHE_ROOT": "/v", "WANDB_NAME": "n"}
+    caches = {name: "/c/" + folder for name, folder in jobs.PERSISTENT_CACHES.items() if name != "VLLM_CACHE_ROOT"}
+    assert made["defaults"] == caches | {"HF_HOME": "/j/hf", "WANDB_ENABLED": "true", "WANDB_JOB_TYPE": "nano3/sft"}
+    assert jobs.environment(found | {"workspace": "/w"}, {}, "a/b", "local")["defaults"].get("HF_HOME") is None
+
+
 def test_secrets_are_references():
     assert jobs.check_secrets({"A": "env"}, "local")[0] == {"A": "env"}
     assert jobs.check_secrets({"A": "lepton:a"}, "lepton")[0] == {"A": "lepton:a"}

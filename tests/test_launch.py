@@ -16,6 +16,7 @@ from inside import CONFIGS, FAMILY, check_shape
 from layout import FLAT, REPO, flat_folder, header, launcher, nemotron, recipe, write
 from support import python
 
+import backends
 import commands
 import launch
 import runs
@@ -240,6 +241,91 @@ def test_ctrl_c_in_a_pipeline_says_how_to_go_on_behind_the_job_that_goes_on(say,
     monkeypatch.setattr(launch, "submit", lambda one, options: (run, 0.0))
     monkeypatch.setattr(commands, "follow", lambda run, took: 0)  # as it answers Ctrl-C: the job has not ended
     assert say("nano3", "prep,sft") == (0, "to continue from here: python launch.py nano3 sft\n", "")
+
+
+class Chains:
+    """A backend whose platform starts a job when the one before it has succeeded."""
+
+    CAN = frozenset({"detach", "chain"})
+
+    def __init__(self, error=None, stuck=()):
+        self.error, self.stuck, self.seen, self.cancelled = error, stuck, [], []
+
+    def check(self, job, plan):
+        pass
+
+    def submit(self, run, job, plan, attached):
+        run.save()
+        self.seen.append((run.recipe, run.after, attached))
+        if self.error and len(self.seen) == 3:
+            raise self.error
+
+    def status(self, run):
+        return backends.Status("waiting", "PENDING")
+
+    def cancel(self, run):
+        self.cancelled.append(run.recipe)
+        if run.recipe in self.stuck:
+            raise transport.Refusal("login cannot be reached", "look at the network", 5)
+        return "job was cancelled"
+
+
+STAGES = ["nano3/a", "nano3/b", "nano3/c"]
+
+
+@pytest.fixture
+def chained(say, here, monkeypatch):
+    """Launches three stages at once on a Chains: (it, exit code, output, errors)."""
+
+    def launch_them(*words, **options):
+        for name in STAGES:
+            recipe(here, name, nodes=1)
+        made = Chains(**options)
+        monkeypatch.setattr(backends, "backend", lambda executor: made)
+        return (made, *say("nano3", "a,b,c", *words))
+
+    return launch_them
+
+
+def test_detached_stages_are_submitted_at_once_each_behind_the_one_before(say, chained):
+    made, code, out, err = chained("--detach")
+    ids = re.findall(r"logs -f (\w+)", out)
+    assert (code, err) == (0, "")
+    assert made.seen == list(zip(STAGES, [None, *ids[:2]], [False] * 3, strict=True))
+    assert re.findall("^start.*; ", out, re.MULTILINE) == [
+        "started; ", *("starts when run %s has succeeded; " % run for run in ids[:2])]
+    rows = json.loads(say("status", "--json")[1])
+    assert [(row["run"], row["after"]) for row in rows] == [(ids[2], ids[1]), (ids[1], ids[0]), (ids[0], None)]
+    assert re.findall(r"PENDING(?:; after (\w+))?$", say("status")[1], re.MULTILINE) == [ids[1], ids[0], ""]
+    code, out, err = say("cancel", ids[1])  # what is left after it, the last one first
+    assert (code, err, made.cancelled) == (0, "", ["nano3/c", "nano3/b"])
+    assert out == "".join("%s, %s on local: job was cancelled\n" % (ids[n], STAGES[n]) for n in (2, 1))
+
+
+@pytest.mark.parametrize(("error", "code", "left"), [
+    (transport.Refusal("no such partition", "name another", 4), 4, STAGES[:2]),
+    (transport.Refusal("login did not answer", "try again later", 5), 5, STAGES),  # the job may be there
+    (KeyboardInterrupt(), 130, STAGES)])
+def test_a_chain_is_submitted_whole_or_not_at_all(chained, error, code, left):
+    made, found, out, err = chained("--detach", error=error)
+    assert found == code and made.cancelled == left[::-1] and out.count("to follow it") == 2
+    assert err.splitlines()[0] == "not all stages could be submitted, so those that were are cancelled:"
+    assert err.count("job was cancelled") == len(left) and len(err.splitlines()) == 3 + len(left)
+
+
+def test_what_of_a_chain_could_not_be_cancelled_is_said(say, chained):
+    error = transport.Refusal("no such partition", "name another", 4)
+    made, code, _, err = chained("--detach", error=error, stuck=["nano3/b"])
+    assert code == 4 and made.cancelled == ["nano3/b", "nano3/a"]
+    assert re.search(r"^airlift: run \w+ was not cancelled: login cannot be reached\nlook at the network$", err, re.MULTILINE)
+    assert say("cancel", re.search(r"run (\w+) was not", err).group(1))[0] == 5
+
+
+def test_a_dry_run_says_that_an_executor_has_no_chains(say, here):
+    recipe(here, "nano3/prep", nodes=1)
+    said = "a launch would be refused: --detach is not possible with several stages on docker"
+    assert said in say("nano3", "prep,sft", "docker", "--dry-run", "--detach", "run.env.nodes=1")[1]
+    assert said not in say("nano3", "prep,sft", "docker", "--dry-run", "run.env.nodes=1")[1]
 
 
 # ---------------------------------------------------------------- as a process

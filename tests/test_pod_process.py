@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from support import ENDED, SCRIPT, failed, job, need, plan, plant, ran, started, tree, until
 
 import transport
-from pod import failures
+from pod import failures, process
+from pod.places import Places
 from transport import plan_for
 
 # ---------------------------------------------------------------- the recipe's end
@@ -376,6 +377,29 @@ def test_what_else_is_in_the_recipes_environment(tmp_path: Path) -> None:
     assert found["MASTER_PORT"].isdigit() and found["PYTHONUNBUFFERED"] == "1"
     assert found["NEMO_RUN_DIR"] == str(base / "output") and found["WHERE"] == "%s/output/x:%s/code" % (base, base)
     assert found["FROM_IMAGE"] == "x" and found["ODD"] == "\udcff" and found["PET_NNODES"] == "1"
+
+
+def test_a_default_gives_way_to_the_pods_own_environment_and_to_the_user(tmp_path: Path) -> None:
+    whole = plan(command=DUMP, defaults={"HF_HOME": "/nemo_run/hf", "CACHE": "/ours", "KEPT": "ours", "NONE": "ours"},
+                 env={"CACHE": "/users", "KEPT": "users"}, folders=["/nemo_run/made"])
+    found = environment_of(whole, tmp_path / "a", KEPT="image", NONE="")
+    assert found["HF_HOME"] == found["NEMO_RUN_DIR"] + "/hf"
+    assert (found["CACHE"], found["KEPT"], found["NONE"]) == ("/users", "users", "")
+    assert Path(found["NEMO_RUN_DIR"], "made").is_dir()
+    code, out = ran(whole, tmp_path / "b", env={"HF_HOME": "/image/hf", "CACHE": "/image"})
+    assert code == 0 and "airlift: left as this pod has them: HF_HOME\n" in out.text
+
+
+NAMES = st.sampled_from(["HF_HOME", "WANDB_NAME", "A", "B", "C", "D"])
+ENVIRONMENT = st.dictionaries(NAMES, st.text("ab", max_size=2), max_size=6)
+
+
+@given(ENVIRONMENT, ENVIRONMENT, ENVIRONMENT)
+def test_the_user_wins_over_the_place_and_the_place_over_defaults(user: dict[str, str], place: dict[str, str],
+                                                                  ours: dict[str, str]) -> None:
+    described = job(env=user, defaults=ours)
+    found = process.recipe_env(place, described, Places(described, place), 0)
+    assert {name: found.get(name) for name in {*user, *place, *ours}} == ours | place | user
 
 
 def test_torchrun_sees_no_pet_variables(tmp_path: Path) -> None:

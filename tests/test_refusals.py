@@ -135,7 +135,7 @@ CASES = [
     ({}, "nano3 sft,stf --dry-run", 2, "nano3 has no stage 'stf'", "did you mean sft?"),
     ({}, "nano3 sft,,sft --dry-run", 2, "nano3 has no stage ''", "did you mean rl or sft?"),
     ({}, "nano3 sft,sft --detach", 2,
-     "--detach is not possible with several stages: the launcher has to start the next one",
+     "--detach is not possible with several stages on local: the launcher has to start the next one",
      "leave --detach out, or launch the stages one by one"),
     ({}, "nano3 sft -c defualt", 2,
      "nano3/sft has no config 'defualt' in ROOT/src/pkg/recipes/nano3/sft/config",

@@ -620,6 +620,110 @@ def test_any_option_of_sbatch_and_srun(laptop: Person) -> None:
         assert words in shown, shown
 
 
+# ---------------------------------------------------------------- stages that wait for each other
+
+
+def chain(person: Person, *words: str) -> list[str]:
+    """Three stages, launched at once; the first ends when it may, with the code that it finds. Gives the runs."""
+    person.recipe("first", """
+        import os, sys, time
+        print("token", len(os.environ["HF_TOKEN"]), flush=True)
+        while not os.path.exists(sys.argv[-1]):
+            time.sleep(0.1)
+        sys.exit(int(open(sys.argv[-1]).read()))
+        """)
+    person.recipe("second", "print('the second', flush=True)")
+    person.recipe("third", "print('the third', flush=True)")
+    done = person.launch("first,second,third", "--detach", "run.env.secrets.HF_TOKEN=env", *words, env={"HF_TOKEN": SECRET})
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = re.findall(r"logs -f (\w+)", done.stdout)
+    assert len(runs) == 3 and done.stdout.count("starts when run") == 2
+    return runs
+
+
+def may_end(person: Person, code: int) -> Path:
+    path = person.cluster.shared / "first-may-end"
+    layout.write(person.cluster.root / "code", str(code)).rename(path)
+    return path
+
+
+@slow
+@pytest.mark.parametrize("tunnel", ["ssh", "local"])
+def test_stages_launched_at_once_run_in_order(people: dict[str, Person], tunnel: str) -> None:
+    person = people[tunnel]
+    runs = chain(person, "run.env.retries=1", "--", str(person.cluster.shared / "first-may-end"))
+    rows = [person.status(run) for run in runs]
+    assert [row["after"] for row in rows] == [None, *runs[:2]]
+    assert [row["detail"] for row in rows[1:]] == ["PENDING: Dependency"] * 2
+    assert "is waiting (PENDING: Dependency)" in person.run("logs", runs[1]).stderr
+    person.until(runs[0], "running")
+    number = json.loads(next(person.home.glob(".local/state/airlift/runs/%s.json" % runs[0])).read_text())["record"]["job"]
+    reader = None
+    if tunnel == "ssh":
+        command = person.cluster.laptop_command(person.words("logs", "-f", runs[2]))
+        reader = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                  env=person.cluster.environment(str(person.home)))
+    else:  # a first stage that is requeued is not one that has failed
+        time.sleep(2.1)
+        person.cluster.on_laptop(["scontrol", "requeue", number])
+        person.until(runs[0], "waiting")
+        time.sleep(2.1)
+        person.cluster.on_laptop(["scontrol", "update", "JobId=" + number, "StartTime=now"])
+        person.until(runs[0], "running")
+        assert person.status(runs[2])["detail"] == "PENDING: Dependency"
+    may_end(person, 0)
+    if reader:
+        said = rest_of(reader)
+        assert reader.returncode == 0 and "waiting (PENDING: Dependency)" in said and "the third" in said, said
+    for run in runs:
+        assert person.until(run, "done", "failed", "cancelled")["state"] == "done"
+    assert "the second" in person.log_of(runs[1])
+    (person.cluster.shared / "first-may-end").unlink()
+
+
+@slow
+def test_a_stage_that_fails_ends_those_behind_it(laptop: Person) -> None:
+    runs = chain(laptop, "--", str(laptop.cluster.shared / "first-may-end"))
+    may_end(laptop, 3)
+    done = laptop.run("logs", "-f", runs[2])
+    assert done.returncode == 1 and "cancelled (CANCELLED: the stage before it did not succeed)" in done.stdout
+    assert "status shows how the stages before it ended" in done.stderr
+    assert [laptop.status(run)["state"] for run in runs] == ["failed", "cancelled", "cancelled"]
+    assert laptop.status(runs[0])["job_exit_code"] == 3
+    assert laptop.cluster.on_login(["squeue", "-h", "-n", ",".join("airlift.fam-%s-%s" % pair for pair in zip(
+        ("first", "second", "third"), runs, strict=True))]).stdout == ""
+    assert holders([laptop.base]) == []
+    (laptop.cluster.shared / "first-may-end").unlink()
+
+
+@slow
+def test_what_is_left_of_a_chain_is_cancelled(login: Person) -> None:
+    runs = chain(login, "--", str(login.cluster.shared / "nobody"))
+    done = login.run("cancel", runs[1])
+    assert done.returncode == 0 and re.findall(r"^(\w+), .*: job \d+ was cancelled$", done.stdout, re.MULTILINE) == [
+        runs[2], runs[1]], done.stdout + done.stderr
+    assert login.status(runs[0])["state"] in ("waiting", "running")
+    assert runs[0] in login.run("cancel", runs[0]).stdout
+    assert [login.status(run)["state"] for run in runs] == ["cancelled"] * 3
+    assert holders([login.base]) == []
+
+
+@slow
+@pytest.mark.parametrize("stage, code, said", [
+    ("partition = \"gone\"", 4, "invalid partition"), ("port = 2223", 5, "Connection refused")])
+def test_a_later_stage_that_is_refused_takes_the_chain_back(laptop: Person, stage: str, code: int, said: str) -> None:
+    text = (laptop.folder / "profiles/here.toml").read_text()
+    (laptop.folder / "profiles/odd.toml").write_text(text + "[stages.second]\n" + stage + "\n")
+    for name in ("first", "second"):
+        laptop.recipe(name, NAPPER)
+    done = laptop.run("--repo-root", str(laptop.recipes), "fam", "first,second", "odd", "--detach")
+    assert done.returncode == code and said in done.stderr, done.stdout + done.stderr
+    assert re.search("^not all stages could be submitted", done.stderr), done.stderr
+    run = re.search(r"logs -f (\w+)", done.stdout).group(1)
+    assert re.search("^%s, fam/first on odd: job [0-9]+ was cancelled$" % run, done.stderr, re.MULTILINE), done.stderr
+    assert laptop.status(run)["state"] == "cancelled"
+
+
 # ---------------------------------------------------------------- repositories
 
 

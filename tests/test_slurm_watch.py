@@ -18,6 +18,8 @@ from transport import Refusal
     ("JobId=7 JobState=FAILED Reason=RaisedSignal:9 Restarts=0 ExitCode=0:9", Status("failed", "FAILED")),
     ("JobId=7 JobState=TIMEOUT Reason=TimeLimit Restarts=0 ExitCode=0:15 TimeLimit=00:01:00",
      Status("failed", "TIMEOUT: it reached its time limit of 00:01:00")),
+    ("JobId=7 JobState=CANCELLED Reason=DependencyNeverSatisfied Dependency=afterok:6(failed) Restarts=0 ExitCode=0:0",
+     Status("cancelled", "CANCELLED: the stage before it did not succeed")),
     ("FAILED|3:0|04:00:00\n", Status("failed", "FAILED", 3)),
     ("CANCELLED by 1000|0:0|04:00:00\n", Status("cancelled", "CANCELLED")),
     ("", Status("failed", "the platform no longer knows it", gone=True)),

@@ -89,7 +89,9 @@ def read_state(text: str, starts: int = 1, continuations: int = 0) -> Status:
     why = WHY.get(word, "")
     if word == "TIMEOUT":
         why = "it reached its time limit of " + fields.get("TimeLimit", "")
-    if state == "waiting" and fields.get("Reason", "None") != "None":
+    if fields.get("Reason") == "DependencyNeverSatisfied":
+        why = "the stage before it did not succeed"
+    elif state == "waiting" and fields.get("Reason", "None") != "None":
         why = fields["Reason"]
     detail = "%s: %s" % (word, why) if why else word
     continued = int(parts) if parts.strip().isdigit() else 0
