@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -139,13 +141,34 @@ def quoted(text: str) -> str:
 
 
 def own_place(job: dict, env: dict[str, str]) -> str:
-    """A new private folder for this start of a pod that leaves nothing behind: nobody removes a node's /tmp for it."""
+    """A new private folder for this start of a pod that leaves nothing behind, since nobody else removes it from a
+    node's /tmp. What killed pods have left there goes now: a pod that lives holds a lock on its folder."""
     scratch = os.path.abspath(env.get("TMPDIR") or "/tmp")
     try:
         make_folders(scratch)
-        return tempfile.mkdtemp(prefix="airlift-%s-" % job["run"], dir=scratch)  # 0700
+        for name in os.listdir(scratch):
+            if re.fullmatch(r"airlift-[a-z0-9]{6}-\w{8}", name) and hold(os.path.join(scratch, name)):
+                shutil.rmtree(os.path.join(scratch, name), ignore_errors=True)
+        while True:
+            own = tempfile.mkdtemp(prefix="airlift-%s-" % job["run"], dir=scratch)  # 0700
+            if hold(own, forever=True):  # else another pod took it for left behind, in that moment
+                return own
     except OSError as error:
         raise no_place(error, scratch) from None
+
+
+def hold(folder: str, forever: bool = False) -> bool:
+    """Whether a folder of this user's is held by no pod; with `forever`, this process holds it from now on."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if os.fstat(handle).st_uid == os.geteuid():
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+        finally:
+            if not forever:
+                os.close(handle)
+    return False
 
 
 def take_secrets(folder: str, names: list[str], env: dict[str, str]) -> None:
