@@ -13,6 +13,7 @@ import profiles
 import recipes
 import runs
 import screen
+from jobs import Job
 from pod.failures import FAILURES
 from prepare import Launch, words_of
 from screen import one_line
@@ -222,7 +223,7 @@ def diff(options: Namespace) -> int:
     assert origin  # each run that has files has one
     family, _, stage = run.recipe.partition("/")
     words = words_of([family, stage, run.profile] + origin["overrides"])
-    again = Namespace(config=origin["config"], nodes=None, args=[],
+    again = Namespace(config=origin["config"], nodes=None, name=None, args=[],
                       repo_root=options.repo_root or Path(origin["repo_root"]))
     with profiles.pinned(origin["env_file"]):
         launch = Launch(words, stage, again, True)
@@ -242,3 +243,19 @@ def diff(options: Namespace) -> int:
     if not any(kinds.values()):
         print("the files are the same")
     return 0
+
+
+def beside(job: Job, profile: str) -> list[str]:
+    """A note for each other run of the recipe that goes on and writes to the same folder, as its platform says."""
+    def goes_on(run: runs.Run) -> bool:
+        try:
+            return backends.status(run).state not in backends.FINAL
+        except Refusal:
+            return False
+
+    root = job.description["run_root"]
+    here = root, job.name, profile
+    others = [run for run in runs.all_runs()[0]
+              if root and not run.ended and (run.outputs, run.recipe, run.profile) == here]
+    return ["run %s goes on and writes to %s too; --name NAME keeps them apart" % (run.id, root)
+            for run in others if goes_on(run)]

@@ -274,14 +274,17 @@ def not_kept(settings: dict[str, Any], executor: str) -> str:
     return "" if kept else "the workspace %s is on none of the mounts%s" % (base, lost)
 
 
-def run_root(settings: dict[str, Any], family: str) -> str | None:
-    """<workspace>/<family>, or run_dir: the same for every launch of the family. None: outputs stay in the pod."""
+def run_root(settings: dict[str, Any], family: str, name: str | None = None) -> str | None:
+    """<workspace>/<name of the experiment>, else run_dir, else <workspace>/<family>: the same for every launch of it.
+    None: outputs stay in the pod."""
+    if name and not re.fullmatch(r"(?!\.)[\w.-]{1,100}", name, re.ASCII):
+        raise Refusal("--name is %r" % name, "a name has letters, digits and . _ -, and does not begin with a dot")
     base = workspace(settings)
     if base and not base.startswith(("/", "<unset ")):
         raise Refusal("the workspace is %r" % base, "it must be an absolute path, as the pod sees it")
-    if settings.get("run_dir"):
+    if settings.get("run_dir") and not name:
         return posixpath.join(base or "/", settings["run_dir"])
-    return posixpath.join(base, family) if base else None
+    return posixpath.join(base, name or family) if base else None
 
 
 def ray_cluster(recipe: Recipe, settings: dict[str, Any], executor: str) -> str:

@@ -106,7 +106,7 @@ def command_line(options, stages):
     """The command line that launches these stages with the same options."""
     names = [word for word in options.words if "=" not in word]
     words = [names[0], ",".join(stages)] + names[2:] + [word for word in options.words if "=" in word]
-    for option in ("config", "nodes", "repo_root", "rank"):
+    for option in ("config", "nodes", "name", "repo_root", "rank"):
         if getattr(options, option) is not None:
             words += ["--" + option.replace("_", "-"), str(getattr(options, option))]
     words += ["--all-ranks"] * options.all_ranks + ["--debug"] * options.debug + ["--"] * bool(options.args)
@@ -119,7 +119,7 @@ def submit(launch, options, after=None):
     print("%s on %s: %s, %d files, %s, sha256 %s, run %s" % (
         job.name, launch.profile.name, screen.shape(job), plan.files, transport.human(len(plan.tar)),
         plan.digest[:12], job.run_id))
-    for note in launch.notes():
+    for note in launch.notes() + commands.beside(job, launch.profile.name):
         screen.note(note)
     sys.stdout.flush()
     every = job.executor == "local" and options.rank is None  # on this machine, all ranks are shown
@@ -146,6 +146,7 @@ Option = collections.namedtuple("Option", "flags takes about kind")  # takes: ""
 OPTIONS = {
     "config": Option(("-c", "--config"), "CONFIG", "another config of the recipe: its name, or a file's path", str),
     "nodes": Option(("--nodes",), "N", "number of nodes, one pod each", int),
+    "name": Option(("--name",), "NAME", "the experiment: its outputs go to <workspace>/NAME, and only it resumes", str),
     "repo_root": Option(("--repo-root",), "DIR", "the source tree that is packed", Path),
     "dry_run": Option(("--dry-run",), "", "resolve and show everything, submit nothing", None),
     "json": Option(("--json",), "", "print JSON; a launch becomes a dry run", None),
@@ -158,7 +159,7 @@ OPTIONS = {
     "debug": Option(("--debug",), "", "print the traceback of an error", None),
 }
 ALWAYS = ("verbose", "debug")  # options of every command
-SELECTING = ("config", "nodes", "repo_root")  # options that say what is launched
+SELECTING = ("config", "nodes", "name", "repo_root")  # options that say what is launched
 
 Command = collections.namedtuple("Command", "function words options about")  # options: keys of OPTIONS, besides ALWAYS
 COMMANDS = {

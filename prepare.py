@@ -94,7 +94,7 @@ class Launch:
     def _job(self, options: Namespace, notes: list[str]) -> jobs.Job:
         recipe, executor = self.recipe, self.profile.executor
         settings = self.config.run["env"]
-        root = jobs.run_root(settings, recipe.family)
+        root = jobs.run_root(settings, recipe.family, options.name)
         notes += filter(None, [jobs.not_kept(settings, executor)])
         command, tool, about = recipes.command(recipe, settings, list(options.args), executor in profiles.CLOUDS)
         secrets, about_secrets = jobs.check_secrets(settings.get("secrets", {}), executor, settings["env_vars"])

@@ -7,6 +7,7 @@ from layout import REPO, recipe
 import jobs
 import profiles
 import recipes
+from transport import Refusal
 
 
 @pytest.fixture
@@ -246,3 +247,14 @@ def test_resources_of_the_header_on_every_executor(tmp_path):
             "name": "nano3/sft", "script": "src/nemotron/recipes/nano3/sft/train.py", "launch": "python", "nodes": 2,
             "gpus_per_node": "gpu", "nproc_per_node": "gpu", "image": None}
         assert found["env"]["A"] == "1" and found["command"].startswith('python "$AIRLIFT_CODE"/src/')
+
+
+@pytest.mark.parametrize("name, root", [("lr-0.3", "/w/lr-0.3"), ("a.b_c", "/w/a.b_c"), (None, "/w/runs/x")])
+def test_an_experiment_has_a_folder_of_its_own(name, root):
+    assert jobs.run_root({"workspace": "/w", "run_dir": "runs/x"}, "nano3", name) == root
+
+
+@pytest.mark.parametrize("name", ["..", ".x", "a/b", "a b", "$(x)", "ä", "x" * 101])
+def test_the_name_of_an_experiment_is_one_plain_word(name):
+    with pytest.raises(Refusal, match="--name is"):
+        jobs.run_root({"workspace": "/w"}, "nano3", name)

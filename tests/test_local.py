@@ -572,3 +572,18 @@ def test_an_override_that_no_stage_knows_is_refused_before_anything_starts(place
     refused = place.run("nano3", "prep,train", "local", "stepz=2")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith("airlift: no stage has stepz in its config\n")
+
+
+def test_two_launches_of_one_experiment_are_told_and_a_name_keeps_them_apart(place):
+    place.recipe(SLEEP)
+    first = run_id(place.run(*WORDS, "--detach").stdout)
+    place.probes()
+    beside = place.run(*WORDS, "--detach")
+    assert "note: run %s goes on and writes to %s too; --name NAME keeps them apart" % (first, place.output) in beside.stdout
+    named = place.run(*WORDS, "--detach", "--name", "lr-0.5")
+    assert "goes on" not in named.stdout, named.stdout
+    until(lambda: (place.folder / "output/lr-0.5/probe-1.json").exists(), 30)
+    for run in (first, run_id(beside.stdout), run_id(named.stdout)):
+        assert place.run("cancel", run).returncode == 0
+    place.nothing_left()
+    assert "goes on" not in place.run(*WORDS, "--dry-run").stdout

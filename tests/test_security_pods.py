@@ -651,7 +651,7 @@ def test_the_secret_of_a_launch_is_seen_nowhere(tmp_path: Path, monkeypatch: pyt
         assert secret not in said
         assert not [path for path in [*files, *(root / "output").rglob("*.log")] if secret.encode() in path.read_bytes()]
     with pytest.raises(ValueError) as caught:
-        raise ValueError(repr(prepare.Launch(prepare.words_of(words[:3]), "rl", Namespace(config=None, nodes=None, repo_root=root, args=[]), True).job))
+        raise ValueError(repr(prepare.Launch(prepare.words_of(words[:3]), "rl", Namespace(config=None, nodes=None, name=None, repo_root=root, args=[]), True).job))
     assert secrets[-1] not in str(caught.value)
 
 

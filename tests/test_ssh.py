@@ -83,6 +83,13 @@ def test_a_host_that_refuses_us_and_one_that_is_not_there(fake, said, code):
     assert caught.value.code == code and said.rstrip(".") in caught.value.what and caught.value.fix
 
 
+def test_a_login_that_runs_nothing_is_told(fake):
+    fake("echo 'this account is not available' >&2; exit 1\n")
+    with pytest.raises(Refusal, match="its shell ran nothing: this account is not available") as caught:
+        FAR.output("true", "look")
+    assert caught.value.code == 4
+
+
 def test_a_host_that_does_not_answer_in_time(fake):
     fake("exec sleep 30\n")
     with pytest.raises(Refusal, match=r"me@login.example.com:2222 did not answer in") as caught:

@@ -61,6 +61,9 @@ class Host:
                 raise Refusal("%s refuses the connection: %s" % (self, why), "check user and identity, and the host's "
                               "key in known_hosts; a second factor needs a ControlMaster that you have opened", 4)
             raise Refusal("%s cannot be reached: %s" % (self, why), "check host, port and the network", 5)
+        if MARK not in done.stdout:
+            raise Refusal("%s: its shell ran nothing: %s" % (self, last_lines(done.stderr) or "it said nothing"),
+                          "see whether its login runs sh and dd", 4)
         done.stdout = done.stdout.partition(MARK)[2]
         return done
 
