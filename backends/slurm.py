@@ -225,7 +225,8 @@ def require_plain(settings: dict[str, Any]) -> None:
         raise Refusal("remote_job_dir is %r, which nemo-run passes to shells without quotes" % base,
                       "use an absolute path of letters, digits and . _ - + = @ /")
     if settings["tunnel"] == "ssh" and not settings.get("host"):
-        raise Refusal('tunnel is "ssh", but the profile has no host', 'set host, or tunnel = "local" on the cluster itself')
+        raise Refusal('tunnel is "ssh", but the profile has no host',
+                      'set host, or tunnel = "local" on the cluster itself')
     identity = settings.get("identity")
     if settings["tunnel"] == "ssh" and identity and not Path(identity).expanduser().is_file():
         raise Refusal("there is no key file %s" % identity, "correct identity in the profile, or remove it")
