@@ -5,13 +5,13 @@ writes every field of an executor to disk, so environment, chunks and secrets ar
 over in Handed. The import takes two seconds, so backends import this only when they submit.
 """
 
-import fcntl
+import contextlib
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +30,7 @@ from nemo_run.core.packaging.base import Packager
 from nemo_run.run.torchx_backend.schedulers import api
 
 import backends
+import state
 from backends.common.ssh import Host, last_lines
 from jobs import Job, workspace
 from runs import Run, load_run
@@ -166,6 +167,7 @@ class CarriedSlurm(SlurmExecutor):
     airlift_run: str = ""
 
     def package(self, packager: Packager, job_name: str) -> None:
+        Path(self.experiment_dir).chmod(0o700)  # rsync keeps that, and setup_lines may hold a password
         super().package(packager, job_name)
         Path(self.job_dir, "airlift.tar.gz").unlink()  # it has been extracted, and need not be copied
         prepare = HANDED[self.airlift_run].prepare
@@ -184,7 +186,8 @@ class Session:
         self.connect_kwargs = {"key_filename": [host.identity] if host.identity else []}
 
     def run(self, command: str, hide: bool = True, warn: bool = False, **_: Any) -> SimpleNamespace:
-        done = self._host.run(command)
+        mine = "" if self._host.name else "umask %o; " % state.UMASK  # sbatch passes it on to the job
+        done = self._host.run(mine + command)
         if done.returncode and not warn:
             doing = "submit the job" if command.startswith("sbatch") else "run `%s`" % command
             raise Refusal("%s: cannot %s: %s" % (self._host, doing, last_lines(done.stderr)),
@@ -261,7 +264,8 @@ def submit_docker(executor: DockerExecutor, run_id: str, name: str, argv: list[s
     container = CarriedContainer(name=name, command=argv, executor=executor, extra_env={})
     request = DockerJobRequest(id=run_id, executor=executor, containers=[container])
     request.run(client)
-    request.save()
+    with _records():
+        request.save()
 
 
 for subclass, scheduler in ((CarriedLepton, "lepton"), (CarriedDGXCloud, "dgx_cloud"), (CarriedSlurm, "slurm_tunnel")):
@@ -277,21 +281,32 @@ def submit(title: str, executor: Executor, run_id: str, create: Callable[[], tup
     _experiment(title, executor, run.Script(inline="# Airlift run %s: pod.py starts the recipe" % run_id))
 
 
+@contextlib.contextmanager
+def _records() -> Iterator[None]:
+    """nemo-run's own folder, in which nobody else may write: it would make any Python object of what lies there."""
+    home = Path(get_nemorun_home())
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in filter(Path.exists, (home, *home.iterdir())):
+        state.require_own(path, path.stat(), lambda mode: True)
+    with state.guarded():
+        yield
+
+
 def _experiment(title: str, executor: Executor, script: run.Script, base: str | None = None) -> str:
     """Run an Experiment of one job without waiting for it; returns nemo-run's handle of the job. Launchers take turns,
     since nemo-run rewrites its lists of jobs without a lock."""
     logging.getLogger("nemo_run").setLevel(logging.WARNING)
     home = get_nemorun_home()
-    os.makedirs(home, exist_ok=True)
-    with open(os.path.join(home, ".airlift.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _records(), state.lock(Path(home, ".airlift.lock")):
+        folder = Path(base or home, "experiments", title)  # used by this run only
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)  # never one that somebody has prepared
         with run.Experiment(title, executor=executor, id=title + "_1", base_dir=base, log_level="WARNING",
                             clean_mode=True, enable_goodbye_message=False, skip_status_at_exit=True) as experiment:
             experiment.add(script, name=title)
             try:
                 experiment.run(detach=True)
             except Exception:
-                folder = os.path.join(base or home, "experiments", title)  # used by this run only
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
             handle = str(experiment.jobs[0].handle)
