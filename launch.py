@@ -16,7 +16,7 @@ OWN_PYTHON = os.path.join(HERE, ".venv", "bin", "python")
 
 # `make setup` puts a virtual environment beside this file; outside any other one, that is the Python that runs us.
 if __name__ == "__main__" and sys.prefix == getattr(sys, "base_prefix", sys.prefix) and os.path.exists(OWN_PYTHON):
-    os.execv(OWN_PYTHON, [OWN_PYTHON] + sys.argv)
+    os.execv(OWN_PYTHON, [OWN_PYTHON] + sys.argv)  # noqa: S606 - the same words, and no shell
 if sys.version_info < (3, 11):
     sys.stderr.write("airlift: needs Python 3.11 or later, and this is %d.%d\n" % sys.version_info[:2])
     sys.stderr.write("start it with a newer one, like: python3.11 launch.py ..., or run `make setup`\n")

@@ -260,8 +260,8 @@ def conceal(*values: str | None) -> None:
 
 @functools.lru_cache(1024)
 def forms(value: str) -> frozenset[str]:
-    """`value`, and from 8 characters on also its lines, and each in JSON, in a URL, and in the base64 of any text that it
-    stands in."""
+    """`value`, and from 8 characters on its lines, and each in JSON, in a URL, and in the base64 of any text that it stands
+    in."""
     lines = [line.strip() for line in value.splitlines() if len(line.strip()) >= 8]
     return frozenset(itertools.chain([value], *map(_forms, {value, *lines} if len(value) >= 8 else ())))
 
