@@ -38,9 +38,9 @@ def list_recipes(options: Namespace) -> int:
         for number, recipe in enumerate(wanted):
             if not number or recipe.family != wanted[number - 1].family:
                 print(screen.paint(recipe.family, "bold"))
-            print("  %-28s %-9s %4s x %-4s %s%s" % (
+            print(screen.plain("  %-28s %-9s %4s x %-4s %s%s" % (
                 recipe.stage, recipe.launch, recipe.nodes, recipe.gpus_per_node, recipe.script,
-                "  [%s]" % recipe.image if recipe.image else ""))
+                "  [%s]" % recipe.image if recipe.image else "")))
     for problem in problems:
         screen.complain(problem.what, problem.fix)
     return 2 if problems else 0
@@ -54,7 +54,9 @@ def list_profiles(options: Namespace) -> int:
         print(json.dumps([{"name": row[0], "executor": row[1], "about": row[2]} for row in rows], indent=1))
     else:
         for row in rows:
-            print("%-16s%-10s%s" % row)
+            print(screen.plain("%-16s%-10s%s" % row))
+        for text in profiles.not_used():
+            screen.note(text)
     return 0
 
 
@@ -75,9 +77,9 @@ def files(options: Namespace) -> int:
                           "left_out": [{"path": path, "reason": why} for path, why in tree.left_out]}, indent=1))
         return 0
     for path, size in sizes:
-        print("%9d  %s" % (size, path))
+        print("%9d  %s" % (size, screen.plain(path)))
     for path, reason in tree.left_out:
-        print("%9s  %s (%s)" % ("-", path, reason))
+        print("%9s  %s" % ("-", screen.plain("%s (%s)" % (path, reason))))
     return 0
 
 
@@ -106,6 +108,16 @@ def check(options: Namespace) -> int:
         print("a launch cannot be expected to work: %s" % ", ".join(finding.what for finding in failures) if failures
               else "a launch can be expected to work")
     return failures[0].code or 2 if failures else 0
+
+
+def allow(options: Namespace) -> int:
+    """Say that an env.toml is the person's own."""
+    path = Path(options.words[0]).expanduser().resolve() if options.words else profiles.found_file()
+    if path is None or not path.is_file() or len(options.words) > 1:
+        raise Refusal("there is no file %s" % path if options.words else "no env.toml is found upwards from here",
+                      "name one file, like: python launch.py allow ~/project/env.toml")
+    print(screen.plain(profiles.allow(path)))
+    return 0
 
 
 def find_run(options: Namespace) -> runs.Run:
@@ -173,7 +185,8 @@ def follow(run: runs.Run, took: tuple[float, float] | None = None) -> int:
         after = " in " + screen.span(now - run.started + took[0])
         print(screen.times(run, took[0], took[1], now))
     if status.state == "done":
-        print("%s%s%s" % (screen.state("done"), after, "; outputs in " + run.outputs if run.outputs else ""))
+        where = screen.plain("; outputs in " + run.outputs) if run.outputs else ""
+        print("%s%s%s" % (screen.state("done"), after, where))
         return 0
     sys.stdout.flush()
     code = status.exit_code
@@ -239,7 +252,7 @@ def diff(options: Namespace) -> int:
         run.id, len(carried), run.sha256[:12], len(here), launch.plan.digest[:12]))
     for kind, paths in kinds.items():
         for path in sorted(paths):
-            print("%s  %s" % (screen.paint("%-15s" % kind, DIFFERENCES[kind]), path))
+            print("%s  %s" % (screen.paint("%-15s" % kind, DIFFERENCES[kind]), screen.plain(path)))
     if not any(kinds.values()):
         print("the files are the same")
     return 0

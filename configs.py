@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import screen
-from recipes import Recipe, nearest, read_header
+import state
+from profiles import UNREAD_KEYS
+from recipes import Recipe, inside, nearest, read_header
 from transport import Refusal
 
 
@@ -54,7 +56,7 @@ def config_file(recipe: Recipe, name: str | None) -> Path:
 
 def known_keys(recipe: Recipe, name: str | None) -> set[str]:
     """The top-level keys of a config, before any override. Raises Refusal as compile_config does."""
-    return set(map(str, _load(_omegaconf(), config_file(recipe, name), ())))
+    return set(map(str, _load_config(_omegaconf(), recipe, name, config_file(recipe, name))))
 
 
 def compile_config(recipe: Recipe, name: str | None, overrides: list[str], settings: Any,
@@ -64,7 +66,7 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
     `artifacts`. Raises Refusal for a bad file, a cycle in `defaults:`, or a bad override."""
     omegaconf = _omegaconf()
     path = config_file(recipe, name)
-    config = _override(omegaconf, _load(omegaconf, path, ()), overrides)
+    config = _override(omegaconf, _load_config(omegaconf, recipe, name, path), overrides)
     plain = omegaconf.OmegaConf.to_container(config, resolve=False)
     run = _table(plain.pop("run", None), "run", path)
     forced = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(overrides)).get("run") or {}
@@ -72,11 +74,13 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
     recipe = with_script(recipe, run.get("train_script"), path)
     env = settings(recipe, yaml_env, forced.get("env") or {})
     if wandb:
-        run = run | {"wandb": wandb | _table(forced.get("wandb"), "run.wandb", path)}
+        public = {key: value for key, value in wandb.items() if not screen.SECRET_NAME.search(key)}
+        run = run | {"wandb": public | _table(forced.get("wandb"), "run.wandb", path)}
     if artifacts:
         plain["artifacts"] = artifacts | _table(plain.get("artifacts"), "artifacts", path)
     run = run | {"env": env, "recipe": {"name": recipe.name, "script": recipe.script}}
-    known = run | {"env": yaml_env | env}  # ${run.env.KEY} may also name keys that this executor does not use
+    # ${run.env.KEY} may also name keys that this executor does not use, but none that would tell the job a credential.
+    known = run | {"env": yaml_env | {key: value for key, value in env.items() if key not in UNREAD_KEYS}}
     plain = places(_replace_run(plain, _replace_run(known, known)), recipe.root)
     kept = {key: value for key, value in run.items() if is_artifact(value)}
     text = dump(plain | {"run": kept} if kept else plain)
@@ -122,7 +126,35 @@ def _omegaconf() -> Any:
     return omegaconf
 
 
-def _load(omegaconf: Any, path: Path, seen: tuple[Path, ...]) -> Any:
+def _load_config(omegaconf: Any, recipe: Recipe, name: str | None, path: Path) -> Any:
+    """A config and its parents. Only one that the person named may lie outside of the tree, and name others there."""
+    own = name and is_path(name) and not Path(os.path.abspath(path)).is_relative_to(recipe.root)
+    return _load(omegaconf, path, (), None if own else recipe.root)
+
+
+DEEPEST = 500  # levels: libyaml's own recursion ends the process at some ten thousand
+
+
+def _require_shallow(path: Path) -> None:
+    """Raises Refusal for a config whose brackets or dashes nest deeper than any person writes."""
+    text = path.read_bytes() if path.is_file() else b""
+    depth = 0
+    for match in re.finditer(rb"[][{}]", text):
+        depth += 1 if match.group() in b"[{" else -1
+        if depth > DEEPEST:
+            break
+    if depth > DEEPEST or b"- " * DEEPEST in text:
+        raise Refusal("%s is not a config: it nests more than %d levels deep" % (path, DEEPEST), "fix the YAML")
+
+
+def _load(omegaconf: Any, path: Path, seen: tuple[Path, ...], root: Path | None) -> Any:
+    """`root`: the tree that the file must lie in, links followed; None for a file of the person's own."""
+    if root and not inside(path, root):
+        raise Refusal("%s lies outside of the source tree, and %s it" % (
+            path, "defaults: of %s names" % seen[-1] if seen else "the tree leads to"),
+            "copy it into the tree, or name it yourself with -c")
+    state.require_small(path)
+    _require_shallow(path)
     if path.resolve() in seen:
         raise Refusal("the defaults: of configs form a cycle: " + " -> ".join(p.name for p in (*seen, path.resolve())),
                       "remove one of them from the defaults: that names it")
@@ -145,7 +177,7 @@ def _load(omegaconf: Any, path: Path, seen: tuple[Path, ...]) -> Any:
     for item in names:
         if item != "_self_":
             parent = path.parent / (item if Path(item).suffix else item + ".yaml")
-            merged = _merge(omegaconf, merged, _load(omegaconf, parent, (*seen, path.resolve())), parent)
+            merged = _merge(omegaconf, merged, _load(omegaconf, parent, (*seen, path.resolve()), root), parent)
     del config["defaults"]
     return _merge(omegaconf, merged, config, path)
 
@@ -202,8 +234,19 @@ def _map_strings(value: Any, change: Any) -> Any:
     return change(value) if isinstance(value, str) else value
 
 
+MAX_TEXT = 16 << 20  # characters of a compiled config
+
+
 def _replace_run(value: Any, run: dict[str, Any]) -> Any:
-    """`${run.a.b}` replaced by that value: as text within a string, with its type where it is the whole string."""
+    """`${run.a.b}` replaced by that value: as text within a string, with its type where it is the whole string. Raises
+    Refusal where a few references, or YAML's aliases, make gigabytes."""
+    size = 0
+
+    def count(text: str) -> None:
+        nonlocal size
+        size += len(text)
+        if size > MAX_TEXT:
+            raise Refusal("the config is larger than 16 MiB once its references are filled in", "shorten it")
 
     def lookup(reference: str, default: str) -> Any:
         here: Any = run
@@ -211,6 +254,7 @@ def _replace_run(value: Any, run: dict[str, Any]) -> Any:
             if not isinstance(here, dict) or part not in here:
                 return default
             here = here[part]
+        count(str(here))
         return here
 
     def text(match: re.Match[str]) -> str:
@@ -218,6 +262,7 @@ def _replace_run(value: Any, run: dict[str, Any]) -> Any:
         return "" if found is None else str(found)
 
     def change(item: str) -> Any:
+        count(item)
         whole = re.fullmatch(r"\$\{run\.([^}$]+)\}", item)
         return lookup(whole.group(1), item) if whole else re.sub(r"\$\{run\.([^}]+)\}", text, item)
 

@@ -12,8 +12,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
+import screen
 from configs import places
-from profiles import CLOUDS, KEYS, Profile, anchor, defaults, merge, must_be, resolve
+from profiles import CLOUDS, KEYS, PROFILES_ONLY, Profile, anchor, defaults, merge, must_be, resolve
 from recipes import Recipe, nearest
 from transport import Refusal
 
@@ -65,15 +66,17 @@ class Job:
 
 YAML_WINS = ("container_image", "nodes", "gpus_per_node", "ntasks_per_node", "nproc_per_node")  # over the profile
 COUNTS = ("nodes", "gpus_per_node", "nproc_per_node")
-PROFILES_OWN = ("executor", "extends", "stages", "repo_root")
+PROFILES_OWN = ("executor", "extends", "stages", "repo_root")  # which the command line cannot set either
+PUBLIC = ("PWD", "NEMO_RUN_DIR", "USER", "HOME", "HOSTNAME")  # variables that any config may read
 
 
 def settings_for(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict[str, Any], forced: dict[str, Any],
                  notes: list[str], dry: bool = True) -> dict[str, Any]:
     """The settings of a job, by the precedence at the top of this file. `yaml` is the config's run.env, `forced` are
     its KEY=VALUE overrides. env_vars are merged; mounts of YAML and profile are added up. Raises Refusal."""
+    _check_variables(yaml, forced, notes)
     yaml, forced = _read(yaml, recipe, notes, dry), _read(forced, recipe, [], dry)
-    usable = _usable(yaml, forced, profile.executor, notes)
+    usable = _usable(_trusted(yaml, forced, profile), forced, profile.executor, notes)
     header = {"nodes": recipe.nodes, "gpus_per_node": recipe.gpus_per_node, "container_image": recipe.image,
               "workdir": recipe.workdir}
     owned = {key: value for key, value in usable.items() if key in YAML_WINS}
@@ -96,6 +99,31 @@ def settings_for(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict
     anchor(settings, profile.executor)
     settings["nproc"] = settings.get("nproc_per_node", settings["gpus_per_node"]) or 1
     return settings
+
+
+def _check_variables(yaml: dict[str, Any], forced: dict[str, Any], notes: list[str]) -> None:
+    """Raises Refusal for a secret of this environment that a config reads; a note names other variables."""
+    read, typed = (set(re.findall(r"env:([A-Za-z_][A-Za-z0-9_]*)", str(table))) for table in (yaml, forced))
+    for name in sorted(read - typed - set(PUBLIC)):
+        value = os.environ.get(name, "")
+        if screen.SECRET_NAME.search(name) or screen.hide(value) != value:
+            raise Refusal("run.env of the config reads %s, which looks like a secret" % name,
+                          "if the recipe may have it, add it to [secrets] of your profile")
+        notes += ["run.env of the config uses the value that %s has here" % name] * (name in os.environ)
+
+
+def _trusted(yaml: dict[str, Any], forced: dict[str, Any], profile: Profile) -> dict[str, Any]:
+    """run.env with the command line's value of each key in PROFILES_ONLY. Raises Refusal where the YAML sets one that
+    would have an effect: the profile wins over it, but tables would be merged."""
+    trusted = dict(yaml)
+    for key in [key for key in yaml if key in KEYS and (KEYS[key].alias or key) in PROFILES_ONLY]:
+        name, trusted[key] = KEYS[key].alias or key, forced.get(key)
+        wins = (name in profile.keys or name in profile.stage) and not isinstance(yaml[key], dict)
+        unused = KEYS[key].executors and profile.executor not in KEYS[key].executors
+        if yaml[key] not in (None, forced.get(key)) and not wins and not unused:
+            raise Refusal("run.env of the config sets %s, which only a profile or the command line may" % key,
+                          "remove it there; what you want of it belongs in your profile, or in run.env.%s=..." % key)
+    return trusted
 
 
 def _usable(yaml: dict[str, Any], forced: dict[str, Any], executor: str, notes: list[str]) -> dict[str, Any]:
@@ -139,6 +167,11 @@ def _mounts(yaml: list[Any], ours: list[Any], executor: str, notes: list[str]) -
         if bad:
             fix = "write a table with path, mount_path and from" if executor == "lepton" else "use pvcs for volumes"
             raise Refusal("the mount %s is not possible on %s" % (bad[0], executor), fix)
+    theirs = [mount for mount in yaml if not _is_repository(mount)]
+    if theirs and executor == "docker":  # whose containers are root on this machine
+        raise Refusal("run.env of the config mounts %s of this machine into the container" % theirs[0],
+                      "if you want that, add it to mounts in your profile")
+    notes += ["the config, not your profile, mounts %s" % mount for mount in theirs]
     return yaml + ours
 
 

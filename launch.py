@@ -16,7 +16,7 @@ OWN_PYTHON = os.path.join(HERE, ".venv", "bin", "python")
 
 # `make setup` puts a virtual environment beside this file; outside any other one, that is the Python that runs us.
 if __name__ == "__main__" and sys.prefix == getattr(sys, "base_prefix", sys.prefix) and os.path.exists(OWN_PYTHON):
-    os.execv(OWN_PYTHON, [OWN_PYTHON] + sys.argv)
+    os.execv(OWN_PYTHON, [OWN_PYTHON] + sys.argv)  # noqa: S606 - the same words, and no shell
 if sys.version_info < (3, 11):
     sys.stderr.write("airlift: needs Python 3.11 or later, and this is %d.%d\n" % sys.version_info[:2])
     sys.stderr.write("start it with a newer one, like: python3.11 launch.py ..., or run `make setup`\n")
@@ -82,7 +82,7 @@ def run_stages(launches, stages, options):
             return code
         finally:
             if len(launches) > 1 and left:
-                print("to continue from here: %s" % screen.hide(command_line(options, left)))
+                print("to continue from here: %s" % screen.plain(command_line(options, left)))
     return 0
 
 
@@ -119,6 +119,7 @@ def submit(launch, options, after=None):
     print("%s on %s: %s, %d files, %s, sha256 %s, run %s" % (
         job.name, launch.profile.name, screen.shape(job), plan.files, transport.human(len(plan.tar)),
         plan.digest[:12], job.run_id))
+    print(screen.plain("profile from %s" % ", ".join(launch.profile.files)))
     for note in launch.notes() + commands.beside(job, launch.profile.name):
         screen.note(note)
     sys.stdout.flush()
@@ -171,6 +172,7 @@ COMMANDS = {
                      "list the files that would be sent, and those left out"),
     "check": Command(commands.check, "[FAMILY STAGE] PROFILE", SELECTING + ("json", "args"),
                      "check whether a launch can be expected to work"),
+    "allow": Command(commands.allow, "[FILE]", (), "say that an env.toml is yours: the next one upwards, or FILE"),
     "status": Command(commands.status, "[RUN]", ("json",), "show the state of your runs"),
     "logs": Command(commands.logs, "RUN", ("follow", "rank", "all_ranks"), "print the log of a run"),
     "cancel": Command(commands.cancel, "RUN", (), "end a run"),
@@ -280,7 +282,7 @@ def main(argv=None):
         pass
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in argv[: argv.index("--") if "--" in argv else None]:
-            traceback.print_exc()
+            sys.stderr.write("".join(screen.plain(line) + "\n" for line in traceback.format_exc().split("\n")))
         what, fix, code = explained(error)
         screen.complain(one_line(what), one_line(fix))
     try:

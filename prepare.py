@@ -179,7 +179,7 @@ class _Ahead(threading.Thread):
             try:
                 tree = transport.collect(self.root, script, exclude)
                 self.found = tree, transport.packed(tree, transport.method_for(self.executor, compression))
-            except Exception:  # take() runs into it again, and reports it
+            except Exception:  # noqa: S110 - take() runs into it again, and reports it
                 pass
 
     def take(self, recipe: recipes.Recipe, settings: dict[str, Any], config: configs.Config

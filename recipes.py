@@ -5,8 +5,10 @@ its name ("nano3/sft"), image, launch mode, configs and resources.
 """
 
 import difflib
+import os
 import re
 import shlex
+import stat
 import string
 import tomllib
 from collections.abc import Callable, Iterable
@@ -45,8 +47,9 @@ class Recipe:
         return self.name.split("/", 1)[1]
 
 
-HEADER = re.compile(rb"^# /// script[ \t]*\r?\n((?:#[^\n]*\n)*?)# ///[ \t]*\r?$", re.MULTILINE)
-OPEN_HEADER = re.compile(rb"^# /// script[ \t]*\r?\n(?:#[^\n]*\n)*?# \[tool\.runspec", re.MULTILINE)
+# A header, and its last line if it has one. No line of it begins with `# ///`, so that each is looked at once.
+HEADER = re.compile(rb"^# /// script[ \t]*\r?\n((?:(?!# ///)#[^\n]*\n)*)(# ///[ \t]*\r?$)?", re.MULTILINE)
+MAX_SCRIPT, MAX_HEADER = 1 << 20, 1 << 13  # bytes that are searched for a header, and of a header
 FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "": {"schema": (str,), "docs": (str,), "name": (str,), "image": (str,), "setup": (str,), "run": (dict,),
          "config": (dict,), "resources": (dict,), "env": (dict,)},
@@ -63,14 +66,13 @@ def scan(root: Path, text: bytes = b"") -> tuple[dict[str, Recipe], list[Refusal
     by_name: dict[str, list[Recipe]] = {}
     found: dict[str, Recipe] = {}
     problems: list[Refusal] = []
-    for collection in COLLECTIONS:
-        for path in sorted(root.glob("src/*/%s/**/*.py" % collection)):
-            try:
-                recipe = read_header(root, path, text)
-                if recipe:
-                    by_name.setdefault(recipe.name, []).append(recipe)
-            except Refusal as problem:
-                problems.append(problem)
+    for path in _scripts(root, problems):
+        try:
+            recipe = read_header(root, path, text)
+            if recipe:
+                by_name.setdefault(recipe.name, []).append(recipe)
+        except Refusal as problem:
+            problems.append(problem)
     for name, candidates in sorted(by_name.items()):
         others = [recipe for recipe in candidates if not recipe.script.startswith("src/starter/")] or candidates
         if len(others) > 1:
@@ -79,6 +81,21 @@ def scan(root: Path, text: bytes = b"") -> tuple[dict[str, Recipe], list[Refusal
         else:
             found[name] = others[0]
     return found, problems
+
+
+def _scripts(root: Path, problems: list[Refusal]) -> Iterable[Path]:
+    """The files among which recipes are. A folder that leads out of the tree would be searched for hours."""
+    for top in (top for collection in COLLECTIONS for top in sorted(root.glob("src/*/" + collection))):
+        if not inside(top, root):
+            problems.append(Refusal("%s is a link that leaves the tree" % top, "put a copy in its place"))
+            continue
+        yield from sorted(Path(folder, name) for folder, _, names in os.walk(top) for name in names
+                          if name.endswith(".py"))
+
+
+def inside(path: Path, root: Path) -> bool:
+    """Whether a path leads to something in the tree, links followed."""
+    return path.resolve().is_relative_to(root.resolve())
 
 
 def find(root: Path, name: str) -> Recipe:
@@ -111,22 +128,17 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def read_header(root: Path, path: Path, text: bytes = b"") -> Recipe | None:
     """The Recipe of a script; None if it has no runspec header, or not `text`. Raises Refusal with file and line."""
     script = path.relative_to(root).as_posix()
-    try:
-        data = path.read_bytes()
-    except IsADirectoryError:
-        return None
-    except OSError as error:
-        raise Refusal("%s cannot be read: %s" % (script, error.strerror), "make it readable, or remove it") from None
-    if b"[tool.runspec" not in data or text not in data:
-        return None
-    match = HEADER.search(data)
+    data = _beginning(path, script)
+    headers = HEADER.finditer(data) if b"[tool.runspec" in data and text in data else ()
+    match = next((header for header in headers if b"[tool.runspec" in header.group(1)), None)
     if match is None:
-        begun = OPEN_HEADER.search(data)
-        if begun:
-            raise Refusal("%s:%d: the runspec header does not end" % (script, data[: begun.start()].count(b"\n") + 1),
-                          "end it with a line `# ///`; each line of it begins with #")
         return None
     first = data[: match.start(1)].count(b"\n")  # lines before the block's own
+    if not match.group(2):
+        raise Refusal("%s:%d: the runspec header does not end" % (script, first),
+                      "end it with a line `# ///`; each line of it begins with #")
+    if len(match.group(1)) > MAX_HEADER:
+        raise Refusal("%s:%d: the runspec header has more than %d bytes" % (script, first, MAX_HEADER), "shorten it")
     toml = "\n".join(line[2:] if line.startswith("# ") else line.lstrip("#")
                    for line in match.group(1).decode("utf-8", "replace").split("\n"))
     try:
@@ -148,6 +160,17 @@ def read_header(root: Path, path: Path, text: bytes = b"") -> Recipe | None:
     return Recipe(spec["name"], root, script, spec.get("image"), run.get("launch", "torchrun"), run.get("cmd"),
                   run.get("workdir"), path.parent / config.get("dir", "./config"), config.get("default", "default"),
                   resources.get("nodes", 1), resources.get("gpus_per_node", 8), spec.get("env", {}))
+
+
+def _beginning(path: Path, script: str) -> bytes:
+    """What is searched for a header; nothing of a folder, or of what has no end, like a device or a FIFO."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return b""
+        with open(path, "rb") as file:
+            return file.read(MAX_SCRIPT)
+    except OSError as error:
+        raise Refusal("%s cannot be read: %s" % (script, error.strerror), "make it readable, or remove it") from None
 
 
 def _line_of(text: str, table: str, key: str) -> int:

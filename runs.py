@@ -6,7 +6,6 @@ import json
 import os
 import re
 import secrets
-import tempfile
 import time
 import zlib
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
+import state
 from transport import Refusal, Tree
 
 
@@ -60,31 +60,27 @@ class Run:
 
     def save(self) -> None:
         if self.carries:
-            self._write(".files", zlib.compress(json.dumps(self.carries).encode(), 9))
+            state.write(_path(self.id, ".files", True), zlib.compress(json.dumps(self.carries).encode(), 9))
             self.carries = {}
         fields = {name: value for name, value in self.__dict__.items() if name != "carries"}
-        self._write(".json", json.dumps(fields, indent=1).encode())
+        state.write(_path(self.id, ".json", True), json.dumps(fields, indent=1).encode())
 
     def files(self) -> dict[str, str]:
         """The fingerprints() of the tree that the run carries. Raises Refusal where they were not kept."""
-        path = home() / "runs" / (self.id + ".files")
+        path = _path(self.id, ".files")
         try:
-            return dict(json.loads(zlib.decompress(path.read_bytes())))
+            return dict(json.loads(zlib.decompress(state.read(path))))
         except (OSError, ValueError, zlib.error):
             raise Refusal("the list of files of run %s cannot be read: %s" % (self.id, path),
                           "only runs of this version have one") from None
 
-    def _write(self, suffix: str, data: bytes) -> None:
-        folder = home() / "runs"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, private = tempfile.mkstemp(dir=folder)  # 0600
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.rename(private, folder / (self.id + suffix))
-
     def forget(self) -> None:
         for suffix in (".json", ".files"):
-            (home() / "runs" / (self.id + suffix)).unlink(missing_ok=True)
+            _path(self.id, suffix).unlink(missing_ok=True)
+
+
+def _path(run_id: str, suffix: str, make: bool = False) -> Path:
+    return state.folder("runs", make=make) / (run_id + suffix)
 
 
 def fingerprints(tree: Tree) -> dict[str, str]:
@@ -95,11 +91,11 @@ def fingerprints(tree: Tree) -> dict[str, str]:
 
 def load_run(run_id: str) -> Run:
     """Raises Refusal for a run that was not launched from this account."""
-    path = home() / "runs" / (run_id + ".json")
-    if not re.fullmatch(r"[a-z0-9]+", run_id) or not path.is_file():
+    path = _path(run_id, ".json")
+    if not re.fullmatch(r"[a-z0-9]+", run_id) or not os.path.lexists(path):
         raise Refusal("there is no run %r" % run_id, "python launch.py status lists them")
     try:
-        run = Run(**_current(json.loads(path.read_text())))
+        run = Run(**_current(json.loads(state.read(path))))
         if run.id != run_id or not isinstance(run.started, (int, float)) or not isinstance(run.record, dict):
             raise ValueError
         return run
@@ -121,7 +117,7 @@ def _current(fields: dict[str, Any]) -> dict[str, Any]:
 def all_runs() -> tuple[list[Run], list[Refusal]]:
     """(all runs, newest first; the problems of files that cannot be read)."""
     found, problems = [], []
-    for path in (home() / "runs").glob("*.json"):
+    for path in state.folder("runs", make=False).glob("*.json"):
         try:
             found.append(load_run(path.stem))
         except Refusal as problem:
@@ -135,14 +131,6 @@ def chain(run: Run) -> list[Run]:
     for other in reversed(all_runs()[0]):
         found += [other] * (other.after == found[-1].id)
     return found
-
-
-def home() -> Path:
-    """Airlift's own state: AIRLIFT_HOME, else <XDG_STATE_HOME or ~/.local/state>/airlift."""
-    if os.environ.get("AIRLIFT_HOME"):
-        return Path(os.environ["AIRLIFT_HOME"])
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "airlift"
 
 
 def new_run_id() -> str:

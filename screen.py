@@ -5,7 +5,9 @@ Colours are used only on a terminal, and not if NO_COLOR is set (no-color.org) o
 
 import base64
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -184,7 +186,8 @@ def show(launch: "Launch", refused: str) -> None:
     head = "%s on %s (%s)" % (job.name, launch.profile.name, job.executor)
     print("%s: %s, %s" % (paint(head, "bold"), shape(job), job.description["launch"]))
     rows = [
-        ("script", job.description["script"]), ("config", str(launch.config.path)), ("image", job.image),
+        ("script", job.description["script"]), ("config", str(launch.config.path)),
+        ("profile", ", ".join(launch.profile.files)), ("image", job.image),
         ("command", job.description["command"]), ("outputs", job.description["run_root"]),
         ("ships", "%d files, %s as %s, %s, sha256 %s" % (
             plan.files, transport.human(len(plan.tar)), plan.compression,
@@ -223,7 +226,9 @@ def as_json(launch: "Launch", refused: str) -> dict[str, Any]:
     }
 
 
-SECRET_NAME = re.compile(r"TOKEN(?!IZER)|SECRET|PASSWORD|PASSWD|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+# Names of variables and of config keys; MAX_TOKENS, TOKENIZER and PWD are none.
+SECRET_NAME = re.compile(r"TOKEN(?!IZER|S(_|$))|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY"
+                         r"|[A-Z0-9]_(PASS|PWD)$", re.IGNORECASE)
 
 
 def shown_env(launch: "Launch") -> dict[str, str]:
@@ -242,7 +247,9 @@ def shown_env(launch: "Launch") -> dict[str, str]:
 
 
 CONCEALED: set[str] = set()  # secrets of the profile, tokens, and other forms of them
-IN_URL = re.compile(r"(https?://)[^/@\s]+@")
+# Who logs in, in a URL of any scheme. A password may hold @, and / after a colon that no port follows; their lengths
+# have a bound, so that a server's answer of megabytes is searched in little time.
+IN_URL = re.compile(r"(://)(?:[^/\s\"'<>:@]{0,99}:(?!\d+/)[^\s\"'<>]{1,99}|[^/\s\"'<>]{1,999})@")
 SHAPE = re.compile(transport.CREDENTIAL_SHAPE.pattern.decode())
 
 
@@ -250,13 +257,23 @@ def conceal(*values: str | None) -> None:
     """Add secrets that hide() replaces, and the forms in which a server may repeat them."""
     for value in values:
         if value and not value.startswith("<unset "):
-            CONCEALED.update({value, *(forms(value) if len(value) >= 8 else ())})
+            CONCEALED.update(forms(value))
 
 
-def forms(value: str) -> Iterator[str]:
-    """`value` in JSON, in a URL, and in the base64 of any text that it stands in."""
-    yield json.dumps(value)[1:-1]
-    yield json.dumps(value, ensure_ascii=False)[1:-1]
+@functools.lru_cache(1024)
+def forms(value: str) -> frozenset[str]:
+    """`value`, and from 8 characters on its lines, and each in JSON, in a URL, and in the base64 of any text that it
+    stands in."""
+    lines = [line.strip() for line in value.splitlines() if len(line.strip()) >= 8]
+    return frozenset(itertools.chain([value], *map(_forms, {value, *lines} if len(value) >= 8 else ())))
+
+
+def _forms(value: str) -> Iterator[str]:
+    yield value
+    yield repr(value)[1:-1]
+    for ascii_only in (True, False):
+        once = json.dumps(value, ensure_ascii=ascii_only)[1:-1]
+        yield from (once, json.dumps(once)[1:-1])  # JSON in JSON, too
     yield from (urllib.parse.quote(value), urllib.parse.quote(value, ""), urllib.parse.quote_plus(value))
     for before, shared in enumerate((0, 2, 3)):  # bytes before it, and characters that hold bits of them
         data = b"-" * before + value.encode("utf-8", "surrogateescape")
@@ -267,10 +284,10 @@ def forms(value: str) -> Iterator[str]:
 def hide(text: str) -> str:
     """`text` with *** for concealed secrets, for what looks like a credential, and for the value of any variable here
     that is named like a secret: a profile may have copied it with ${env:NAME} into another variable, or a command."""
-    named = {value for name, value in os.environ.items() if SECRET_NAME.search(name)}
-    for value in sorted(CONCEALED | named, key=len, reverse=True):
-        if len(value) >= 8:
-            text = text.replace(value, "***")
-        elif len(value) >= 4 and text == value:
+    named = [forms(value) for name, value in os.environ.items() if SECRET_NAME.search(name)]
+    for form in sorted(CONCEALED.union(*named), key=len, reverse=True):
+        if len(form) >= 8:
+            text = text.replace(form, "***")
+        elif len(form) >= 4 and text == form:
             text = "***"
     return SHAPE.sub("***", IN_URL.sub(r"\1***@", text))

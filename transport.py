@@ -145,7 +145,10 @@ def collect(root: Path, script: str, exclude: tuple[str, ...] = (), also: tuple[
     if not (root / "src").is_dir():
         raise Refusal("%s has no src folder, so there is nothing to ship" % root,
                       "name the source tree with --repo-root")
-    walk = _Walk(os.path.realpath(root / "src"), None if whole else family_of(script), exclude + _ignore_file(root))
+    top = os.path.realpath(root / "src")
+    if not top.startswith(os.path.realpath(root) + "/"):
+        raise Refusal("%s is a link that leaves the tree" % (root / "src"), "name the tree that it leads to")
+    walk = _Walk(top, None if whole else family_of(script), exclude + _ignore_file(root))
     try:
         walk.all()
         for path in also:
@@ -168,6 +171,8 @@ def _ignore_file(root: Path) -> tuple[str, ...]:
     path = root / ".airliftignore"
     if not path.is_file():
         return ()
+    if path.stat().st_size > 1 << 20:
+        raise Refusal("%s has more than 1 MiB" % path, "write fewer patterns")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except OSError as error:

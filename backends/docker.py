@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import screen
+import state
 from backends import ENDED_ALREADY, GONE, Finding, Status, exit_status
 from backends.common import checks, import_nemo
 from backends.common.checks import finding
 from jobs import Job, repository_of, require_image
 from profiles import FOLDER
-from runs import Run, home
+from runs import Run
 from transport import Plan, Refusal
 
 CAN = {"detach"}
@@ -85,8 +86,7 @@ def cancel(run: Run) -> str:
     container = find(run)
     if container is None or container.status == "exited":
         return ENDED_ALREADY % status(run).detail
-    _kept(run).mkdir(mode=0o700, parents=True, exist_ok=True)
-    (_kept(run) / "cancelled").touch()
+    (_kept(run, True) / "cancelled").touch(0o600)
     ask_docker(lambda: container.stop(timeout=GRACE_S))
     status(run)
     return "container %s was stopped and removed; its log is kept" % run.record["name"]
@@ -236,18 +236,17 @@ def find(run: Run) -> Any:
     return ask_docker(lambda: client.containers.get(run.record["name"]), True)
 
 
-def _kept(run: Run) -> Path:
-    return home() / "docker" / run.id
+def _kept(run: Run, make: bool = False) -> Path:
+    return state.folder("docker", run.id, make=make)
 
 
 def _put_away(run: Run, container: Any) -> Status:
     """Keep log and exit code, then remove the container."""
-    folder = _kept(run)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(folder / "log", "wb") as log:
+    folder = _kept(run, True)
+    with open(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
         for piece in container.logs(stream=True, follow=False):
             log.write(piece)
-    (folder / "exit").write_text("%d\n" % container.attrs["State"]["ExitCode"])
+    state.write(folder / "exit", b"%d\n" % container.attrs["State"]["ExitCode"])
     ask_docker(lambda: container.remove(force=True))
     return _ended(run)
 

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import IO, Any, TypedDict
 
 import screen
+import state
 import transport
 from backends import ENDED_ALREADY, Finding, Status, exit_status
 from jobs import Job, workspace
 from pod.process import become_subreaper, end_the_rest
-from runs import Run, home
+from runs import Run
 from transport import Plan
 
 CAN = {"detach", "ray"}
@@ -48,8 +49,7 @@ def check(job: Job, plan: Plan) -> None:
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Start the supervisor."""
-    folder = home() / "local" / job.run_id
-    folder.mkdir(mode=0o700, parents=True)
+    folder = state.folder("local", job.run_id)
     (folder / "log").touch(0o600)
     with socket.socket() as probe:  # a free port for rank 0
         probe.bind(("127.0.0.1", 0))
@@ -128,7 +128,7 @@ def cancel(run: Run) -> str:
     """Send TERM to the supervisor, which ends its pods; returns when they are gone."""
     if not _alive(run):
         return ENDED_ALREADY % status(run).state
-    (Path(run.record["folder"]) / "cancelled").touch()
+    (Path(run.record["folder"]) / "cancelled").touch(0o600)
     os.kill(run.record["pid"], signal.SIGTERM)
     while _alive(run):
         time.sleep(0.05)
@@ -170,7 +170,7 @@ def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
         with open(folder / "log", "ab", buffering=0) as log:
             for rank, env in enumerate(envs):
                 place = scratch / ("rank-%d" % rank)
-                place.mkdir()
+                place.mkdir(mode=0o700)
                 pods.append(subprocess.Popen(
                     argv, env=env | {"TMPDIR": str(place)}, cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT, preexec_fn=die_with_parent))
@@ -190,8 +190,7 @@ def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
         shutil.rmtree(scratch, ignore_errors=True)
         for file in folder.glob("progress-*"):
             file.unlink()
-        (folder / "exit.new").write_text("%d\n" % code)
-        (folder / "exit.new").rename(folder / "exit")
+        state.write(folder / "exit", b"%d\n" % code)
     return 0
 
 

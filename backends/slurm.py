@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import state
 import transport
 from backends import Finding, Status, stop_and_wait
 from backends.common import import_nemo, nemo_ahead
@@ -101,7 +102,7 @@ def clean(host: Host) -> str:
 
 # The job's folder, with what comes as a tar; then sbatch. Slurm hands the umask on to the job.
 SUBMIT = """\
-mask=$(umask)
+mask=%(mask)s
 umask 077
 mkdir -p %(above)s && cd %(above)s || exit 1
 [ -O . ] || { echo "%(above)s belongs to another user" >&2; exit 1; }
@@ -123,7 +124,8 @@ def sbatch(host: Host, above: str, name: str, files: dict[str, bytes], script: s
             info = tarfile.TarInfo(path)
             info.mode, info.size, info.mtime = 0o600, len(data), int(time.time())
             tar.addfile(info, io.BytesIO(data))
-    words = {"above": above, "name": name, "experiment": above.rpartition("/")[0]}
+    words = {"above": above, "name": name, "experiment": above.rpartition("/")[0],
+             "mask": "$(umask)" if host.name else "%o" % state.UMASK}
     said = host.output(clean(host) + SUBMIT % words, "submit the job", COPY_S, buffer.getvalue()).split()
     if not said:
         raise Refusal("%s: sbatch gave no job id" % host, "see whether its login shell runs commands", 4)
@@ -162,7 +164,8 @@ def cancel(run: Run) -> str:
     """scancel; returns when the job has ended, or after a minute."""
     watch = Watch(run)
     job = job_id(watch.host, run)
-    return stop_and_wait("job " + job, watch.status, lambda: watch.host.output("scancel " + job, "cancel the job"))
+    stop = partial(watch.host.output, "scancel " + shlex.quote(job), "cancel the job")
+    return stop_and_wait("job " + job, watch.status, stop)
 
 
 TRY = """\

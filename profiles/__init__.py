@@ -1,8 +1,9 @@
 """Profiles: where and how jobs run. Each is a TOML file in this folder; `load` returns one, checked and resolved.
 
 The sections of an env.toml, the file of NVIDIA's launcher, are profiles, too: the file that NEMOTRON_ENV_FILE names,
-else the nearest one from the working directory upwards to the first pyproject.toml. A section wins over a file of the
-same name here. [wandb], [artifacts], [cache] and [cli] are not profiles; the first two go into the recipe's config.
+else the nearest one from the working directory upwards to the first pyproject.toml, if it was allowed once by its path:
+anybody may have put it there. A section wins over a file of the same name here. [wandb], [artifacts], [cache] and [cli]
+are not profiles; the first two go into the recipe's config.
 
 `extends = "parent"` merges tables deeply and replaces lists. `[stages.rl]` and `[stages."data/prep"]` override keys for
 the stages with that prefix, the longest prefix last. `${env:NAME}` reads the launcher's environment. Every key has a
@@ -10,14 +11,17 @@ type and the executors it is for; an unknown key, a wrong type, or a key of anot
 """
 
 import contextlib
+import json
 import os
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import state
 from recipes import VARIABLE, nearest, variable
 from transport import LIMITS, Refusal
 
@@ -155,7 +159,14 @@ REQUIRED = {
 }
 CHOICES = {"compression": ("xz", "gz"), "unpack": ("local", "shared"), "scope": ("family", "imports"),
            "tunnel": ("local", "ssh"), "auto_mount": ("image",)}
+# A checkout is not trusted: who we are, whom we talk to, which secrets are sent, and what is done outside of the
+# container comes from profiles and the command line, never from a YAML.
+PROFILES_ONLY = ("base_url", "kube_apiserver_url", "client_id", "client_secret", "project_name", "ca_bundle", "tunnel",
+                 "host", "user", "port", "identity", "remote_job_dir", "setup_lines", "git_mirrors", "secrets",
+                 "image_pull_secrets", "existing_ray_cluster", "custom_spec", "runtime", "ipc_mode", "lustre_mount",
+                 "pvcs", "sbatch", "srun")
 SECRET_KEYS = ("client_secret", "app_secret")  # never shown
+UNREAD_KEYS = ("client_secret", "custom_spec", "git_mirrors", "setup_lines")  # may hold secrets; no config reads them
 # Text for a shell or a platform, which may use ${ itself; in any other key a ${ that is left over is a mistake.
 FREE_TEXT = ("startup_commands", "pre_launch_commands", "setup_lines", "run_command", "env_vars", "custom_spec")
 UNREAD = re.compile(r"\$\{(?!auto_mount:)[^}\s]*\}?")
@@ -214,22 +225,55 @@ def env_file() -> Path | None:
         if not path.is_file():
             raise Refusal("NEMOTRON_ENV_FILE names %s, which does not exist" % named, "correct it, or unset it")
         return path.resolve()
+    found = found_file()
+    return found if str(found) in allowed() else None
+
+
+def found_file() -> Path | None:
+    """The env.toml that is found upwards from the working directory, whoever put it there."""
     try:
         here = Path.cwd()
     except FileNotFoundError:  # the working directory was removed
         return None
     for folder in (here, *here.parents):
         if (folder / "env.toml").is_file():
-            return folder / "env.toml"
+            return (folder / "env.toml").resolve()
         if (folder / "pyproject.toml").exists():
             break
     return None
 
 
+def allowed() -> set[str]:
+    """The paths that allow() was given. Raises Refusal."""
+    path = state.folder(make=False) / "allowed.json"
+    try:
+        return set(map(str, json.loads(state.read(path))))
+    except FileNotFoundError:
+        return set()
+    except (OSError, ValueError, TypeError):
+        raise Refusal("%s cannot be read" % path, "remove it, and allow your env.toml again") from None
+
+
+def allow(path: Path) -> str:
+    """Use that env.toml from now on, also after changes. One sentence about its profiles."""
+    found = [name for name, keys in _read(path).items() if isinstance(keys, dict) and name not in NOT_PROFILES]
+    state.write(state.folder() / "allowed.json", json.dumps(sorted({*allowed(), str(path)}), indent=1).encode())
+    replaced = [name for name in found if (FOLDER / (name + ".toml")).exists()]
+    instead = "; they replace the shipped " + ", ".join(replaced) if replaced else ""
+    return "%s is used from now on; its profiles: %s%s" % (path, ", ".join(found) or "none", instead)
+
+
+def not_used() -> list[str]:
+    """A note about an env.toml that was found, and which this person has not allowed."""
+    path = found_file()
+    return ["%s is not used, since anybody may have put it there; if it is yours: python launch.py allow %s" % (
+        path, shlex.quote(str(path)))] if path and env_file() is None else []
+
+
 def sections() -> dict[str, dict[str, Any]]:
     """The sections of env.toml, {} without one. Raises Refusal for a key outside of them."""
     path = env_file()
-    found = _read(path) if path else {}
+    found = _read(path) if path and str(path) != os.devnull else {}
     for name, section in found.items():
         if not isinstance(section, dict):
             raise Refusal("%s: the key %s is in no section" % (path, name), "move it below the [name] of a profile")
@@ -268,7 +312,7 @@ def load(name: str, stage: str = "") -> Profile:
     if not isinstance(executor, str) or executor not in LIMITS:
         raise Refusal("profile %s: executor %r is not known" % (name, executor),
                       "did you mean %s?" % nearest(str(executor), LIMITS))
-    notes: list[str] = []
+    notes = not_used()
     keys = _checked(keys, executor, "profile " + name, layers, notes)
     overrides = _overrides(stages, stage, "profile " + name, executor, layers, unset, notes)
     missing = [key for key in REQUIRED[executor] if not (overrides.get(key) or keys.get(key))]
@@ -322,7 +366,7 @@ def _layers(name: str, seen: tuple[str, ...]) -> Layers:
         raise Refusal("profiles extend each other in a cycle: " + " -> ".join((*seen, name)), "remove one extends")
     if name not in names():
         subject = "profile %s extends %r, which" % (seen[-1], name) if seen else "profile %r" % name
-        raise Refusal("%s does not exist" % subject, "did you mean %s?" % nearest(name, names()))
+        raise Refusal("%s does not exist" % subject, [*not_used(), "did you mean %s?" % nearest(name, names())][0])
     in_env = name in sections() and name not in NOT_PROFILES
     path = env_file() if in_env else FOLDER / (name + ".toml")
     assert path is not None
@@ -339,6 +383,7 @@ def _layers(name: str, seen: tuple[str, ...]) -> Layers:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    state.require_small(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -452,8 +497,9 @@ def must_be(key: str, value: Any) -> str:
     whole = isinstance(value, int) and not isinstance(value, bool)
     is_table, is_list = isinstance(value, dict), isinstance(value, list)
     odd = ", ".join(str(name) for name in value if not variable(name, value[name])) if is_table else ""
+    lines = isinstance(value, str) and key not in FREE_TEXT and re.search(r"[\0-\x1f\x7f]", value)
     expected, right = {
-        "str": ("a string", isinstance(value, str)),
+        "str": ("a string" + " without control characters" * bool(lines), isinstance(value, str) and not lines),
         "int": ("a whole number, 1 or more", whole and value >= 1),
         "whole": ("a whole number, 0 or more", whole and value >= 0),
         "count": ('a whole number, 0 or more, or "gpu"', (whole and value >= 0) or value == "gpu"),

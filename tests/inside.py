@@ -13,6 +13,7 @@ import jobs
 import launch
 import prepare
 import profiles
+import state
 from transport import Refusal
 
 FAMILY = ["nano3", "sft"]
@@ -53,6 +54,11 @@ def speaker(capsys):
         return code, out.out, out.err
 
     return run
+
+
+def allow(*paths):
+    """Those env.tomls were allowed, as `launch.py allow` does it, whatever they hold."""
+    state.write(state.folder() / "allowed.json", json.dumps([*profiles.allowed(), *map(str, paths)]).encode())
 
 
 def plan_of(say, *words):
@@ -96,6 +102,7 @@ def shown(root, *words, profile="", env=None):
     write(root / "env.toml", PROFILE + profile)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
         patch.chdir(root)
+        patch.setenv("NEMOTRON_ENV_FILE", str(root / "env.toml"))
         for name, value in (env or {}).items():
             patch.setenv(name, value)
         assert launch.main([*map(str, words), "--repo-root", str(root), "--json"]) == 0

@@ -271,8 +271,7 @@ def test_train_script_without_a_header_keeps_the_recipes(tmp_path):
 @pytest.mark.parametrize("value", ["src/no/such.py", "/etc/passwd", "../x.py", "[1]", "setup.py"])
 def test_train_script_that_is_not_in_the_tree(tmp_path, monkeypatch, capsys, value):
     root = swapped(tmp_path, "run: {train_script: %s}\n" % value)
-    write(root / "env.toml", PROFILE)
-    monkeypatch.chdir(root)
+    monkeypatch.setenv("NEMOTRON_ENV_FILE", str(write(root / "env.toml", PROFILE)))
     code, _, err = speaker(capsys)("nano3", "sft", "mine", "-c", "test", "--repo-root", root, "--dry-run")
     assert code == 2 and "run.train_script" in err and len(err.splitlines()) == 2
 

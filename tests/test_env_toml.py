@@ -4,6 +4,7 @@ keys that NVIDIA's documentation uses; and mounts, executor by executor."""
 import json
 from pathlib import Path
 
+import inside
 import pytest
 from layout import recipe, write
 
@@ -33,7 +34,9 @@ class World:
         recipe(self.project, yaml=text, **({"nodes": 1, "gpus": 1} | fields))
 
     def env(self, text, folder=None):
-        return write((folder or self.project) / "env.toml", text)
+        path = write((folder or self.project) / "env.toml", text)
+        inside.allow(path)
+        return path
 
     def plan(self, profile, *words):
         code, out, err = self.say("nano3", "sft", profile, "--json", "--repo-root", self.project, *words)
@@ -72,13 +75,13 @@ def test_it_is_looked_for_upwards_to_the_first_project(world):
     assert profiles.env_file() == top
     (world.project / "pyproject.toml").touch()
     assert profiles.env_file() is None  # it lies above the project
-    inside = world.env("[b]\n" + LOCAL)
-    assert profiles.env_file() == inside and profiles.names() == ["b"]  # beside the pyproject.toml counts
+    beside = world.env("[b]\n" + LOCAL)
+    assert profiles.env_file() == beside and profiles.names() == ["b"]  # beside the pyproject.toml counts
     nearest = world.env("[c]\n" + LOCAL, world.here)
     assert profiles.env_file() == nearest
     nearest.unlink()
     nearest.mkdir()  # a folder of that name is none
-    assert profiles.env_file() == inside
+    assert profiles.env_file() == beside
 
 
 def test_the_variable_names_it(world):
@@ -462,7 +465,8 @@ def mounts(world, executor, yaml=(), ours=None, extra=""):
 
 @pytest.mark.parametrize("executor", ["slurm", "docker"])
 def test_strings_where_there_are_hosts(world, executor):
-    assert mounts(world, executor, ["/y:/y"], ["/p:/p"]) == (["/y:/y", "/p:/p"], [])
+    yaml, notes = (["/y:/y"], ["the config, not your profile, mounts /y:/y"]) if executor == "slurm" else ([], [])
+    assert mounts(world, executor, yaml, ["/p:/p"]) == ([*yaml, "/p:/p"], notes)
 
 
 def test_clones_and_bind_mounts_of_repositories(world):

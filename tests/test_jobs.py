@@ -95,7 +95,8 @@ def test_tables_merge_as_under_extends():
 def test_a_table_is_a_mount_of_leptons_wherever_it_stands():
     storage = {"path": "/d", "mount_path": "/data", "from": "node-nfs:s"}
     found, notes = settle("lepton", yaml={"mounts": [storage, "/y:/y"]}, profile={"mounts": [storage]})
-    assert found["mounts"] == [storage, storage] and notes == ["/y:/y is not mounted: on lepton there is no host folder to mount"]
+    assert found["mounts"] == [storage, storage] and notes == [
+        "/y:/y is not mounted: on lepton there is no host folder to mount", "the config, not your profile, mounts %s" % storage]
     assert settle("dgxcloud", yaml={"mounts": [storage]})[0]["mounts"] == []
 
 
@@ -139,7 +140,8 @@ def test_bad_counts(key, value):
     ("local", {"env_vars": {1: "x"}}, "env_vars is ***"), ("slurm", {"mounts": "/a:/b"}, "mounts is '/a:/b'"),
     ("slurm", {"time": 14400}, "run.env.time is 14400"),
     ("local", {"startup_commands": "ls"}, "startup_commands is 'ls'"),
-    ("local", {"workspace": ["x"]}, "run.env.workspace is ['x']"), ("local", {"secrets": []}, "run.env.secrets is []")])
+    ("local", {"workspace": ["x"]}, "run.env.workspace is ['x']"), ("local", {"exclude": {}}, "run.env.exclude is ***"),
+    ("slurm", {"time": "1\n#SBATCH --uid=0"}, "run.env.time is '1\\n#SBATCH --uid=0'")])
 def test_the_yamls_settings_have_types_too(executor, env, what):
     assert what in refusal(settle, executor, yaml=env).what
 

@@ -451,11 +451,11 @@ def test_slow_imports_are_told_where_that_is_asked_for(flat, bare):
 
 def test_ctrl_c_while_it_packs(flat, bare, tmp_path):
     root = nemotron(tmp_path / "slow")
-    write(root / CONFIGS / "wait.yaml", "defaults: pipe\n")
-    pipe = root / CONFIGS / "pipe.yaml"
+    pipe = tmp_path / "pipe"
     os.mkfifo(pipe)  # reading it blocks
-    process = subprocess.Popen([sys.executable, str(flat / "launch.py"), *FAMILY, "-c", "wait", "--repo-root", str(root),
-                                "--dry-run"], env=bare, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    write(tmp_path / "lib/omegaconf.py", "open(%r).read()\n" % str(pipe))
+    process = subprocess.Popen([sys.executable, str(flat / "launch.py"), *FAMILY, "--repo-root", str(root), "--dry-run"],
+                               env=bare | {"PYTHONPATH": str(tmp_path / "lib")}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     writer, deadline = -1, time.monotonic() + 30
     while writer < 0:
         assert process.poll() is None and time.monotonic() < deadline

@@ -8,7 +8,7 @@ import tomllib
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inside import refusal
+from inside import allow, refusal
 from layout import REPO, recipe, write
 from support import toml
 
@@ -190,6 +190,7 @@ def test_the_env_toml_of_a_launch_counts_wherever_we_are(folder, tmp_path, monke
     monkeypatch.chdir(tmp_path / "b")
     with profiles.pinned(str(tmp_path / "a/env.toml")):
         assert profiles.load("mine").keys["nodes"] == 3
+    allow(tmp_path / "b/env.toml")
     with profiles.pinned(None):
         assert profiles.load("mine").keys["nodes"] == 4
 

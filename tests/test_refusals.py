@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import inside
 import pytest
 import support
 from cloud import EMULATED, cloud
@@ -95,6 +96,8 @@ def lay_out(monkeypatch, root, files):
             monkeypatch.setenv(path[1:], what.replace("ROOT", str(root)))
             continue
         put(root, path, "x" if what in ("CHANGES", "VANISHES") else what)
+        if path == E:
+            inside.allow(root / path)
         if what in ("CHANGES", "VANISHES"):
             meddle(monkeypatch, root, path, what)
 

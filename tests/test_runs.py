@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import time
-from pathlib import Path
 
 import inside
 import pytest
@@ -14,6 +13,7 @@ from layout import write
 
 import backends
 import runs
+import state
 from runs import Run
 from transport import Entry, Refusal, Tree
 
@@ -110,18 +110,6 @@ def test_ids_begin_with_a_letter_and_are_many():
     assert len(made) == 500 and all(re.fullmatch("[a-z][a-z2-9]{5}", one) for one in made)
 
 
-@pytest.mark.parametrize(("env", "place"), [
-    ({"AIRLIFT_HOME": "/a"}, "/a"), ({"AIRLIFT_HOME": "/a", "XDG_STATE_HOME": "/x"}, "/a"),
-    ({"AIRLIFT_HOME": "", "XDG_STATE_HOME": "/x"}, "/x/airlift"), ({"XDG_STATE_HOME": ""}, "/h/.local/state/airlift"),
-    ({}, "/h/.local/state/airlift")])
-def test_where_the_state_lies(monkeypatch, env, place):
-    for name in ("AIRLIFT_HOME", "XDG_STATE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in ({"HOME": "/h"} | env).items():
-        monkeypatch.setenv(name, value)
-    assert str(runs.home()) == place
-
-
 # ---------------------------------------------------------------- version 1.0
 
 OLD = {  # as version 1.0 wrote it
@@ -185,14 +173,14 @@ def test_a_broken_file_does_not_hide_the_others(home, capsys):
 def test_a_file_that_goes_while_it_is_looked_for_or_is_anothers(home, monkeypatch):
     run_of().save()
     run_of(id="other2").save()
-    real = Path.read_text
+    real = state.read
 
-    def read_text(path, *words, **more):
+    def read(path):
         if path.name == "other2.json":
             raise PermissionError(13, "Permission denied", str(path))
-        return real(path, *words, **more)
+        return real(path)
 
-    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(state, "read", read)
     found, problems = runs.all_runs()
     assert [run.id for run in found] == ["t23456"]
     assert [problem.what.split(":")[0] for problem in problems] == ["the file of run other2 cannot be read"]

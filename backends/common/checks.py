@@ -4,7 +4,6 @@ import importlib.metadata
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import backends
@@ -53,7 +52,7 @@ def listed(what: str, wanted: list[str], ask: Callable[[], list[str]], fix: str,
 def findings(profile: Profile, launch: "Launch | None" = None) -> Iterator[Finding]:
     """All findings for a profile, and for a recipe on it if there is a launch."""
     yield finding("profile", profile.require_set, "%s, executor %s, from %s" % (
-        profile.name, profile.executor, ", ".join(Path(name).name for name in profile.files)))
+        profile.name, profile.executor, ", ".join(profile.files)))
     yield from versions(profile.executor)
     settings = launch.job.settings if launch else profile.settings
     if launch:

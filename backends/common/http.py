@@ -214,7 +214,7 @@ def created(create: Callable[[], str], find: Callable[[], str | None]) -> str:
         if refusal.code == 5 or refusal.http == 409:
             try:
                 found = find()
-            except Exception:  # the first error is the one to report
+            except Exception:  # noqa: S110 - the first error is the one to report
                 pass
         if not found:
             raise

@@ -35,7 +35,9 @@ from transport import Plan, Refusal
 
 NAME_LIMIT = 35  # characters of a cluster's name (nemo-run 0.11.1)
 STATES = {"PENDING": "waiting", "RUNNING": "running", "SUCCEEDED": "done", "FAILED": "failed", "STOPPED": "cancelled"}
-STAGED = "/tmp/airlift-%s"  # by run id: the folder on the head of an existing cluster where the source is put
+# By run id, the folder on the head of an existing cluster where the source is put: made with mode 0700, by mkdir, which
+# fails if it is there.
+STAGED = "/tmp/airlift-%s"  # noqa: S108
 DASHBOARD_S = 120.0  # how long Ray's job API may take to answer after the cluster is Ready
 
 
@@ -235,7 +237,7 @@ def stage(client: Any, run: Run, plan: Plan) -> None:
         package.writestr("pod.py", plan.program)
         package.writestr("chunks.json", json.dumps(chunks))
     data = buffer.getvalue()
-    package_name = "_ray_pkg_%s.zip" % hashlib.sha1(data).hexdigest()
+    package_name = "_ray_pkg_%s.zip" % hashlib.sha1(data).hexdigest()  # noqa: S324 - Ray's own name for it
     path = "/api/packages/gcs/" + package_name
     ask_lepton("upload the source", client, lambda: ray(client, run, "PUT", path, data=data))
     name, folder = run.id + "-stage", STAGED % run.id

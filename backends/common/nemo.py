@@ -5,13 +5,13 @@ writes every field of an executor to disk, so environment, chunks and secrets ar
 over in Handed. The import takes two seconds, so backends import this only when they submit.
 """
 
-import fcntl
+import contextlib
 import logging
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +31,7 @@ from nemo_run.core.tunnel.client import Tunnel
 from nemo_run.run.torchx_backend.schedulers import api
 
 import backends
+import state
 from backends.common.ssh import Host, last_lines
 from jobs import Job, workspace
 from runs import Run, load_run
@@ -257,7 +258,8 @@ def submit_docker(executor: DockerExecutor, run_id: str, name: str, argv: list[s
     container = CarriedContainer(name=name, command=argv, executor=executor, extra_env={})
     request = DockerJobRequest(id=run_id, executor=executor, containers=[container])
     request.run(client)
-    request.save()
+    with _records():
+        request.save()
 
 
 for subclass, scheduler in ((CarriedLepton, "lepton"), (CarriedDGXCloud, "dgx_cloud"), (CarriedSlurm, "slurm_tunnel")):
@@ -273,26 +275,34 @@ def submit(title: str, executor: Executor, run_id: str, create: Callable[[], tup
     _experiment(title, executor, run.Script(inline="# Airlift run %s: pod.py starts the recipe" % run_id))
 
 
+@contextlib.contextmanager
+def _records() -> Iterator[None]:
+    """nemo-run's own folder, in which nobody else may write: it would make any Python object of what lies there."""
+    home = Path(get_nemorun_home())
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in filter(Path.exists, (home, *home.iterdir())):
+        state.require_own(path, path.stat(), lambda mode: True)
+    with state.guarded():
+        yield
+
+
 def _experiment(title: str, executor: Executor, script: run.Script) -> str:
     """Run an Experiment of one job without waiting for it; returns nemo-run's handle of the job. Launchers take turns,
     since nemo-run rewrites its lists of jobs without a lock."""
     logging.getLogger("nemo_run").setLevel(logging.WARNING)
     home = get_nemorun_home()
-    os.makedirs(home, exist_ok=True)
-    umask = os.umask(0o077)  # the batch script holds the user's setup_lines
-    try:
-        with open(os.path.join(home, ".airlift.lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with run.Experiment(title, executor=executor, id=title + "_1", log_level="WARNING", clean_mode=True,
-                                enable_goodbye_message=False, skip_status_at_exit=True) as experiment:
-                experiment.add(script, name=title)
-                try:
-                    experiment.run(detach=True)
-                except Exception:
-                    shutil.rmtree(os.path.join(home, "experiments", title), ignore_errors=True)  # of this run only
-                    raise
-                handle = str(experiment.jobs[0].handle)
-    finally:
-        os.umask(umask)
+    with _records(), state.lock(Path(home, ".airlift.lock")):
+        folder = Path(home, "experiments", title)  # used by this run only
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)  # never one that somebody has prepared
+        with run.Experiment(title, executor=executor, id=title + "_1", log_level="WARNING", clean_mode=True,
+                            enable_goodbye_message=False, skip_status_at_exit=True) as experiment:
+            experiment.add(script, name=title)
+            try:
+                experiment.run(detach=True)
+            except Exception:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            handle = str(experiment.jobs[0].handle)
     sys.stdout.flush()
     return handle

@@ -63,7 +63,7 @@ printf '%%s\\n' "$said" "Parts=$(cat %(folder)s/parts 2>/dev/null)"
 
 def ask(host: Host, run: Run) -> Status:
     """The job's state by Slurm. Raises Refusal (exit code 5) if the controller does not answer."""
-    done = host.run(STATE % {"job": job_id(host, run), "folder": run.record["folder"]})
+    done = host.run(STATE % {"job": shlex.quote(job_id(host, run)), "folder": shlex.quote(run.record["folder"])})
     if done.returncode:
         raise Refusal("%s: Slurm does not give the job's state: %s" % (host, last_lines(done.stderr)),
                       "try again later", 5)
@@ -106,7 +106,7 @@ def read_state(text: str, starts: int = 1, continuations: int = 0) -> Status:
 
 def forget(folder: str) -> str:
     """The command that removes a job's secrets."""
-    return "rm -f %s/secrets.json" % folder
+    return "rm -f %s/secrets.json" % shlex.quote(folder)
 
 
 # Each log that has grown: a line "NAME BYTES", then that many bytes.
@@ -166,7 +166,7 @@ class Watch:
 
     def codes(self) -> dict[int, int]:
         """The exit codes of the ranks, by the last lines of their logs."""
-        where = self.run.record["folder"], job_id(self.host, self.run)
+        where = shlex.quote(self.run.record["folder"]), shlex.quote(job_id(self.host, self.run))
         script = "cd %s && for log in log-*_%s_*.out; do tail -c 900 \"$log\" | sed \"s/^/$log /\"; echo; done"
         found: dict[int, int] = {}
         for text in self.host.run(script % where).stdout.decode("utf-8", "replace").split("\n"):
@@ -216,11 +216,11 @@ class Watch:
 
     def print_grown(self) -> int:
         """Print what is new; returns the number of bytes."""
-        job = job_id(self.host, self.run)
+        job = shlex.quote(job_id(self.host, self.run))
         known = "\n".join("  %s) from=%d ;;" % (shlex.quote(name), offset) for name, offset in self.offsets.items())
         every = len(self.run.ranks) == self.run.nodes > 1
-        logs = " ".join("log-*_%s_%s_*.out" % (job, rank) for rank in ("*" if every else self.run.ranks))
-        where = {"folder": self.run.record["folder"], "logs": logs, "known": known, "most": MOST}
+        logs = " ".join("log-*_%s_%s_*.out" % (job, rank) for rank in ("*" if every else map(int, self.run.ranks)))
+        where = {"folder": shlex.quote(self.run.record["folder"]), "logs": logs, "known": known, "most": MOST}
         done = self.host.run(GROWN % where)
         data = done.stdout
         while data:
@@ -255,7 +255,8 @@ class Watch:
 
     def print_batch_log(self) -> bool:
         """Print the end of the batch script's log, for a job whose ranks have no complete log. Whether there is one."""
-        script = "tail -n 20 %s/sbatch_*_%s.out" % (self.run.record["folder"], self.run.record["job"])
+        script = "tail -n 20 %s/sbatch_*_%s.out" % (
+            shlex.quote(self.run.record["folder"]), shlex.quote(self.run.record["job"]))
         log = self.host.run(script).stdout
         sys.stdout.buffer.write(log)
         sys.stdout.flush()
