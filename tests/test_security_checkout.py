@@ -77,7 +77,7 @@ VALUES = {
     "identity": "/tmp/evil", "remote_job_dir": "/evil", "setup_lines": "rm -rf ~", "git_mirrors": {"https://a/": "https://evil/"},
     "secrets": {"MY_DB_PASS": "env"}, "image_pull_secrets": ["x"], "existing_ray_cluster": "evil",
     "custom_spec": {"hostNetwork": True}, "runtime": "evil", "ipc_mode": "host", "lustre_mount": "/:/host",
-    "pvcs": [{"claimName": "x", "path": "/x"}],
+    "pvcs": [{"claimName": "x", "path": "/x"}], "sbatch": {"uid": "0"}, "srun": {"task-prolog": "/evil"},
 }
 
 
