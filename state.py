@@ -17,7 +17,7 @@ from pathlib import Path
 from transport import Refusal, human
 
 MOST = 64 << 20  # bytes of one file of ours: the list of files of a run, or a kept log
-SMALL = 1 << 20  # bytes of a config, or of a file of profiles
+SMALL = 4 << 20  # bytes of a config, or of a file of profiles
 LOCKED_S = 60.0  # seconds to wait for another launcher
 UMASK = os.umask(0o077)  # the person's own
 os.umask(UMASK)

@@ -171,6 +171,7 @@ def test_a_run_is_found_from_anywhere(here, tmp_path):
                      "elsewhere/env.toml": '[mine]\nexecutor = "slurm"\n'})
     here.recipe(KEEPS_ON)
     here.monkeypatch.chdir(tmp_path / "there")
+    assert here.main("allow").code == 0
     assert here.main("nano3", "sft", "mine", "--detach", "--repo-root", here.root).code == 0
     run = runs.all_runs()[0][0].id
     here.monkeypatch.chdir(tmp_path / "elsewhere")

@@ -505,7 +505,7 @@ def test_nothing_of_a_servers_words_reaches_the_terminal_raw(capsys):
     screen.complain("Lepton: " + HOSTILE, HOSTILE)
     screen.note(HOSTILE)
     print(screen.status_line(Status("running", HOSTILE), run))
-    print(screen.run_table([{"run": "t23456", "state": "failed", "age_s": 1, "recipe": HOSTILE, "profile": "p",
+    print(screen.run_table([{"run": "t23456", "state": "failed", "age_s": 1, "after": None, "recipe": HOSTILE, "profile": "p",
                              "nodes": 1, "detail": HOSTILE, "job_exit_code": 1}]))
     follow.Follower(run, None, None, None)._say(HOSTILE)
     out, err = capsys.readouterr()

@@ -186,7 +186,7 @@ def test_what_has_no_end_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "huge").touch()
     os.truncate(tmp_path / "huge", 10 << 30)
-    for name, why in (("zero", "is not a file"), ("pipe", "is not a file"), ("huge", "has more than 1.0 MiB")):
+    for name, why in (("zero", "is not a file"), ("pipe", "is not a file"), ("huge", "has more than 4.0 MiB")):
         assert refused(state.require_small, tmp_path / name) == "%s %s" % (tmp_path / name, why)
     (tmp_path / "small").touch()
     for name in ("small", "gone", "."):  # whoever opens it says what is wrong
