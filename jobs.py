@@ -119,7 +119,8 @@ def _trusted(yaml: dict[str, Any], forced: dict[str, Any], profile: Profile) -> 
     for key in [key for key in yaml if key in KEYS and (KEYS[key].alias or key) in PROFILES_ONLY]:
         name, trusted[key] = KEYS[key].alias or key, forced.get(key)
         wins = (name in profile.keys or name in profile.stage) and not isinstance(yaml[key], dict)
-        unused = KEYS[key].executors and profile.executor not in KEYS[key].executors
+        here = name in ("host", "user", "port", "identity") and profile.settings.get("tunnel") == "local"
+        unused = here or (KEYS[key].executors and profile.executor not in KEYS[key].executors)
         if yaml[key] not in (None, forced.get(key)) and not wins and not unused:
             raise Refusal("run.env of the config sets %s, which only a profile or the command line may" % key,
                           "remove it there; what you want of it belongs in your profile, or in run.env.%s=..." % key)

@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from support import PATH
 
-import backends
 import configs
 import jobs
 import launch
@@ -198,7 +197,7 @@ def env_differences(theirs, found):
     nproc = theirs.get("nproc_per_node") or theirs.get("ntasks_per_node") or theirs.get("nprocs_per_node")
     if nproc is not None and str(nproc) != str(found["nproc_per_node"]):
         yield "nproc", nproc, found["nproc_per_node"]
-    variables = {name: backends._text(value) for name, value in (theirs.get("env_vars") or {}).items()}
+    variables = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in (theirs.get("env_vars") or {}).items()}
     if any(found["env_vars"].get(name) != value for name, value in variables.items()):
         yield "env_vars", variables, found["env_vars"]
     if theirs.get("startup_commands") and list(theirs["startup_commands"]) != found["startup_commands"]:

@@ -93,7 +93,10 @@ def test_a_connection_credential_or_host_key_of_a_yaml_is_refused_by_name(here, 
     executor = (profiles.KEYS[key].executors or ("lepton",))[0]
     for name in [key, *(name for name, one in profiles.KEYS.items() if one.alias == key)]:
         env_of(here, **{name: VALUES[key]})
+        ssh = key in ("host", "user", "port", "identity")  # of no use without it: NVIDIA's own evals set host
         profile(here, "p", executor, "")
+        assert not ssh or say("nano3", "sft", "p", "--dry-run")[0] == 0
+        profile(here, "p", executor, 'tunnel = "ssh"\n' * ssh)
         text = (here / "profiles/p.toml").read_text()
         write(here / "profiles/p.toml", "".join(line + "\n" for line in text.splitlines() if not line.startswith(key + " ")))
         outranked = key in profiles.REQUIRED[executor]
