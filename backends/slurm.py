@@ -106,7 +106,9 @@ mask=%(mask)s
 umask 077
 mkdir -p %(above)s && cd %(above)s || exit 1
 [ -O . ] || { echo "%(above)s belongs to another user" >&2; exit 1; }
-tar -xof - && mkdir %(name)s/code && exec 4<%(name)s_sbatch.sh && cd && umask "$mask" || exit 1
+tar -xof - && mkdir %(name)s/code && exec 4<%(name)s_sbatch.sh || exit 1
+cd 2>/dev/null || cd /
+umask "$mask"
 clean --requeue --parsable <&4 && exit
 code=$?
 rm -rf %(experiment)s
