@@ -26,7 +26,7 @@ import transport
 from backends import Finding, Status, stop_and_wait
 from backends.common import import_nemo, nemo_ahead
 from backends.common.checks import finding
-from backends.common.slurm_batch import as_options, flags, require_options, setup_lines
+from backends.common.slurm_batch import as_options, flags, given, require_options, setup_lines
 from backends.common.slurm_prepare import resolved_mounts, squashed
 from backends.common.slurm_watch import Record, Watch, job_id
 from backends.common.ssh import Host
@@ -268,12 +268,10 @@ def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: l
     """nemo-run's executor. It has no launcher: pod.py starts torchrun, Ray or the script in the task."""
     nemo, settings = import_nemo(), job.settings
     own = settings.get("run_partition" if attached else "batch_partition")
-    given = {name: value for name, value in flags(settings, job.gpus_per_node).items()
-             if value is not None and value is not False}
-    srun = {name.replace("_", "-"): value for name, value in (settings.get("srun") or {}).items()}
     return nemo.CarriedSlurm(
         account=None, partition=own or settings.get("partition"), nodes=job.nodes, ntasks_per_node=1,
-        time=settings["time"], additional_parameters=given, srun_args=as_options(srun), container_image=image,
+        time=settings["time"], additional_parameters=given(flags(settings, job.gpus_per_node)),
+        srun_args=as_options(settings.get("srun") or {}), container_image=image,
         container_mounts=mounts if image else [], job_name_prefix="airlift.", launcher=None,
         setup_lines=setup_lines(settings, folder, bool(job.secrets)), job_details=nemo.LogOfEachRank(),
         packager=nemo.Packager(), tunnel=nemo.tunnel(host, base + "/experiments"),

@@ -54,6 +54,11 @@ def test_what_sites_insist_on_is_passed_on() -> None:
     assert slurm_batch.flags(settings(continuations=1, grace=90), 0)["signal"] == "B:USR1@90"
 
 
+def test_srun_takes_the_same_spellings() -> None:
+    assert slurm_batch.as_options({"cpu_bind": ["verbose", "cores"], "label": True, "mpi": None}) == [
+        "--cpu-bind=verbose,cores", "--label"]
+
+
 # ---------------------------------------------------------------- the script, with a Slurm of shell functions
 
 

@@ -34,21 +34,26 @@ def require_options(settings: dict[str, Any]) -> None:
                               'write its long name without dashes in front, like qos = "high"; true for one alone')
 
 
+def given(table: dict[str, Any]) -> dict[str, Any]:
+    """The options of a table, by their long names, without those that are not given; of a list, its values with commas
+    between them."""
+    return {name.replace("_", "-"): ",".join(map(str, value)) if isinstance(value, list) else value
+            for name, value in table.items() if value is not None and value is not False}
+
+
 def flags(settings: dict[str, Any], gpus: int | str | None) -> dict[str, Any]:
     """The options of sbatch but for nodes, time and partition, by their long names; None and False: not given."""
-    more = {name.replace("_", "-"): value for name, value in (settings.get("sbatch") or {}).items()}
+    more = given(settings.get("sbatch") or {})
     theirs = any(name.startswith(("gpus", "tres")) or (name == "gres" and "gpu" in str(more[name])) for name in more)
     return {"account": settings.get("account") or None, "mem": settings.get("mem"),
             "exclusive": settings.get("exclusive"), "cpus-per-task": settings.get("cpus_per_task"),
             "gpus-per-node": gpus if isinstance(gpus, int) and gpus and not theirs else None,
-            "signal": "B:USR1@%d" % settings["grace"] if settings["continuations"] else None} | {
-                name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in more.items()}
+            "signal": "B:USR1@%d" % settings["grace"] if settings["continuations"] else None} | more
 
 
-def as_options(values: dict[str, Any]) -> list[str]:
+def as_options(table: dict[str, Any]) -> list[str]:
     """{"qos": "high", "exclusive": True, "mem": None} -> ["--qos=high", "--exclusive"]."""
-    return ["--" + name if value is True else "--%s=%s" % (name, value) for name, value in values.items()
-            if value is not None and value is not False]
+    return ["--" + name if value is True else "--%s=%s" % (name, value) for name, value in given(table).items()]
 
 
 def setup_lines(settings: dict[str, Any], folder: str, secrets: bool) -> str:
