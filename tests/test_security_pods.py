@@ -26,13 +26,27 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from layout import flat_folder, recipe
-from support import ENDED, PATH, SCRIPT, SECRET, Pod, failed, job, need, plan, plant, ran, started, tree
+from support import (
+    ENDED,
+    NOBODY,
+    PATH,
+    SCRIPT,
+    SECRET,
+    Pod,
+    as_nobody,
+    failed,
+    job,
+    need,
+    plan,
+    plant,
+    ran,
+    started,
+    tree,
+)
 
 import transport
 from pod import failures, payload
 from pod.rank import free_port
-
-NOBODY = 65534
 
 
 @pytest.fixture
@@ -43,27 +57,6 @@ def open_path(tmp_path: Path) -> Path:
         if not os.stat(folder).st_mode & 0o001:
             os.chmod(folder, 0o711)
     return tmp_path
-
-
-def as_nobody(work: Callable[[], object]) -> str:
-    """What another user gets to see when they try that: "" where it works."""
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            os.umask(0)
-            work()
-        except BaseException as error:
-            os.write(write, repr(error).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    os.waitpid(pid, 0)
-    with os.fdopen(read) as said:
-        return said.read()
 
 
 # ---------------------------------------------------------------- peers
