@@ -226,7 +226,7 @@ def env_file() -> Path | None:
             raise Refusal("NEMOTRON_ENV_FILE names %s, which does not exist" % named, "correct it, or unset it")
         return path.resolve()
     found = found_file()
-    return found if str(found) in allowed() else None
+    return found if found and str(found) in allowed() else None
 
 
 def found_file() -> Path | None:
