@@ -338,12 +338,13 @@ def unpacking(settings: dict[str, Any]) -> Description:
     return Description(unpack="shared", shared=posixpath.join(base, ".airlift"), keep=settings["keep"])
 
 
-def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str) -> Description:
+def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str, root: str | None
+                ) -> Description:
     """The part of the description with the recipe's environment: what run.wandb and env_vars name; and as defaults,
-    what follows from workspace, caches and the recipe's name."""
+    what follows from workspace, run root, caches and the recipe's name."""
     env: dict[str, str] = {}
     base = workspace(settings)
-    ours = persistent_caches(settings)
+    ours = persistent_caches(settings) | ({"WANDB_DIR": root} if root else {})
     if base and executor != "local":
         ours["HF_HOME"] = posixpath.join(base, "hf")
     wandb = run.get("wandb")

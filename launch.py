@@ -125,7 +125,7 @@ def submit(launch, options, after=None):
     sys.stdout.flush()
     every = job.executor == "local" and options.rank is None  # on this machine, all ranks are shown
     run = runs.Run(job.run_id, job.name, launch.profile.name, job.executor, job.nodes, plan.digest, begun,
-                   retries=job.description["retries"], outputs=job.description["run_root"], origin=launch.origin,
+                   retries=job.description["retries"], outputs=launch.outputs, origin=launch.origin,
                    ranks=list(range(job.nodes)) if every else commands.chosen(options, job.nodes),
                    carries=runs.fingerprints(launch.tree), after=after)
     try:

@@ -95,7 +95,9 @@ class Launch:
         recipe, executor = self.recipe, self.profile.executor
         settings = self.config.run["env"]
         root = jobs.run_root(settings, recipe.family, options.name)
-        notes += filter(None, [jobs.not_kept(settings, executor)])
+        lost = jobs.not_kept(settings, executor)
+        self.outputs = None if lost else root
+        notes += filter(None, [lost])
         command, tool, about = recipes.command(recipe, settings, list(options.args), executor in profiles.CLOUDS)
         secrets, about_secrets = jobs.check_secrets(settings.get("secrets", {}), executor, settings["env_vars"])
         repositories, about_clones = jobs.clones(settings, executor)
@@ -109,7 +111,7 @@ class Launch:
             clones=repositories, folders=list(jobs.persistent_caches(settings).values()),
             retries=settings.get("retries", 0), patience=settings["rendezvous_timeout"],
             cluster=jobs.ray_cluster(recipe, settings, executor))
-        description |= jobs.environment(settings, self.config.run, recipe.name, executor)
+        description |= jobs.environment(settings, self.config.run, recipe.name, executor, root)
         description |= jobs.unpacking(settings)
         if description["cluster"] == "pods":
             description["secret"] = os.urandom(32).hex()

@@ -27,6 +27,7 @@ import state
 import transport
 from backends import ENDED_ALREADY, Finding, Status, exit_status
 from jobs import Job, workspace
+from pod.places import own_place
 from pod.process import become_subreaper, end_the_rest
 from runs import Run
 from transport import Plan
@@ -160,7 +161,7 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
 
 def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
     """Run one process per environment until all have ended; the first failure ends the others and sets the code."""
-    scratch = Path(tempfile.mkdtemp(prefix="airlift-"))
+    scratch = Path(own_place("local", dict(os.environ)))
     pods: list[subprocess.Popen[bytes]] = []
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(128 + number))

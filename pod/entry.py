@@ -18,7 +18,7 @@ from typing import Any
 
 from pod.failures import CLONE, FAILURES, INTERNAL, PYTHON, SETUP, TOOL, Failure, complain, say
 from pod.payload import nodes_sent, read_file, read_manifest, read_payload, read_tree
-from pod.places import Places, own_place, take_secrets
+from pod.places import Places, take_secrets
 from pod.process import Child, recipe_env, script_for
 from pod.rank import find_rank
 
@@ -48,8 +48,8 @@ def main() -> int:
     finally:
         if pod.shared:
             pod.shared.release()
-        if pod.places and pod.places.own:
-            shutil.rmtree(pod.places.own, ignore_errors=True)
+        if pod.places:
+            shutil.rmtree(pod.places.base if pod.places.goes else pod.places.own, ignore_errors=True)
     say("rank %s ended with exit code %d" % (pod.rank, code))  # the launcher looks for this line in the logs
     return code
 
@@ -71,17 +71,15 @@ class Pod:
         job: dict = read_manifest(manifest, *more) if manifest else {"nodes": nodes_sent(env)}
         rank = 0 if driver else find_rank(env, socket.gethostname(), job["nodes"])
         self.rank = str(rank)
-        base = ""
+        tar: bytes
         if manifest:
-            tar, base = beside(manifest, job, env)
+            tar = beside(manifest, job, env)
         else:
             job, tar = read_payload(env)
         if driver:
-            from pod import ray_cluster
             job = dict(job, nodes=1, on_cluster=job["nodes"], stays=bool(more))
-            base = ray_cluster.BASE % job["run"]
-        places = self.places = Places(job, env, base)
-        places.own = base if manifest else ""
+        # On a cluster of the platform's the same on every node: workers look for the source where the driver has it.
+        places = self.places = Places(job, {} if driver else env, goes=bool(manifest))
         if job.get("unpack") == "shared":
             from pod.shared import SharedTree
             self.shared = SharedTree(job, env, rank, tar)
@@ -93,19 +91,19 @@ class Pod:
         return start(child, env, job, places, rank)
 
 
-def beside(manifest: str, job: dict, env: dict[str, str]) -> tuple[bytes, str]:
-    """(the tar beside the manifest, a folder for this start of the pod); takes the secrets beside it into `env`."""
+def beside(manifest: str, job: dict, env: dict[str, str]) -> bytes:
+    """The tar beside the manifest; takes the secrets beside it into `env`."""
     folder = os.path.dirname(os.path.abspath(manifest))
     tar = read_tree(folder, job["tree"])
     take_secrets(folder, job.get("secrets", []), env)
     for name in ("MASTER_ADDR", "PET_MASTER_ADDR"):  # a shell's: Slurm's list of nodes tells where rank 0 is
         env.pop(name, None)
-    return tar, own_place(job, env)
+    return tar
 
 
 def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: int) -> int:
     """Run the recipe to its end and return its code; with a workspace, keep log and code under the run's folder."""
-    workdir = os.path.join(places.code, places.fill(job["workdir"])) if job.get("workdir") else places.code
+    workdir = os.path.join(places.code, places.fill(job["workdir"])) if job.get("workdir") else places.work
     if not os.path.isdir(workdir):
         raise Failure(TOOL, "there is no folder %s, where the recipe is to be started" % workdir)
     for name in [name for name in os.environ if name.startswith("AIRLIFT_")]:

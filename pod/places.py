@@ -1,8 +1,10 @@
 """Where things are in this pod, and how a text that names them is filled in.
 
-The code root, <scratch>/airlift-<run>/code, holds the tree; the run root holds what the recipe writes. In the config
-`/nemo_run/code` stands for the first and any other `/nemo_run/...` for the second, by whole path components. So it is
-in the environment, unless the run root itself lies below /nemo_run: there a profile's paths are the real ones.
+The code root, <scratch>/airlift-<user>/<digest>/code, holds the tree; the run root, on the workspace, what the recipe
+writes. The recipe starts in <run root>/work, so that what it writes by a relative path stays; `src` in there leads to
+the code root's. In the config `/nemo_run/code/src` stands for that, any other `/nemo_run/code/...` for the folder
+where it starts, any other `/nemo_run/...` for the run root, by whole path components. So it is in the environment,
+unless the run root itself lies below /nemo_run: there a profile's paths are the real ones.
 """
 
 from __future__ import annotations
@@ -27,19 +29,32 @@ from pod.payload import content, join, make_folders, unpack
 class Places:
     """Where things are in this pod. All are absolute paths."""
 
-    def __init__(self, job: dict, env: dict[str, str], base: str = "") -> None:
-        self.base = base or os.path.join(os.path.abspath(env.get("TMPDIR") or "/tmp"), "airlift-" + job["run"])
-        self.code = os.path.join(self.base, "code")
-        self.config = os.path.join(self.base, "config.yaml")
-        self.own = ""  # a folder of this start of the pod, which goes with it
-        self.run_root = job.get("run_root") or os.path.join(self.base, "output")
-        self.logs = os.path.join(self.run_root, "runs", job["run"]) if job.get("run_root") else ""
+    def __init__(self, job: dict, env: dict[str, str], base: str = "", goes: bool = False) -> None:
+        self.env, self.digest = env, job["tree"]["sha256"]
+        self.own = ""  # a folder of files that are for this start of the pod alone
+        self.goes = goes  # with this pod, since nobody else removes it from a node's /tmp
+        self.kept = bool(job.get("run_root"))
+        self.run_root = job.get("run_root") or ""
+        self.logs = os.path.join(self.run_root, "runs", job["run"]) if self.kept else ""
+        self.set(base)
+
+    def set(self, base: str) -> None:
+        self.base, self.code = base, os.path.join(base, "code")
+        self.config = os.path.join(base, "config.yaml")
+        self.run_root = self.run_root or (base and os.path.join(base, "output"))
+
+    @property
+    def work(self) -> str:
+        """Where the recipe starts: what it writes by a relative path stays, unless it has no workspace."""
+        return os.path.join(self.run_root, "work") if self.kept else self.code
 
     def make(self, folders: list[str]) -> None:
         """Make the folders. Outputs follow the umask; what is our own only this user can enter."""
-        make_folders(os.path.dirname(self.base))
+        make_folders(os.path.dirname(os.path.dirname(self.base)))
+        private(os.path.dirname(self.base))
         private(self.base)
-        for folder in [os.path.dirname(self.logs) or self.run_root, *map(self.fill, folders)]:
+        kept = [os.path.dirname(self.logs), self.work] if self.kept else [self.run_root]
+        for folder in [*kept, *map(self.fill, folders)]:
             os.makedirs(folder, exist_ok=True)
         try:
             self.logs = self.logs and private(self.logs)
@@ -52,11 +67,13 @@ class Places:
         try:
             if shared:
                 shared.make()
+            self.set(self.base or own_place(self.digest[:16], self.env))
             self.make(job.get("folders", []))
             if shared:
                 self.code = shared.find()
             else:
                 unpack(tar, self.code)
+            self.lead()
             self.write_config(job["config"])
         except BaseException as error:
             if shared:
@@ -67,16 +84,35 @@ class Places:
                 raise
             raise no_place(error, shared.top if shared else self.base) from None
 
+    def lead(self) -> None:
+        """Where the recipe starts, have `src` lead to this tree, and what else was sent. Pods on other nodes have it at
+        the same path."""
+        others = [os.path.relpath(os.path.join(place, name), self.code) for top in os.listdir(self.code) if top != "src"
+                  for place, _, names in os.walk(os.path.join(self.code, top)) for name in names]
+        for name in ["src", *others] * self.kept:
+            link, new = os.path.join(self.work, name), os.path.join(self.work, ".src-" + os.urandom(4).hex())
+            try:
+                there = os.readlink(link) if os.path.lexists(link) else ""
+                if self.digest[:16] in there and os.path.exists(link):
+                    continue
+                if os.path.exists(link):
+                    say("%s led to another tree, and now leads to this one" % link)
+                os.makedirs(os.path.dirname(link), exist_ok=True)
+                os.symlink(os.path.join(self.code, name), new)
+                os.rename(new, link)
+            except OSError as error:  # a file of somebody's, or storage without links
+                say("what is read as %s by a relative path is not what was sent: %s: %s" % (name, link, error.strerror))
+
     def fill(self, text: str, config: bool = False) -> str:
         """`text` with /nemo_run/code and /nemo_run replaced, by whole path components; in a config within "..."."""
 
         def place(match: re.Match) -> str:
             if not (config or match.group(1)) and self.run_root.startswith("/nemo_run/"):
                 return match.group(0)  # storage is mounted there
-            path = self.code if match.group(1) else self.run_root
+            path = {"/code/src": self.code + "/src", "/code": self.work}.get(match.group(1), self.run_root)
             return quoted(path) if config else path
 
-        return re.sub(r"(?<![\w./})\]~-])/nemo_run(/code)?(?![\w.-])", place, text)
+        return re.sub(r"(?<![\w./})\]~-])/nemo_run(/code/src(?![\w.-])|/code)?(?![\w.-])", place, text)
 
     def write_config(self, text: str) -> None:
         descriptor, private = tempfile.mkstemp(dir=self.base)  # 0600
@@ -140,19 +176,29 @@ def quoted(text: str) -> str:
                   json.dumps(text, ensure_ascii=False)[1:-1])
 
 
-def own_place(job: dict, env: dict[str, str]) -> str:
-    """A new private folder for this start of a pod that leaves nothing behind, since nobody else removes it from a
-    node's /tmp. What killed pods have left there goes now: a pod that lives holds a lock on its folder."""
+def own_place(name: str, env: dict[str, str]) -> str:
+    """<scratch>/airlift-<user>/<name>, empty, and this process's alone until it ends; with a number behind it where
+    another has it. The same path again, since caches and names are made of paths; one that can be foretold lies below
+    a folder that only this user can enter. What processes have left there that are gone goes now."""
     scratch = os.path.abspath(env.get("TMPDIR") or "/tmp")
+    top = os.path.join(scratch, "airlift-%d" % os.geteuid())
     try:
         make_folders(scratch)
-        for name in os.listdir(scratch):
-            if re.fullmatch(r"airlift-[a-z0-9]{6}-\w{8}", name) and hold(os.path.join(scratch, name)):
-                shutil.rmtree(os.path.join(scratch, name), ignore_errors=True)
-        while True:
-            own = tempfile.mkdtemp(prefix="airlift-%s-" % job["run"], dir=scratch)  # 0700
-            if hold(own, forever=True):  # else another pod took it for left behind, in that moment
-                return own
+        lock = os.open(private(top), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in os.listdir(top):
+                if hold(os.path.join(top, left)):
+                    shutil.rmtree(os.path.join(top, left), ignore_errors=True)
+            for number in range(10_000):
+                own = os.path.join(top, name + "-%d" % number * bool(number))
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(own, 0o700)
+                    if hold(own, forever=True):
+                        return own
+            raise OSError(errno.EUSERS, os.strerror(errno.EUSERS), top)
+        finally:
+            os.close(lock)
     except OSError as error:
         raise no_place(error, scratch) from None
 

@@ -19,7 +19,6 @@ from pod.payload import read_payload
 from pod.places import Places
 from pod.process import Child, copy_output, recipe_env, script_for
 
-BASE = "/tmp/airlift-%s"  # the same on every node: workers look for the source where the driver has it
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's own: what a driver's ray.init begins with
 
 
@@ -129,7 +128,7 @@ def place(base: str, setup: bool) -> int:
     if not setup or not (job["setup"] or job.get("pip") or job.get("clones")):
         return 0
     _, ready = os.pipe()
-    script = script_for(dict(job, command="true", tool=""), places.code, ready).encode("utf-8", "surrogateescape")
+    script = script_for(dict(job, command="true", tool=""), places.work, ready).encode("utf-8", "surrogateescape")
     try:
         return Child().run(places.keep("start.sh", script), recipe_env(env, dict(job, nodes=1), places, 0), None, ready)
     finally:

@@ -132,6 +132,11 @@ def shape_of(tree: Tree) -> dict[str, tuple[str, bytes, bool]]:
 # ---------------------------------------------------------------- pods
 
 
+def base(scratch: Path, digest: str) -> Path:
+    """A pod's own folder for a tree, below its TMPDIR."""
+    return scratch / ("airlift-%d" % os.geteuid()) / digest[:16]
+
+
 @dataclass
 class Pod:
     """A started pod. Every process that descends from it carries `mark` in its environment."""
@@ -139,6 +144,7 @@ class Pod:
     process: "subprocess.Popen[bytes]"
     mark: str
     scratch: Path
+    digest: str
     output: bytes = field(default=b"")
 
     def until(self, word: bytes, seconds: float = 20.0) -> None:
@@ -167,11 +173,11 @@ class Pod:
 
     @property
     def places(self) -> list[Path]:
-        return sorted(self.scratch.glob("airlift-*"))
+        return sorted(self.scratch.glob("airlift-*/*"))
 
     @property
     def code(self) -> Path:
-        return self.scratch / "airlift-t23456" / "code"
+        return base(self.scratch, self.digest) / "code"
 
     def alive(self) -> list[int]:
         """Processes that still run and carry the mark."""
@@ -202,7 +208,7 @@ def started(plan: Plan, scratch: Path, *, env: dict[str, str | None] | None = No
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     environment = {name: value for name, value in whole.items() if value is not None}
     process = subprocess.Popen(argv or plan.argv, env=environment, **(streams | {"cwd": "/"} | options))
-    pod = Pod(process, mark, scratch)
+    pod = Pod(process, mark, scratch, plan.digest)
     try:
         yield pod
     finally:

@@ -182,11 +182,13 @@ def test_a_workspace_in_a_pod_is_absolute(executor):
 def test_what_follows_from_the_settings_is_a_default_and_what_is_named_is_not():
     found, _ = settle("slurm", profile={"remote_job_dir": "/j", "persistent_cache": "/c",
                                         "env_vars": {"VLLM_CACHE_ROOT": "/v", "WANDB_NAME": "n"}})
-    made = jobs.environment(found, {"wandb": {"project": "p"}}, "nano3/sft", "slurm")
+    made = jobs.environment(found, {"wandb": {"project": "p"}}, "nano3/sft", "slurm", "/j/nano3")
     assert made["env"] == {"WANDB_PROJECT": "p", "VLLM_CACHE_ROOT": "/v", "WANDB_NAME": "n"}
     caches = {name: "/c/" + folder for name, folder in jobs.PERSISTENT_CACHES.items() if name != "VLLM_CACHE_ROOT"}
-    assert made["defaults"] == caches | {"HF_HOME": "/j/hf", "WANDB_ENABLED": "true", "WANDB_JOB_TYPE": "nano3/sft"}
-    assert jobs.environment(found | {"workspace": "/w"}, {}, "a/b", "local")["defaults"].get("HF_HOME") is None
+    assert made["defaults"] == caches | {"HF_HOME": "/j/hf", "WANDB_DIR": "/j/nano3", "WANDB_ENABLED": "true", "WANDB_JOB_TYPE": "nano3/sft"}
+    here = jobs.environment(found | {"workspace": "/w"}, {}, "a/b", "local", "/w/a")["defaults"]
+    assert here.get("HF_HOME") is None and here["WANDB_DIR"] == "/w/a"
+    assert "WANDB_DIR" not in jobs.environment(found, {}, "a/b", "slurm", None)["defaults"]
 
 
 def test_secrets_are_references():

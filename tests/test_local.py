@@ -92,7 +92,7 @@ class Place:
 
     def nothing_left(self, seconds=15):
         until(lambda: not self.left(), seconds)
-        assert os.listdir(self.tmp / "scratch") == []
+        assert list((self.tmp / "scratch").glob("*/*")) == []
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_two_pods_of_one_tree(place):
         assert env["PYTHONPATH"].split(":")[0] == env["AIRLIFT_CODE"] + "/src"
         assert probe["argv"] == [env["AIRLIFT_CODE"] + "/src/nemotron/recipes/nano3/sft/train.py", "--config",
                                  env["AIRLIFT_CONFIG"], "--flag", "two words", "$HOME"]
-        assert probe["cwd"] == env["AIRLIFT_CODE"] and probe["stdin"] == ""
+        assert probe["cwd"] == str(place.output / "work") and probe["stdin"] == ""
         assert yaml.safe_load(probe["config"]) == {
             "out": str(place.output / "model"), "code": env["AIRLIFT_CODE"] + "/src", "number": "1e3", "lr": 1,
             "text": "first\n%s/second\ttab: #1 'quoted'" % place.output}
@@ -172,7 +172,7 @@ def test_two_pods_of_one_tree(place):
             "PATH", "HOME", "LANG", "TMPDIR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES",
             "NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", "PYTHONPATH", "NEMO_RUN_DIR",
             "AIRLIFT_RUN", "AIRLIFT_CODE", "AIRLIFT_CONFIG", "OMP_NUM_THREADS", "FROM_YAML", "PROGRESS_FILE",
-            "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
+            "WANDB_DIR", "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
     record = place.run_file(run)
     assert (record["recipe"], record["profile"], record["nodes"]) == ("nano3/sft", "local", 2)
     assert record["job_exit_code"] == 0

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from support import PATH
+from support import PATH, base
 
 import configs
 import jobs
@@ -357,13 +357,13 @@ def test_what_a_script_meets_in_a_pod(executor, scope, monkeypatch, tmp_path, ca
             assert pod.wait(60) == 0, (recipe.name, pod.output)
         finally:
             pod.close()
-        inside = "/scratch/airlift-%s" % found.job.run_id
-        here = scratch / ("airlift-%s" % found.job.run_id)
+        here = base(scratch, found.plan.digest)
+        inside = "/scratch/" + str(here.relative_to(scratch))
         seen = json.loads((scratch / "seen.json").read_text())
         argv = [re.sub(r"^rank-0:\d+$", "rank-0:<port>", "<n>" if word == "--nproc-per-node" else after)
                 for word, after in zip(["", *seen["argv"]], seen["argv"], strict=False)]
         assert argv == expected(recipe, inside + "/code", inside + "/config.yaml", found.job.nodes), recipe.name
-        assert seen["cwd"] == (recipe.workdir or inside + "/code")
+        assert seen["cwd"] == (recipe.workdir or "/shared/%s/work" % recipe.family)
         assert seen["env"]["PYTHONPATH"].split(":")[0] == inside + "/code/src"
         assert seen["env"]["NEMO_RUN_DIR"] == "/shared/" + recipe.family
         assert {name: seen["env"].get(name) for name in recipe.env} == {n: str(v) for n, v in recipe.env.items()}

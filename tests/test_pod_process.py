@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import ENDED, SCRIPT, failed, job, need, plan, plant, ran, started, tree, until
@@ -95,12 +96,12 @@ def test_a_recipe_that_saves_on_usr1_goes_on(tmp_path: Path) -> None:
 def test_term_while_it_unpacks(tmp_path: Path) -> None:
     files = {"src/p/m%04d.py" % number: b"x" * 50 for number in range(4000)}
     with started(plan(files, command="echo RECIPE RAN; sleep 30"), tmp_path) as running:
-        until(lambda: any(tmp_path.glob("airlift-*/code.*/src/p")))
+        until(lambda: any(tmp_path.glob("airlift-*/*/code.*/src/p")))
         assert running.signal(signal.SIGTERM) == 143
         assert "RECIPE RAN" not in running.text and "Traceback" not in running.text
         assert running.text == ("airlift: rank 0: ended by a signal before the recipe was started\n"
                                 + ENDED % ("0", 143))
-        assert not any(tmp_path.glob("airlift-*/code*")), "what was begun is taken away"
+        assert not any(tmp_path.glob("airlift-*/*/code*")), "what was begun is taken away"
 
 
 def test_term_during_a_startup_command(tmp_path: Path) -> None:
@@ -368,8 +369,9 @@ def test_what_else_is_in_the_recipes_environment(tmp_path: Path) -> None:
     image = {"PYTHONPATH": "/opt/image::/opt/more", "PET_NODE_RANK": "0", "PET_NNODES": "1", "FROM_IMAGE": "x",
              "AIRLIFT_OTHER": "y",
              "ODD": "\udcff"}
-    found = environment_of(plan(command=DUMP, env={"WHERE": "/nemo_run/x:/nemo_run/code"}), tmp_path / "scr", **image)
-    base = tmp_path / "scr/airlift-t23456"
+    whole = plan(command=DUMP, env={"WHERE": "/nemo_run/x:/nemo_run/code"})
+    found = environment_of(whole, tmp_path / "scr", **image)
+    base = support.base(tmp_path / "scr", whole.digest)
     assert {name: value for name, value in found.items() if "AIRLIFT" in name} == {
         "AIRLIFT_RUN": "t23456", "AIRLIFT_CODE": str(base / "code"), "AIRLIFT_CONFIG": str(base / "config.yaml")}
     assert found["PYTHONPATH"] == "%s/code/src:/opt/image:/opt/more" % base
@@ -397,8 +399,8 @@ ENVIRONMENT = st.dictionaries(NAMES, st.text("ab", max_size=2), max_size=6)
 @given(ENVIRONMENT, ENVIRONMENT, ENVIRONMENT)
 def test_the_user_wins_over_the_place_and_the_place_over_defaults(user: dict[str, str], place: dict[str, str],
                                                                   ours: dict[str, str]) -> None:
-    described = job(env=user, defaults=ours)
-    found = process.recipe_env(place, described, Places(described, place), 0)
+    described = job(env=user, defaults=ours, tree={"sha256": "d" * 64})
+    found = process.recipe_env(place, described, Places(described, place, "/base"), 0)
     assert {name: found.get(name) for name in {*user, *place, *ours}} == ours | place | user
 
 

@@ -695,7 +695,7 @@ def hiding(module, compression):
 
 
 def taken(place):
-    (place / "airlift-t23456/code").mkdir(parents=True)
+    (place / ("airlift-%d" % os.geteuid())).write_text("somebody's")
     return support.plan(), {}
 
 
@@ -735,7 +735,7 @@ POD = [
     (lambda place: (support.plan(nodes=2), {"NODE_RANK": "1", "RANK": "0"}), 82, "?",
      "sources disagree: NODE_RANK says 1, RANK says 0"),
     (without("NODE_RANK", value="1", nodes=2), 82, "1", "nothing tells where rank 0 is: set MASTER_ADDR"),
-    (taken, 83, "0", "ROOT/airlift-t23456/code is there already and does not hold this payload"),
+    (taken, 83, "0", "ROOT/airlift-%d is no folder: remove it, or name another place" % os.geteuid()),
     (without("TMPDIR", value="/proc/nowhere"), 83, "0", "/proc/nowhere...: No such file or directory"),
     (whole(run_root="/dev/null/x"), 83, "0", "/dev/null...: Not a directory"),
     (lost, 84, "1", "rank 0 has said nothing after 1 s in ROOT/shared"),
