@@ -23,7 +23,7 @@ from transport import Refusal
 def list_recipes(options: Namespace) -> int:
     if len(options.words) > 1:
         raise Refusal("unexpected word %r" % options.words[1], "list takes only a family")
-    root = Path(options.repo_root or prepare.HERE).resolve()
+    root = recipes.source_tree(options.repo_root, prepare.HERE)
     found, problems = recipes.scan(root)
     wanted = [r for r in found.values() if not options.words or r.family == options.words[0]]
     if not wanted and not problems:
@@ -62,7 +62,7 @@ def list_profiles(options: Namespace) -> int:
 
 def one_launch(name: str, options: Namespace) -> Launch:
     """The dry Launch of a command's words, which name one stage."""
-    words = words_of(options.words)
+    words = words_of(options.words, options.repo_root)
     if len(words.stages) > 1:
         raise Refusal("%s takes one stage at a time" % name, "name one of " + ", ".join(words.stages))
     return Launch(words, words.stages[0], options, True)
@@ -236,7 +236,7 @@ def diff(options: Namespace) -> int:
     assert origin  # each run that has files has one
     family, _, stage = run.recipe.partition("/")
     words = words_of([family, stage, run.profile] + origin["overrides"])
-    again = Namespace(config=origin["config"], nodes=None, name=None, args=[],
+    again = Namespace(config=[origin["config"]] if origin["config"] else None, nodes=None, name=None, args=[],
                       repo_root=options.repo_root or Path(origin["repo_root"]))
     with profiles.pinned(origin["env_file"]):
         launch = Launch(words, stage, again, True)

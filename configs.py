@@ -54,6 +54,11 @@ def config_file(recipe: Recipe, name: str | None) -> Path:
                   "did you mean %s?" % nearest(name, known) if known else "create one there")
 
 
+def has(recipe: Recipe, name: str) -> bool:
+    """Whether a recipe has a config of that name; a file's path is for any."""
+    return is_path(name) or any((recipe.config_dir / (name + suffix)).is_file() for suffix in (".yaml", ".yml"))
+
+
 def known_keys(recipe: Recipe, name: str | None) -> set[str]:
     """The top-level keys of a config, before any override. Raises Refusal as compile_config does."""
     return set(map(str, _load_config(_omegaconf(), recipe, name, config_file(recipe, name))))

@@ -46,12 +46,13 @@ from transport import Refusal
 def launch(options):
     """Launch one stage or several, each as its own job; all are prepared before the first one is submitted."""
     dry = options.dry_run or options.json
-    words = words_of(options.words)
+    words = words_of(options.words, options.repo_root)
     launches = [Launch(words, stage, options, dry) for stage in words.stages]
-    unknown = [word for word in words.overrides if not any(word in one.overrides for one in launches)]
-    if unknown:
-        raise Refusal("no stage has %s in its config" % unknown[0].split("=")[0],
-                      "with several stages, an override is for those whose config has its first key")
+    new = [word for word in words.overrides if not any(word in one.overrides for one in launches)]
+    if new:
+        launches = [Launch(words, stage, options, dry, new) for stage in words.stages]
+    if options.config and not any(one.config_name for one in launches):
+        raise Refusal("no stage has the config %s" % options.config[-1], "see the folder config beside their scripts")
     if options.json:
         shown = [screen.as_json(one, one.refusal(not options.detach)) for one in launches]
         print(json.dumps(shown[0] if len(shown) == 1 else {"stages": shown}, indent=1))
@@ -82,7 +83,7 @@ def run_stages(launches, stages, options):
             return code
         finally:
             if len(launches) > 1 and left:
-                print("to continue from here: %s" % screen.plain(command_line(options, left)))
+                print("to continue from here: %s" % screen.plain(command_line(options, left, one.profile.name)))
     return 0
 
 
@@ -102,11 +103,12 @@ def submit_chain(launches, options):
     return 0
 
 
-def command_line(options, stages):
+def command_line(options, stages, profile):
     """The command line that launches these stages with the same options."""
     names = [word for word in options.words if "=" not in word]
-    words = [names[0], ",".join(stages)] + names[2:] + [word for word in options.words if "=" in word]
-    for option in ("config", "nodes", "name", "repo_root", "rank"):
+    words = [names[0], ",".join(stages), profile] + [word for word in options.words if "=" in word]
+    words += [word for config in options.config or [] for word in ("--config", config)]
+    for option in ("nodes", "name", "repo_root", "rank"):
         if getattr(options, option) is not None:
             words += ["--" + option.replace("_", "-"), str(getattr(options, option))]
     words += ["--all-ranks"] * options.all_ranks + ["--debug"] * options.debug + ["--"] * bool(options.args)
@@ -116,9 +118,9 @@ def command_line(options, stages):
 def submit(launch, options, after=None):
     """Start the job, or have it start after another run; returns (its run, the seconds that it took)."""
     job, plan, begun = launch.job, launch.plan, time.time()
-    print("%s on %s: %s, %d files, %s, sha256 %s, run %s" % (
-        job.name, launch.profile.name, screen.shape(job), plan.files, transport.human(len(plan.tar)),
-        plan.digest[:12], job.run_id))
+    print(screen.plain("%s on %s: %s, %d files of %s, %s, sha256 %s, run %s" % (
+        job.name, launch.profile.name, screen.shape(job), plan.files, launch.root, transport.human(len(plan.tar)),
+        plan.digest[:12], job.run_id)))
     print(screen.plain("profile from %s" % ", ".join(launch.profile.files)))
     for note in launch.notes() + commands.beside(job, launch.profile.name):
         screen.note(note)
@@ -145,7 +147,7 @@ def submit(launch, options, after=None):
 
 Option = collections.namedtuple("Option", "flags takes about kind")  # takes: "" for a flag without a value
 OPTIONS = {
-    "config": Option(("-c", "--config"), "CONFIG", "another config of the recipe: its name, or a file's path", str),
+    "config": Option(("-c", "--config"), "CONFIG", "another config: its name or path; STAGE=CONFIG: for one stage", list),
     "nodes": Option(("--nodes",), "N", "number of nodes, one pod each", int),
     "name": Option(("--name",), "NAME", "the experiment: its outputs go to <workspace>/NAME, and only it resumes", str),
     "repo_root": Option(("--repo-root",), "DIR", "the source tree that is packed", Path),
@@ -215,6 +217,9 @@ class Parser(argparse.ArgumentParser):
         unknown = re.match(r"unrecognized arguments: ([^ =]+)", message)
         number = re.match(r"argument (--nodes|--rank): invalid int value: (.*)", message)
         lacks = re.match(r"argument (?:-c/)?(--[a-z-]+): expected one argument", message)
+        if unknown and unknown.group(1) in ("--run", "--batch"):
+            raise Refusal("there is no option %s: the profile is the word behind the stage" % unknown.group(1),
+                          "write: python launch.py FAMILY STAGE PROFILE%s" % (" --detach" * ("b" in unknown.group(1))))
         if unknown:
             flags = [option.flags[-1] for name, option in OPTIONS.items() if name != "args"]
             close = difflib.get_close_matches(unknown.group(1), flags, 1, 0.61)
@@ -236,7 +241,9 @@ def parse(argv):
     parser.add_argument("words", nargs="*")
     parser.add_argument("-h", "--help", action="store_true")
     for name, option in OPTIONS.items():
-        if option.takes and name != "args":
+        if option.kind is list:
+            parser.add_argument(*option.flags, action="append", dest=name)
+        elif option.takes and name != "args":
             parser.add_argument(*option.flags, type=option.kind, dest=name)
         elif name != "args":
             parser.add_argument(*option.flags, action="store_true", dest=name)

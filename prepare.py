@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,33 +35,51 @@ class Words(NamedTuple):
     overrides: list[str]  # KEY=VALUE
 
 
-def words_of(words: list[str]) -> Words:
-    """FAMILY STAGE[,STAGE...] [PROFILE] and the KEY=VALUE overrides among the words. Raises Refusal."""
+def words_of(words: list[str], root: Path | None = None) -> Words:
+    """FAMILY STAGE[,STAGE...] [PROFILE] and the KEY=VALUE overrides among the words; a stage may be written with blanks
+    in place of its slashes. `root` is the tree that was named, if one was. Raises Refusal."""
     overrides = [word for word in words if "=" in word]
     names = [word for word in words if "=" not in word]
     if len(names) < 2:
         raise Refusal("a launch needs FAMILY and STAGE", "like: python launch.py nano3 sft local")
-    if len(names) > 3:
-        raise Refusal("unexpected word %r" % names[3], "overrides are KEY=VALUE; arguments for the script follow --")
-    stages = [stage.strip("/") for stage in names[1].split(",")]
-    return Words(names[0], stages, names[2] if len(names) > 2 else "local", overrides)
+    family, *stage, profile = names if len(names) > 2 else [*names, "local"]
+    if len(names) > 2 and profile not in profiles.names():
+        known, _ = recipes.scan(recipes.source_tree(root, HERE), "/".join(names).encode())
+        if "/".join(names) in known:
+            stage, profile = names[1:], "local"
+        elif len(names) > 3:
+            raise Refusal("unexpected word %r" % names[3],
+                          "overrides are KEY=VALUE; arguments for the script follow --")
+    return Words(family, [each.strip("/") for each in "/".join(stage).split(",")], profile, overrides)
+
+
+def config_for(named: list[str], stage: str, recipe: recipes.Recipe, several: bool) -> str | None:
+    """The config of a stage by the -c of the command line: STAGE=CONFIG is for that stage, CONFIG for all; of several
+    stages, for those that have it."""
+    own = [text.partition("=")[2] for text in named if text.partition("=")[0] == stage]
+    rest = [text for text in named if not re.match(r"[\w/.-]+=", text)]
+    if own or not rest:
+        return own[-1] if own else None
+    return None if several and not configs.has(recipe, rest[-1]) else rest[-1]
 
 
 class Launch:
-    """One launch, resolved by config, nodes, repo_root and args of the options. `dry`: variables may be unset."""
+    """One launch, resolved by config, nodes, repo_root and args of the options. `dry`: variables may be unset; `new`:
+    overrides that are for every stage, since no stage's config has their key."""
 
-    def __init__(self, words: Words, stage: str, options: Namespace, dry: bool) -> None:
+    def __init__(self, words: Words, stage: str, options: Namespace, dry: bool, new: Sequence[str] = ()) -> None:
         begun = time.time()
         self.profile = profiles.load(words.profile, stage)
         screen.conceal(*(self.profile.keys.get(key) for key in profiles.SECRET_KEYS))
         if not dry:
             self.profile.require_set()
-        self.root = Path(options.repo_root or self.profile.keys.get("repo_root") or HERE).resolve()
+        self.root = recipes.source_tree(options.repo_root or self.profile.keys.get("repo_root"), HERE)
         recipe = recipes.find(self.root, words.family + "/" + stage)
         self.overrides, self.several = words.overrides, len(words.stages) > 1
+        self.config_name = config_for(options.config or [], stage, recipe, self.several)
         if self.several:  # an override is for the stages whose config has its first key; run.… is for all
-            known = configs.known_keys(recipe, options.config) | {"run"}
-            self.overrides = [word for word in words.overrides if re.split(r"[.=\[]", word)[0] in known]
+            known = configs.known_keys(recipe, self.config_name) | {"run"}
+            self.overrides = [word for word in words.overrides if word in new or re.split(r"[.=\[]", word)[0] in known]
         ahead = _Ahead(self.root, recipe, self.profile)
         try:
             notes = list(self.profile.notes)
@@ -79,7 +98,7 @@ class Launch:
             chunk_bytes=settings.get("chunk_bytes", 0), env=sent, ready=ready,
             limits=transport.limits_for(self.profile.executor, dict(self.job.description),
                                         settings.get("dgxcloud_max_args_chars", 0)))
-        self.origin = self._origin(options)
+        self.origin = self._origin()
         self.took = time.time() - begun  # seconds
 
     def _compiled(self, recipe: recipes.Recipe, options: Namespace, notes: list[str], dry: bool) -> configs.Config:
@@ -88,7 +107,7 @@ class Launch:
 
         wandb = profiles.section("wandb", dry)
         screen.conceal(str(wandb.get("api_key") or ""))
-        return configs.compile_config(recipe, options.config, self.overrides, settings, wandb,
+        return configs.compile_config(recipe, self.config_name, self.overrides, settings, wandb,
                                       profiles.section("artifacts", dry))
 
     def _job(self, options: Namespace, notes: list[str]) -> jobs.Job:
@@ -120,17 +139,20 @@ class Launch:
             run_id, recipe.name, executor, settings["nodes"], settings["gpus_per_node"], settings["nproc"],
             settings.get("container_image"), settings, description, secrets, tuple(notes))
 
-    def _origin(self, options: Namespace) -> runs.Origin:
-        is_path = configs.is_path(options.config or "")
+    def _origin(self) -> runs.Origin:
+        is_path = configs.is_path(self.config_name or "")
         return runs.Origin(
             repo_root=str(self.root), env_file=str(profiles.env_file() or os.devnull),
-            config=str(self.config.path.resolve()) if is_path else options.config,
+            config=str(self.config.path.resolve()) if is_path else self.config_name,
             overrides=[word for word in self.overrides if word.startswith(("run.env.exclude", "run.env.scope"))])
 
     def notes(self) -> list[str]:
         """What the user should know about the launch."""
+        near = ["this is the starter's %s, and %s has one of its family, too: --repo-root says which is meant" % (
+            self.job.name, tree) for tree in recipes.others_near(self.recipe)]
         found = ["the config contains what looks like a credential, and is sent as it is"]
-        return [*self.job.notes, *found * transport.looks_secret(self.config.text.encode()), *_left_out(self.tree)]
+        found *= transport.looks_secret(self.config.text.encode())
+        return [*near, *self.job.notes, *found, *_left_out(self.tree)]
 
     def check(self, attached: bool) -> None:
         """Raises Refusal for what can be refused without contacting the platform."""

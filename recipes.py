@@ -5,6 +5,7 @@ its name ("nano3/sft"), image, launch mode, configs and resources.
 """
 
 import difflib
+import glob
 import os
 import re
 import shlex
@@ -91,6 +92,23 @@ def _scripts(root: Path, problems: list[Refusal]) -> Iterable[Path]:
             continue
         yield from sorted(Path(folder, name) for folder, _, names in os.walk(top) for name in names
                           if name.endswith(".py"))
+
+
+def source_tree(named: str | Path | None, own: Path) -> Path:
+    """The tree that was named, else the one that a person stands in: the nearest folder upwards with recipes or steps;
+    else `own`, the launcher's."""
+    here = Path.cwd()
+    holds = (folder for folder in (here, *here.parents) if any(next(folder.glob("src/*/" + name), None)
+                                                               for name in COLLECTIONS))
+    return Path(named or next(holds, own)).resolve()
+
+
+def others_near(recipe: Recipe) -> list[Path]:
+    """Source trees above a starter recipe's tree and beside it that have recipes of its family, too."""
+    pattern = "src/*/recipes/" + glob.escape(recipe.family)
+    found = [*recipe.root.parent.glob("*/" + pattern), *(f for up in recipe.root.parents for f in up.glob(pattern))]
+    trees = {path.parents[3] for path in found} - {recipe.root}
+    return sorted(trees) if recipe.script.startswith("src/starter/") else []
 
 
 def inside(path: Path, root: Path) -> bool:

@@ -35,6 +35,7 @@ def checkout(tmp_path, monkeypatch):
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.setattr(prepare, "HERE", root)
+    monkeypatch.chdir(home)
     monkeypatch.setattr(profiles, "FOLDER", root / "profiles")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("AIRLIFT_HOME", str(home / "airlift"))

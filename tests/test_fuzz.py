@@ -72,6 +72,7 @@ def world():
         write(root / "profiles/docker.toml", 'executor = "docker"\n')
         write(root / "env.toml", "")
         patch.setattr(prepare, "HERE", root)
+        patch.chdir(root)
         patch.setattr(profiles, "FOLDER", root / "profiles")
         patch.setattr(transport, "compress", lambda data, method: transport.lzma.compress(data, preset=0))
         patch.setenv("AIRLIFT_HOME", str(root / "home"))

@@ -232,7 +232,7 @@ def test_a_later_stage_that_is_refused_says_how_to_go_on(say, here, monkeypatch)
     monkeypatch.setattr(commands, "follow", lambda run, took: 0)
     code, out, err = say("nano3", "prep,sft", "run.env.nodes=1")
     assert (code, started, len(err.splitlines())) == (5, ["nano3/prep"], 2)
-    assert out == "to continue from here: python launch.py nano3 sft run.env.nodes=1\n"
+    assert out == "to continue from here: python launch.py nano3 sft local run.env.nodes=1\n"
 
 
 def test_ctrl_c_in_a_pipeline_says_how_to_go_on_behind_the_job_that_goes_on(say, here, monkeypatch):
@@ -240,7 +240,7 @@ def test_ctrl_c_in_a_pipeline_says_how_to_go_on_behind_the_job_that_goes_on(say,
     run = runs.Run("t23456", "nano3/prep", "slurm", "slurm", 1, "0")
     monkeypatch.setattr(launch, "submit", lambda one, options: (run, 0.0))
     monkeypatch.setattr(commands, "follow", lambda run, took: 0)  # as it answers Ctrl-C: the job has not ended
-    assert say("nano3", "prep,sft") == (0, "to continue from here: python launch.py nano3 sft\n", "")
+    assert say("nano3", "prep,sft") == (0, "to continue from here: python launch.py nano3 sft local\n", "")
 
 
 class Chains:

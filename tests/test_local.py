@@ -135,9 +135,9 @@ def test_two_pods_of_one_tree(place):
     assert (done.returncode, done.stderr) == (0, "")
     run = run_id(done.stdout)
     first, *_, times, last = done.stdout.splitlines()
-    summary = re.fullmatch(r"nano3/sft on local: 2 nodes, CPU only, (\d+) files, [\d.]+ K?i?B, sha256 ([0-9a-f]{12}), "
-                           r"run \w+", first)
-    assert summary, first
+    summary = re.fullmatch(r"nano3/sft on local: 2 nodes, CPU only, (\d+) files of (.*), [\d.]+ K?i?B, "
+                           r"sha256 ([0-9a-f]{12}), run \w+", first)
+    assert summary and summary.group(2) == str(place.folder), first
     assert re.fullmatch(r"packing \d\.\d s, submitting \d\.\d s, waiting 0\.0 s, running \d\.\d s", times), times
     assert re.fullmatch(r"done in \d+ s; outputs in " + re.escape(str(place.output)), last)
     digests = set()
@@ -147,7 +147,7 @@ def test_two_pods_of_one_tree(place):
         assert said.group(1) == str(rank) and said.group(3) == summary.group(1)
         digests.add(said.group(2))
         assert "hello from rank %d" % rank in lines
-    assert len(digests) == 1 and digests.pop().startswith(summary.group(2))
+    assert len(digests) == 1 and digests.pop().startswith(summary.group(3))
 
     told = place.probes()
     envs = [probe["env"] for probe in told]

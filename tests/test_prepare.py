@@ -116,3 +116,79 @@ def test_every_recipe_of_a_real_checkout_plans_on_every_executor(say, monkeypatc
             if plan["recipe"]["launch"] == "torchrun" and not found[row["name"]].cmd:
                 assert plan["command"].startswith("torchrun ")
     assert failed == {}
+
+
+# ---------------------------------------------------------------- whose tree it is, and the words of a launch
+
+
+def test_the_tree_that_a_person_stands_in_comes_before_the_launchers_own(say, here, tmp_path, monkeypatch):
+    theirs = tmp_path / "work/Nemotron"
+    recipe(theirs, "nano3/sft", "print('theirs')\n", path="src/nemotron/recipes/nano3/sft/train.py")
+    recipe(tmp_path / "work/named", "nano3/sft", path="src/p/steps/s.py")
+    below = theirs / "docs/deep"
+    below.mkdir(parents=True)
+    for folder, tree in [(here, here), (theirs, theirs), (below, theirs), (theirs / "src", theirs), (tmp_path, here)]:
+        monkeypatch.chdir(folder)
+        assert "script   %s/src/" % tree in say("nano3", "sft", "--dry-run", "run.env.mounts=[]")[1]
+        assert ("docs" in str(folder)) <= ("nano3" in say("list")[1])
+    write(here / "profiles/mine.toml", 'executor = "local"\nrepo_root = "%s"\n' % here)
+    monkeypatch.chdir(theirs)
+    assert "script   %s/src/" % here in say("nano3", "sft", "mine", "--dry-run")[1], "the profile's word"
+    said = say("nano3", "sft", "mine", "--repo-root", tmp_path / "work/named", "--dry-run")[1]
+    assert "script   %s/src/p/steps/s.py" % (tmp_path / "work/named") in said, "the command line's"
+
+
+@pytest.mark.parametrize("place", ["beside", "above"])
+def test_the_starter_is_not_taken_silently_where_another_tree_is_near(say, here, tmp_path, monkeypatch, place):
+    toy = tmp_path / "work/Nemotron/airlift" if place == "above" else tmp_path / "work/airlift"
+    recipe(toy, "nano3/sft", path="src/starter/recipes/nano3/sft/train.py")
+    recipe(tmp_path / "work/Nemotron", "nano3/sft", path="src/nemotron/recipes/nano3/sft/train.py")
+    monkeypatch.chdir(toy)
+    note = "this is the starter's nano3/sft, and %s has one of its family, too" % (tmp_path / "work/Nemotron")
+    assert note in str(plan_of(say, "nano3", "sft")["notes"])
+    monkeypatch.chdir(tmp_path / "work/Nemotron")
+    assert note not in str(plan_of(say, "nano3", "sft")["notes"])
+
+
+@pytest.mark.parametrize(("words", "name", "profile"), [
+    ("nano3 data prep rl", "nano3/data/prep/rl", "local"), ("nano3 data prep rl docker", "nano3/data/prep/rl", "docker"),
+    ("nano3 data/prep rl", "nano3/data/prep/rl", "local"), ("super3 rl stage1_rlvr", "super3/rl/stage1_rlvr", "local"),
+    ("super3 rl stage1_rlvr lepton a=1", "super3/rl/stage1_rlvr", "lepton"), ("nano3 sft slurm", "nano3/sft", "slurm")])
+def test_a_stage_may_be_written_with_blanks(say, words, name, profile):
+    plan = plan_of(say, *words.split(), "run.env.mounts=[]")
+    assert (plan["recipe"]["name"], plan["profile"]["name"]) == (name, profile)
+
+
+@pytest.mark.parametrize(("words", "what"), [
+    ("nano3 sft lepto", "profile 'lepto' does not exist"), ("nano3 data prep xx local", "nano3 has no stage 'data/prep/xx'"),
+    ("nano3 data prep xx", "unexpected word 'xx'"), ("nano3 data prep", "profile 'prep' does not exist")])
+def test_other_words_are_told(say, words, what):
+    code, _, err = say(*words.split())
+    assert code == 2 and what in err
+
+
+@pytest.mark.parametrize(("option", "more"), [("--run", ""), ("--batch", " --detach")])
+def test_the_words_of_nvidias_users_are_answered_with_ours(say, option, more):
+    assert say("nano3", "sft", option, "lepton") == (2, "", (
+        "airlift: there is no option %s: the profile is the word behind the stage\n"
+        "write: python launch.py FAMILY STAGE PROFILE%s\n" % (option, more)))
+
+
+def test_a_config_for_one_stage_and_one_for_those_that_have_it(say, here):
+    one = str(here) + "/src/nemotron/recipes/nano3/%s/config/%s.yaml"
+    recipe(here, "nano3/prep", yaml="a: 0\n")
+    recipe(here, "nano3/train", yaml="b: 0\n")
+    write(Path(one % ("prep", "tiny")), "a: 1\n")
+    write(Path(one % ("train", "big")), "b: 2\n")
+
+    def texts(*words):
+        return [stage["config"]["text"] for stage in json.loads(say("nano3", "prep,train", "--json", *words)[1])["stages"]]
+
+    assert texts() == ["a: 0\n", "b: 0\n"] and texts("-c", "tiny") == ["a: 1\n", "b: 0\n"]
+    assert texts("-c", "train=big") == ["a: 0\n", "b: 2\n"]
+    assert texts("-c", "tiny", "-c", "train=big") == ["a: 1\n", "b: 2\n"]
+    assert texts("-c", "default", "-c", "prep=tiny") == ["a: 1\n", "b: 0\n"]
+    assert texts("a=5", "run.env.mounts=[]") == ["a: 5\n", "b: 0\n"]
+    assert "no stage has the config huge" in say("nano3", "prep,train", "-c", "huge", "--dry-run")[2]
+    assert "nano3/train has no config 'tiny'" in say("nano3", "prep,train", "-c", "train=tiny", "--dry-run")[2]
+    assert plan_of(say, "nano3", "train", "-c", "train=big")["config"]["text"] == "b: 2\n"

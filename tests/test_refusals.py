@@ -61,6 +61,7 @@ def place(tmp_path, monkeypatch):
     recipe(root, "nano3/rl", path="src/pkg/recipes/nano3/rl/train.py", launch="ray", nodes=1, gpus=0)
     write(root / "profiles/local.toml", 'executor = "local"\ngpus_per_node = 0\n')
     monkeypatch.setattr(prepare, "HERE", root)
+    monkeypatch.chdir(root)
     monkeypatch.setattr(profiles, "FOLDER", root / "profiles")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("AIRLIFT_HOME", str(root / "home"))

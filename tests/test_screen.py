@@ -146,7 +146,7 @@ def test_a_dry_run_shows_what_would_happen(say, here):
     rows = {}
     for line in out.splitlines()[1:-1]:
         rows.setdefault(line[2:11].strip(), []).append(line[11:])
-    assert rows["script"] == ["src/nemotron/recipes/nano3/stage1_sft/train.py"]
+    assert rows["script"] == [str(here) + "/src/nemotron/recipes/nano3/stage1_sft/train.py"]
     assert rows["config"] == [str(here / CONFIGS / "default.yaml")]
     assert rows["image"] == ["nvcr.io/nemo:26.02"]  # the YAML's, not the header's
     assert rows["command"][0].startswith("torchrun --nnodes 2 --node-rank \"$NODE_RANK\" --nproc-per-node 8 ")
