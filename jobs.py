@@ -6,10 +6,13 @@ Precedence, lowest first (`settings_for`): header, the YAML's run.env, profile, 
 
 import difflib
 import hashlib
+import netrc
 import os
 import posixpath
 import re
+import urllib.parse
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypedDict
 
 import screen
@@ -362,22 +365,47 @@ def environment(settings: dict[str, Any], run: dict[str, Any], name: str, execut
 
 
 TOKENS = ("HF_TOKEN", "WANDB_API_KEY", "NGC_API_KEY")
-REFERENCES = {"lepton": (r"env|lepton:[\w.-]+", ', or "lepton:name" for a secret of the workspace'),
-              "dgxcloud": (r"env|runai:[\w.-]+/[\w.-]+", ', or "runai:credential/key"')}
+BY_VALUE = ("env", "login")  # sources of [secrets] whose value is sent: a variable here, or what a login has kept
+REFERENCES = {"lepton": (r"env|login|lepton:[\w.-]+", ', or "lepton:name" for a secret of the workspace'),
+              "dgxcloud": (r"env|login|runai:[\w.-]+/[\w.-]+", ', or "runai:credential/key"')}
+
+
+def login(name: str) -> tuple[str, str]:
+    """(the token that another tool's login has kept on this machine for that variable, its file); ("", "") without."""
+    hub = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    place = Path({"HF_TOKEN": os.environ.get("HF_TOKEN_PATH") or hub + "/token", "NGC_API_KEY": "~/.ngc/config",
+                  "WANDB_API_KEY": os.environ.get("NETRC") or "~/.netrc"}.get(name, os.devnull)).expanduser()
+    try:
+        text, found = place.read_text(encoding="utf-8")[:1 << 20], ""
+        if name == "HF_TOKEN":
+            found = text
+        elif name == "NGC_API_KEY":
+            found = "".join(re.findall(r"(?m)^\s*apikey\s*=\s*(\S+)", text)[:1])
+        else:
+            host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
+            found = netrc.netrc(str(place)).hosts.get(host, ("", "", ""))[2] or ""
+    except (OSError, ValueError, netrc.NetrcParseError):  # there is none, or none that we can read
+        return "", ""
+    screen.conceal(found.strip())
+    return found.strip(), str(place) if found.strip() else ""
 
 
 def check_secrets(wanted: dict[str, Any], executor: str, plain: Any = ()) -> tuple[dict[str, str], list[str]]:
     """(the [secrets] of a profile, notes about them); `plain` is the recipe's environment. Raises Refusal."""
-    pattern, example = REFERENCES.get(executor, ("env", ""))
+    pattern, example = REFERENCES.get(executor, ("env|login", ""))
     notes = []
     for name, source in wanted.items():
         if not isinstance(source, str) or not re.fullmatch(pattern, source):
-            raise Refusal("secrets.%s is not a reference that %s supports" % (name, executor), 'write "env"' + example)
-        if source == "env":
+            raise Refusal("secrets.%s is not a reference that %s supports" % (name, executor),
+                          'write "env" or "login"' + example)
+        if source in BY_VALUE:
             notes.append("%s is sent by value, in %s" % (name, "a private file that is removed when the job is over"
                                                          if executor == "slurm" else "the job's environment"))
     notes += ["%s is set here but not sent; add it to [secrets] to send it" % name
               for name in TOKENS if os.environ.get(name) and name not in wanted and name not in plain]
+    logins = [(name, login(name)[1]) for name in TOKENS if name not in {*wanted, *plain, *os.environ}]
+    notes += ['%s is in %s, and is not sent; in [secrets] write %s = "login" to send it' % (name, place, name)
+              for name, place in logins if place and executor != "local"]
     notes += ["%s is sent as a plain variable; in [secrets] it would stay out of files and records" % name
               for name in TOKENS if name in plain and plain[name] and name not in wanted]
     return dict(wanted), notes
@@ -385,8 +413,10 @@ def check_secrets(wanted: dict[str, Any], executor: str, plain: Any = ()) -> tup
 
 def secret_values(job: Job, dry: bool) -> dict[str, str]:
     """The secrets that are sent by value. Raises Refusal for one that is not set, except in a dry run."""
-    names = [name for name, source in job.secrets.items() if source == "env"]
-    unset = [name for name in names if name not in os.environ]
+    found = {name: login(name)[0] or None if source == "login" else os.environ.get(name)
+             for name, source in job.secrets.items() if source in BY_VALUE}
+    unset = [name for name, value in found.items() if value is None]
     if unset and not dry:
-        raise Refusal("secret %s is not set here" % ", ".join(unset), "export it, or remove it from [secrets]")
-    return {name: os.environ.get(name, "<unset %s>" % name) for name in names}
+        raise Refusal("secret %s is not set here" % ", ".join(unset), "export it, or remove it from [secrets]"
+                      if job.secrets[unset[0]] == "env" else "log in with its own tool, or remove it from [secrets]")
+    return {name: "<unset %s>" % name if value is None else value for name, value in found.items()}

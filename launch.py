@@ -147,7 +147,7 @@ def submit(launch, options, after=None):
 
 Option = collections.namedtuple("Option", "flags takes about kind")  # takes: "" for a flag without a value
 OPTIONS = {
-    "config": Option(("-c", "--config"), "CONFIG", "another config: its name or path; STAGE=CONFIG: for one stage", list),
+    "config": Option(("-c", "--config"), "CONFIG", "another config: name or path; STAGE=CONFIG for one stage", list),
     "nodes": Option(("--nodes",), "N", "number of nodes, one pod each", int),
     "name": Option(("--name",), "NAME", "the experiment: its outputs go to <workspace>/NAME, and only it resumes", str),
     "repo_root": Option(("--repo-root",), "DIR", "the source tree that is packed", Path),

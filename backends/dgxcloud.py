@@ -20,7 +20,7 @@ import screen
 from backends import GONE, Finding, Status, stop_and_wait
 from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.checks import finding
-from jobs import Job, is_mounted, require_image, workspace
+from jobs import BY_VALUE, Job, is_mounted, require_image, workspace
 from runs import Run
 from transport import Plan, Refusal
 
@@ -125,7 +125,7 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
         "check that the claim exists in the project's namespace: not every claim is a data source", False)
     yield checks.workspace_finding(settings)
     wanted = [source.partition(":")[2].partition("/")[0] for source in settings.get("secrets", {}).values()
-              if source != "env"]
+              if source not in BY_VALUE]
     yield from checks.listed("credential", wanted, lambda: [
         str((entry.get("meta") or {}).get("name")) for entry in client.call(
             "GET", "/asset/credentials", "list the credentials").get("entries", [])],
@@ -193,7 +193,7 @@ def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict
     """The creation request. Command and args are single strings, which run:AI splits at blanks."""
     env: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plan.env.items()]
     for key, source in job.secrets.items():
-        if source != "env":
+        if source not in BY_VALUE:
             credential, _, field = source.partition(":")[2].partition("/")
             env.append({"name": key, "userCredential": {"name": credential, "key": field}})
     spec: dict[str, Any] = {

@@ -13,7 +13,7 @@ from backends import GONE, Finding, Status, stop_and_wait
 from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.checks import finding
 from backends.common.lepton_client import ask_lepton, connect, node_group, reconnect, valid
-from jobs import Job, require_image
+from jobs import BY_VALUE, Job, require_image
 from runs import Run
 from transport import Plan, Refusal
 
@@ -136,7 +136,7 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     yield from checks.listed("storage", storage, lambda: [volume.name for volume in group.spec.volumes or []],
                              "in mounts, set from to a storage of the node group")
     yield checks.workspace_finding(settings)
-    secrets = [source.partition(":")[2] for source in settings.get("secrets", {}).values() if source != "env"]
+    secrets = [source.partition(":")[2] for source in settings.get("secrets", {}).values() if source not in BY_VALUE]
     yield from checks.listed("secret", secrets, lambda: [
         secret.name for secret in ask_lepton("list the secrets", client, client.secret.list_all)],
         "create it in the workspace, or correct [secrets]")
@@ -180,7 +180,7 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
     settings = job.settings
     envs: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plan.env.items()]
     envs += [{"name": key, "value_from": {"secret_name_ref": source.partition(":")[2]}}
-             for key, source in job.secrets.items() if source != "env"]
+             for key, source in job.secrets.items() if source not in BY_VALUE]
     spec: dict[str, Any] = {
         "resource_shape": settings["resource_shape"],
         "affinity": {"allowed_dedicated_node_groups": [group]},

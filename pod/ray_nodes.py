@@ -240,13 +240,14 @@ class RayHead(RayNode):
         while self.driver.poll() is None:
             try:
                 self.check_nodes(0.1)
-            except Failure:
+            except Failure as failure:
+                code = complain("0", failure)  # said now, since a platform may end this pod before the driver has ended
                 self.end_driver(signal.SIGTERM)
                 try:
                     self.driver.wait(5)
                 except subprocess.TimeoutExpired:
                     self.end_driver(signal.SIGKILL)
-                raise
+                raise SystemExit(code) from None
         if self.signalled:  # perhaps just because a node is lost: platforms end the other pods then
             self.check_nodes(0.0)
         return self.driver.returncode if self.driver.returncode >= 0 else 128 - self.driver.returncode

@@ -2,11 +2,12 @@
 
 import pytest
 from inside import refusal, shown, swapped
-from layout import REPO, recipe
+from layout import REPO, recipe, write
 
 import jobs
 import profiles
 import recipes
+import screen
 from transport import Refusal
 
 
@@ -189,6 +190,30 @@ def test_what_follows_from_the_settings_is_a_default_and_what_is_named_is_not():
     here = jobs.environment(found | {"workspace": "/w"}, {}, "a/b", "local", "/w/a")["defaults"]
     assert here.get("HF_HOME") is None and here["WANDB_DIR"] == "/w/a"
     assert "WANDB_DIR" not in jobs.environment(found, {}, "a/b", "slurm", None)["defaults"]
+
+
+def test_what_another_tools_login_has_kept(tmp_path, monkeypatch):
+    """It is found and named; it is sent where [secrets] says so, and shown nowhere."""
+    for name in (*jobs.TOKENS, "HF_HOME", "HF_TOKEN_PATH", "NETRC", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [jobs.login(name) for name in jobs.TOKENS] == [("", "")] * 3
+    write(tmp_path / ".netrc", "machine api.wandb.ai login user password canary-1-" + "w" * 30 + "\ndefault login a password b\n")
+    write(tmp_path / ".cache/huggingface/token", "canary-2-" + "h" * 30 + "\n")
+    write(tmp_path / ".ngc/config", "[CURRENT]\napikey = canary-3-" + "n" * 30 + "\n")
+    assert jobs.login("WANDB_API_KEY") == ("canary-1-" + "w" * 30, str(tmp_path / ".netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.mine.example/x")
+    assert jobs.login("WANDB_API_KEY") == ("", ""), "the default entry is for no server of theirs"
+    wanted, notes = jobs.check_secrets({"HF_TOKEN": "login"}, "lepton")
+    assert wanted == {"HF_TOKEN": "login"} and [note for note in notes if "NGC_API_KEY is in %s/.ngc" % tmp_path in note]
+    job = jobs.Job("r", "a/b", "lepton", 1, 0, 1, None, {}, {}, wanted | {"NGC_API_KEY": "login"})
+    assert jobs.secret_values(job, False) == {"HF_TOKEN": "canary-2-" + "h" * 30, "NGC_API_KEY": "canary-3-" + "n" * 30}
+    assert screen.hide("a canary-2-%s b" % ("h" * 30)) == "a *** b"
+    write(tmp_path / ".cache/huggingface/token", "")
+    assert refusal(jobs.secret_values, job, False).what == "secret HF_TOKEN is not set here"
+    for text in ("machine", "\0", "machine api.wandb.ai"):  # broken ones
+        write(tmp_path / ".netrc", text)
+        assert jobs.login("WANDB_API_KEY") == ("", "")
 
 
 def test_secrets_are_references():

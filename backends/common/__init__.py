@@ -9,8 +9,8 @@ from types import ModuleType
 from typing import Any
 
 import screen
-from jobs import Job
-from pod.failures import POD
+from jobs import BY_VALUE, Job
+from pod.failures import FAILURES, POD
 from transport import LIMITS, Plan, Refusal, human
 
 
@@ -68,7 +68,7 @@ def require_object(what: str, size: int, executor: str, also: str = "") -> None:
 
 def sent_by_value(job: Job, plan: Plan) -> tuple[str, ...]:
     """The values of secrets that are in the request, and that a server's answer may repeat."""
-    values = tuple(plan.env[name] for name, source in job.secrets.items() if source == "env")
+    values = tuple(plan.env[name] for name, source in job.secrets.items() if source in BY_VALUE)
     screen.conceal(*values)
     return values
 
@@ -76,6 +76,7 @@ def sent_by_value(job: Job, plan: Plan) -> tuple[str, ...]:
 ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d{1,3})\b")  # a pod's last line (pod/entry.py)
 BEGUN = re.compile(r"airlift: rank \d+ of \d+, sha256 .*, begun ")  # its first, where the job may be retried
 NOT_WHOLE = "airlift_pod_program_did_not_arrive_whole"  # of the bootstrap in transport.py
+SAID = {"airlift: rank %%d: %s:" % why: code for code, (why, _) in FAILURES.items()}  # where it fails itself
 ECHOES = (137, 143)  # killed: the exit codes of other ranks when a job ends because of one
 
 
@@ -89,8 +90,12 @@ def code_in(rank: int, line: str) -> int | None:
 
 def note(codes: dict[int, int], rank: int, line: str) -> None:
     """Note what a line of that rank's log says of its end. A recipe can print such a line, but not in the log of
-    another rank, and not after the pod's own: so only the last line counts, except for what Slurm adds."""
+    another rank, and not after the pod's own: so only the last line counts, except for what Slurm adds. A failure of
+    the pod's own is noted under ~rank, in case it is killed before its last line."""
     code = code_in(rank, line)
+    own = next((own for start, own in SAID.items() if line.startswith(start % rank)), None)
+    if own is not None:
+        codes[~rank] = own
     if code is not None:
         codes[rank] = code
     elif line.strip() and not line.startswith(("slurmstepd: ", "srun: ")):
@@ -99,5 +104,5 @@ def note(codes: dict[int, int], rank: int, line: str) -> None:
 
 def first_failure(codes: dict[int, int]) -> int | None:
     """The exit code that the job failed with; that of a killed rank only if there is no other."""
-    failures = [code for _, code in sorted(codes.items()) if code]
+    failures = [code for _, code in sorted(codes.items(), key=lambda item: (item[0] < 0, item[0])) if code]
     return next((code for code in failures if code not in ECHOES), failures[0] if failures else None)
