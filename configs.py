@@ -8,6 +8,7 @@ pod.
 import os
 import posixpath
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,8 @@ def _omegaconf() -> Any:
         with screen.step("import omegaconf"):
             import omegaconf
     except ImportError:
-        raise Refusal("omegaconf, which reads the configs, is not installed for this Python",
-                      "run `make setup`, or pip install -r requirements.txt") from None
+        raise Refusal("omegaconf, which reads the configs, is not installed for %s" % sys.executable,
+                      "run `make setup`, or pip install -r requirements.txt with that Python") from None
     return omegaconf
 
 

@@ -364,6 +364,20 @@ def environment(settings: dict[str, Any], run: dict[str, Any], name: str, execut
     return Description(env=env, defaults={name: value for name, value in ours.items() if name not in env})
 
 
+# What a job may not be able to do without, where a person has it; TOKENS have notes of their own.
+LOOKS_NEEDED = re.compile(r"(?i:(https?|no|all)_proxy)$|(SSL_CERT|REQUESTS_CA|CURL_CA|GIT_SSL|AWS_CA)_"
+                          r"|WANDB_(MODE|BASE_URL)$|HF_(HOME|ENDPOINT|HUB_OFFLINE)$|(PIP|UV)_\w*INDEX"
+                          r"|(TRANSFORMERS|HF_DATASETS)_(OFFLINE|CACHE)$|\w+_(API_KEY|TOKEN)$")
+
+
+def not_sent(executor: str, sent: set[str]) -> list[str]:
+    """A note about variables that are set here and do not reach the pods. On Slurm a login sets what its jobs need."""
+    here = [] if executor == "slurm" else sorted(
+        name for name in os.environ if LOOKS_NEEDED.match(name) and name not in {*sent, *TOKENS} and os.environ[name])
+    return ["%s %s set here and not sent; what the job needs of it belongs in env_vars, or in [secrets]" % (
+        ", ".join(here), "is" if len(here) == 1 else "are")] * bool(here)
+
+
 TOKENS = ("HF_TOKEN", "WANDB_API_KEY", "NGC_API_KEY")
 BY_VALUE = ("env", "login")  # sources of [secrets] whose value is sent: a variable here, or what a login has kept
 REFERENCES = {"lepton": (r"env|login|lepton:[\w.-]+", ', or "lepton:name" for a secret of the workspace'),

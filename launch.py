@@ -14,8 +14,21 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 OWN_PYTHON = os.path.join(HERE, ".venv", "bin", "python")
 
-# `make setup` puts a virtual environment beside this file; outside any other one, that is the Python that runs us.
-if __name__ == "__main__" and sys.prefix == getattr(sys, "base_prefix", sys.prefix) and os.path.exists(OWN_PYTHON):
+
+def elsewhere():
+    """Whether `make setup` has made a virtual environment beside this file that this Python is not, and that is to run
+    us: outside of any other one, and in one that lacks what we need."""
+    own = os.path.realpath(os.path.join(HERE, ".venv"))
+    if not os.path.exists(OWN_PYTHON) or sys.executable == OWN_PYTHON or os.path.realpath(sys.prefix) == own:
+        return False
+    try:
+        from importlib.util import find_spec
+        return sys.prefix == sys.base_prefix or not (find_spec("omegaconf") and find_spec("nemo_run"))
+    except (ImportError, AttributeError):  # a Python before 3.4
+        return True
+
+
+if __name__ == "__main__" and elsewhere():
     os.execv(OWN_PYTHON, [OWN_PYTHON] + sys.argv)  # noqa: S606 - the same words, and no shell
 if sys.version_info < (3, 11):
     sys.stderr.write("airlift: needs Python 3.11 or later, and this is %d.%d\n" % sys.version_info[:2])
@@ -306,7 +319,8 @@ def explained(error):
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", "python launch.py status shows what was started", 130
     if isinstance(error, ImportError):
-        return "a library cannot be imported: %s" % error, "make setup, or pip install -r requirements.txt", 2
+        return "a library cannot be imported by %s: %s" % (sys.executable, error), (
+            "make setup, or pip install -r requirements.txt with that Python"), 2
     if isinstance(error, OSError):
         name = "%s: " % error.filename if error.filename else ""
         return name + (error.strerror or str(error)), "check that it exists, its permissions, and the space on disk", 2

@@ -120,6 +120,7 @@ class Launch:
         command, tool, about = recipes.command(recipe, settings, list(options.args), executor in profiles.CLOUDS)
         secrets, about_secrets = jobs.check_secrets(settings.get("secrets", {}), executor, settings["env_vars"])
         repositories, about_clones = jobs.clones(settings, executor)
+        notes += jobs.not_sent(executor, {*settings["env_vars"], *secrets})
         notes += [*about, *about_secrets, *about_clones, *self.config.notes]
         run_id = runs.new_run_id()
         description = jobs.Description(

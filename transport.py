@@ -31,6 +31,7 @@ import json
 import lzma
 import os
 import re
+import resource
 import stat
 import tarfile
 import tokenize
@@ -68,6 +69,7 @@ class Limits:
     args: int = 0  # characters of argv joined by blanks: nemo-run 0.11.1 stops there, run:AI's server at 10,000
     object: int = 0  # bytes of the API object: etcd's --max-request-bytes, 1.5 MiB unless it is set
     copies: int = 1  # how often the environment stands in that object
+    exec: int = MAX_EXEC  # bytes of argv and environment of one execve
 
 
 LIMITS = {
@@ -601,7 +603,10 @@ def limits_for(executor: str, job: dict[str, Any], args: int = 0) -> Limits:
     RayCluster (head and worker spec) and in a distributed run:AI workload (the operator's master and worker spec)."""
     several = job["nodes"] > 1
     twice = several and (executor == "dgxcloud" or (executor == "lepton" and job.get("launch") == "ray"))
-    return replace(LIMITS[executor], copies=2 if twice else 1, args=args or LIMITS[executor].args)
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]  # of this machine, where a local pod starts; -1: no limit
+    own = MAX_EXEC if stack < 0 else max(MAX_STRING, min(MAX_EXEC, stack // 4))
+    return replace(LIMITS[executor], copies=2 if twice else 1, args=args or LIMITS[executor].args,
+                   exec=own if executor == "local" else MAX_EXEC)
 
 
 def exec_bytes(env: dict[str, str], argv: list[str]) -> int:
@@ -614,9 +619,9 @@ def _budgets(env: dict[str, str], argv: list[str], limits: Limits, recipe: dict[
              ) -> list[tuple[str, int, int]]:
     strings = [n + "=" + v for n, v in (env | recipe).items()] + argv
     budgets = [("one string", max(len(text.encode("utf-8", "surrogateescape")) + 1 for text in strings), MAX_STRING),
-               ("environment", exec_bytes(env, argv), MAX_EXEC - EXEC_RESERVE)]
+               ("environment", exec_bytes(env, argv), max(1, limits.exec - EXEC_RESERVE))]
     if exec_bytes(recipe, []) > budgets[-1][2]:  # seldom: only what compresses well comes as far as this
-        budgets.append(("recipe's environment", exec_bytes(recipe, []), MAX_EXEC - EXEC_RESERVE))
+        budgets.append(("recipe's environment", exec_bytes(recipe, []), budgets[-1][2]))
     others = (("one value", max(map(len, env.values())), limits.value), ("arguments", len(" ".join(argv)), limits.args),
               ("API object", object_bytes(env, argv, limits.copies), limits.object))
     return budgets + [budget for budget in others if budget[2]]

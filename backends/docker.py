@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 
 import screen
 import state
-from backends import ENDED_ALREADY, GONE, Finding, Status, exit_status
+from backends import ENDED_ALREADY, FINAL, GONE, Finding, Status, exit_status
 from backends.common import checks, import_nemo
 from backends.common.checks import finding
 from jobs import Job, repository_of, require_image
@@ -52,7 +52,9 @@ def follow(run: Run) -> Status:
     if not run.ended:
         print(screen.status_line(Status("running", "container " + run.record["name"]), run), flush=True)
     _show(run, True)
-    return status(run)
+    while (now := status(run)).state not in FINAL:  # its log cannot be read, or has ended early
+        time.sleep(1)
+    return now
 
 
 def logs(run: Run) -> None:
@@ -65,10 +67,20 @@ def _show(run: Run, follow: bool) -> None:
         kept = _kept(run) / "log"
         pieces: Any = [kept.read_bytes()] if kept.exists() else []
     else:
-        pieces = container.logs(stream=True, follow=follow)
+        pieces = log_of(container, follow)
     for piece in pieces:
         sys.stdout.buffer.write(piece)
         sys.stdout.flush()
+
+
+def log_of(container: Any, follow: bool = False) -> Iterator[bytes]:
+    """A container's log; a line that says why, where there is none: not every logging driver can be read."""
+    try:
+        yield from ask_docker(lambda: container.logs(stream=True, follow=follow))
+    except Refusal as refusal:
+        if refusal.code != 4:
+            raise
+        yield b"airlift: there is no log of this container. %s\n" % refusal.what.encode()
 
 
 def status(run: Run) -> Status:
@@ -244,8 +256,7 @@ def _put_away(run: Run, container: Any) -> Status:
     """Keep log and exit code, then remove the container."""
     folder = _kept(run, True)
     with open(os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
-        for piece in container.logs(stream=True, follow=False):
-            log.write(piece)
+        log.writelines(log_of(container))
     state.write(folder / "exit", b"%d\n" % container.attrs["State"]["ExitCode"])
     ask_docker(lambda: container.remove(force=True))
     return _ended(run)

@@ -7,6 +7,7 @@ attached job dies, the supervisor gets SIGTERM; when the supervisor dies, each p
 """
 
 import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -27,10 +28,11 @@ import state
 import transport
 from backends import ENDED_ALREADY, Finding, Status, exit_status
 from jobs import Job, workspace
+from pod.failures import Failure, say
 from pod.places import own_place
 from pod.process import become_subreaper, end_the_rest
 from runs import Run
-from transport import Plan
+from transport import Plan, Refusal
 
 CAN = {"detach", "ray"}
 GRACE_S = 10.0  # between TERM and KILL
@@ -45,7 +47,19 @@ class Record(TypedDict):
 
 
 def check(job: Job, plan: Plan) -> None:
-    """Nothing to check: pods are processes."""
+    """Raises Refusal for fewer GPUs than the pods need, where CUDA_VISIBLE_DEVICES says which may be used."""
+    gpus, mine = job.gpus_per_node, visible()
+    if mine is not None and isinstance(gpus, int) and gpus * job.nodes > len(mine):
+        raise Refusal("the job needs %d GPUs, and CUDA_VISIBLE_DEVICES=%s names %d" % (
+            gpus * job.nodes, os.environ["CUDA_VISIBLE_DEVICES"], len(mine)), "set gpus_per_node, or name more of them")
+
+
+def visible() -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES gives us here: numbers or names, to the first that is none; None: all."""
+    if "CUDA_VISIBLE_DEVICES" not in os.environ:
+        return None
+    names = [name.strip() for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",")]
+    return list(itertools.takewhile(re.compile(r"[0-9]+$|GPU-|MIG-").match, names))
 
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
@@ -152,7 +166,8 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
         yield (low if free < 1 << 30 else fine) if os.access(here, os.W_OK) else Finding(
             name, "failure", "%s cannot be written" % place, "choose another folder", 2)
     gpus = (job.gpus_per_node if job else settings.get("gpus_per_node")) or 0
-    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    mine = visible()
+    found = len(list(Path("/dev").glob("nvidia[0-9]*"))) if mine is None else len(mine)
     wanted = gpus * (job.nodes if job else settings.get("nodes", 1)) if isinstance(gpus, int) else 1
     if wanted:
         yield Finding("GPUs", "ok", "%d here" % found) if found >= wanted else Finding(
@@ -161,7 +176,7 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
 
 def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
     """Run one process per environment until all have ended; the first failure ends the others and sets the code."""
-    scratch = Path(own_place("local", dict(os.environ)))
+    scratch = None
     pods: list[subprocess.Popen[bytes]] = []
     stop: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(128 + number))
@@ -169,6 +184,7 @@ def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
     become_subreaper()  # the children of a killed pod become ours, as those of a container become process 1's
     try:
         with open(folder / "log", "ab", buffering=0) as log:
+            scratch = Path(own_place("local", dict(os.environ)))
             for rank, env in enumerate(envs):
                 place = scratch / ("rank-%d" % rank)
                 place.mkdir(mode=0o700)
@@ -183,12 +199,14 @@ def supervise(folder: Path, argv: list[str], envs: list[dict[str, str]]) -> int:
             end_the_rest(1.0)
             for copier in copiers:
                 copier.join(5)
+    except (OSError, Failure) as error:
+        say("the pods cannot be started: %s" % (getattr(error, "seen", "") or error))
     finally:
         for pod in pods:
             if pod.poll() is None:
                 pod.kill()
         end_the_rest(1.0)
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch or "", ignore_errors=True)
         for file in folder.glob("progress-*"):
             file.unlink()
         state.write(folder / "exit", b"%d\n" % code)
@@ -226,8 +244,12 @@ def pod_env(job: Job, plan: Plan, rank: int, port: int, folder: Path) -> dict[st
             "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "PROGRESS_FILE": str(folder / ("progress-%d" % rank))}
     gpus = job.gpus_per_node
+    mine = visible()
     if isinstance(gpus, int):  # each pod gets its own GPUs; with "gpu", every pod gets all
-        base["CUDA_VISIBLE_DEVICES"] = ",".join(str(rank * gpus + index) for index in range(gpus))
+        mine = [str(index) for index in range(gpus * job.nodes)] if mine is None else mine
+        mine = mine[rank * gpus:(rank + 1) * gpus]
+    if mine is not None:
+        base["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     return base | plan.env
 
 

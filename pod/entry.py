@@ -18,7 +18,7 @@ from typing import Any
 
 from pod.failures import CLONE, FAILURES, INTERNAL, PYTHON, SETUP, TOOL, Failure, complain, say
 from pod.payload import nodes_sent, read_file, read_manifest, read_payload, read_tree
-from pod.places import Places, take_secrets
+from pod.places import Places, own_place, take_secrets
 from pod.process import Child, recipe_env, script_for
 from pod.rank import find_rank
 
@@ -49,6 +49,7 @@ def main() -> int:
         if pod.shared:
             pod.shared.release()
         if pod.places:
+            shutil.rmtree(pod.places.short, ignore_errors=True)
             shutil.rmtree(pod.places.base if pod.places.goes else pod.places.own, ignore_errors=True)
     say("rank %s ended with exit code %d" % (pod.rank, code))  # the launcher looks for this line in the logs
     return code
@@ -114,6 +115,8 @@ def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: in
         from pod import ray_nodes
         job = dict(job, command=ray_nodes.command_for(job, places, rank, env))
     given = recipe_env(env, job, places, rank)
+    if len(given.get("TMPDIR", "")) > 30 and "RAY_TMPDIR" not in given and job.get("cluster") != "pods":
+        given["RAY_TMPDIR"] = places.short = own_place("ray", {})  # Ray adds 72 bytes, and a socket's path has 107
     kept = sorted(name for name in job.get("defaults", {}) if name in env and name not in job["env"])
     if kept and not rank:
         say("left as this pod has them: " + ", ".join(kept))

@@ -32,6 +32,7 @@ class Places:
     def __init__(self, job: dict, env: dict[str, str], base: str = "", goes: bool = False) -> None:
         self.env, self.digest = env, job["tree"]["sha256"]
         self.own = ""  # a folder of files that are for this start of the pod alone
+        self.short = ""  # a folder for Ray's sockets
         self.goes = goes  # with this pod, since nobody else removes it from a node's /tmp
         self.kept = bool(job.get("run_root"))
         self.run_root = job.get("run_root") or ""

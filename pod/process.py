@@ -187,19 +187,63 @@ class Child:
             os.dup2(os.open(os.devnull, os.O_WRONLY), out)
 
 
+class Redrawn:
+    """What a recipe prints, made into lines that end: of one that is drawn again and again with carriage returns (a
+    progress bar), what it shows every REDRAW_S seconds, as a line of its own, and its last state. Everything else
+    passes as it comes. Line by line is how platforms keep logs, and a bar would fill one."""
+
+    REDRAW_S = 10.0
+    PIECES = re.compile(rb"([^\r\n]*)(\r?\n|\r|$)")
+
+    def __init__(self) -> None:
+        self.state = b""  # of the line that is being drawn: what it shows
+        self.text = b""  # and what has come since its last carriage return
+        self.redrawn = self.open = False  # it has had one; a part of it is out, without an end
+        self.shown = -self.REDRAW_S
+
+    def pass_on(self, data: bytes) -> bytes:
+        """What goes out for what has come; for b"", the end, what is still held."""
+        if not self.redrawn and b"\r" not in data:
+            self.open = data[-1:] not in (b"", b"\n") or (self.open and not data)
+            return data
+        out = [self._piece(*match.groups()) for match in self.PIECES.finditer(data)]
+        late = time.monotonic() - self.shown >= self.REDRAW_S
+        held = self.state if data else self.text or self.state  # at the end, also what was not drawn over any more
+        if self.redrawn and held and (late or not data):
+            out.append(held + b"\n")
+            self.state, self.shown = b"", time.monotonic()
+        return b"".join(out)
+
+    def _piece(self, text: bytes, end: bytes) -> bytes:
+        if end == b"\r":
+            ended, self.open = b"\n" * self.open, False
+            if ended:
+                text = b""  # its beginning is out already, and a line end follows that
+            self.state, self.text, self.redrawn = self.text + text or self.state, b"", True
+            return ended
+        if self.redrawn:
+            self.text += text
+            if not end:
+                return b""
+            last, self.state, self.text, self.redrawn = self.text or self.state, b"", b"", False
+            return last and last + b"\n"
+        self.open = bool(text or self.open) and not end
+        return text + end
+
+
 def copy_output(pipe: IO[bytes], log: str | None, out: int = 1) -> None:
-    """Pass bytes on as they come. A log that cannot be written (full disk) is said once, and the recipe goes on; so it
-    does when nobody reads our output any more: the pipe must be emptied, or the recipe would stand still."""
+    """Pass on what comes, see Redrawn. A log that cannot be written (full disk) is said once, and the recipe goes on;
+    so it does when nobody reads our output any more: the pipe must be emptied, or the recipe would stand still."""
     try:
         file = open(os.open(log, os.O_APPEND | os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o600), "ab", buffering=0
                     ) if log else None
     except OSError as error:
         say("the log %s cannot be kept: %s" % (log, error.strerror))
         file = None
-    while True:
-        data = os.read(pipe.fileno(), 65536)
-        if not data:
-            return
+    redrawn, came = Redrawn(), b"-"
+    while came:
+        came = os.read(pipe.fileno(), 65536)
+        data = redrawn.pass_on(came)
         try:
             if file:
                 file.write(data)

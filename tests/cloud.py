@@ -75,7 +75,7 @@ class Result:
 
     @property
     def run(self):
-        return re.search(r"run ([a-z0-9]{6})\n", self.out).group(1)
+        return re.search(r", run ([a-z0-9]{6})\n", self.out).group(1)
 
 
 class Cloud:

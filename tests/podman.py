@@ -28,7 +28,7 @@ cgroups = "disabled"
 cgroupns = "host"
 netns = "host"
 default_sysctls = []
-log_driver = "k8s-file"
+log_driver = "%s"
 seccomp_profile = "unconfined"
 apparmor_profile = "unconfined"
 default_ulimits = ["nofile=4096:4096", "nproc=4096:4096"]
@@ -57,13 +57,14 @@ def why_not() -> str | None:
 class Podman:
     """The service, from `with` to its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, log_driver: str = "k8s-file") -> None:
+        self.log_driver = log_driver
         self.root = Path(tempfile.mkdtemp(prefix="airlift-podman-", dir="/tmp"))  # short: a socket lies in it
         self.socket = self.root / "socket"
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Podman:
-        (self.root / "containers.conf").write_text(CONFIGURATION)
+        (self.root / "containers.conf").write_text(CONFIGURATION % self.log_driver)
         (self.root / "storage.conf").write_text(STORAGE % {"root": self.root})
         (self.root / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
         with open(self.root / "log", "wb") as log:

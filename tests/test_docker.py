@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def test_the_exit_code_is_the_recipes_and_nothing_is_left(person: Person) -> Non
     done = person.launch("end", "run.env.secrets.HF_TOKEN=env", HF_TOKEN=SECRET)
     assert done.returncode == 1 and "exit code 7" in done.stderr, done.stdout + done.stderr
     assert "token %d" % len(SECRET) in done.stdout
-    run = re.search(r"run (\w+)", done.stdout).group(1)
+    run = re.search(r", run (\w+)\n", done.stdout).group(1)
     assert json.loads(person.run("status", run, "--json").stdout)[0]["job_exit_code"] == 7
     assert "token %d" % len(SECRET) in person.run("logs", run).stdout
     held = subprocess.run(["grep", "-rlF", SECRET, str(person.home)], capture_output=True, text=True).stdout
@@ -195,3 +196,22 @@ def test_what_docker_refuses_is_two_lines(person: Person, words: list[str], env:
     done = person.launch("nap", *words, **env)
     assert done.returncode == code and said in done.stderr, done.stdout + done.stderr
     assert len(done.stderr.strip().splitlines()) == 2 and person.containers() == []
+
+
+@slow
+def test_a_logging_driver_that_cannot_be_read_is_no_obstacle(tmp_path: Path) -> None:
+    """It ends with its code, the others are shown as before, and the container goes."""
+    support.need(not why_not(), why_not() or "")
+    with Podman(log_driver="none") as podman:
+        person = Person(podman, tmp_path)
+        person.recipe("end", "import sys, time; time.sleep(3); sys.exit(7)")
+        done = person.launch("end")
+        assert done.returncode == 1 and "exit code 7" in done.stderr, done.stdout + done.stderr
+        assert "there is no log of this container" in done.stdout and person.containers() == []
+        run = person.launch("end", "--detach").stdout
+        run = re.search(r", run (\w+)\n", run).group(1)
+        assert "running" in person.run("status").stdout
+        deadline = time.monotonic() + 60
+        while person.containers() and time.monotonic() < deadline:
+            assert person.run("status").returncode == 0
+        assert "exit code 7" in person.run("status", run).stdout

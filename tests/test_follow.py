@@ -1,6 +1,7 @@
 """common/follow.py: a job of a cloud is followed to its end, whatever that is; and what pods say in their logs
 (common) gives the exit code."""
 
+import array
 import json
 import re
 import signal
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from cloud import EMULATED, KEEPS_ON, ON_BOTH_IN_TIME, PLATFORMS, SLOW, Begun, cloud, wait_for
+from hypothesis import given
+from hypothesis import strategies as st
 
 import backends
 import runs
@@ -41,7 +44,7 @@ def test_a_failure_of_our_own_is_told_in_words(here):
 
 
 def unpacking(pod):
-    return any(Path(pod.root, "tmp").glob("airlift-*/code.*"))
+    return any(Path(pod.root, "tmp").glob("airlift-*/*/code.*"))
 
 
 BEFORE = {  # when a pod is killed: what the test waits for
@@ -114,7 +117,7 @@ def test_ctrl_c_detaches(here):
     while "up\n" not in launcher.stdout.readline():
         pass
     launcher.send_signal(signal.SIGINT)
-    run = here.job.pods[0].output.split("airlift-")[1][:6]
+    run = runs.all_runs()[0][0].id
     assert launcher.wait(20) == 0
     assert launcher.stderr.read() == "\nthe job goes on; to follow it again: python launch.py logs -f %s\n" % run
     assert here.main("status", run).out.splitlines()[1].split()[1] == "running"
@@ -124,7 +127,7 @@ def test_a_cancelled_job_ends_the_launcher(here):
     here.recipe(KEEPS_ON)
     begun = Begun(here)
     wait_for(lambda: here.jobs and here.job.pods and "up" in here.job.pods[0].output)
-    run = here.job.pods[0].output.split("airlift-")[1][:6]
+    run = runs.all_runs()[0][0].id
     assert backends.backend(here.kind).cancel(runs.load_run(run)).endswith("was cancelled")
     result, _ = begun.end(10)
     assert result.code == 1 and "the job was cancelled" in result.err
@@ -145,3 +148,31 @@ def test_a_platform_that_is_out_of_reach_for_a_while_does_not_end_the_following(
     here.server.fault("status", status=503, times=99, path=r"/(jobs|trainings)/[\w-]+$")
     result = here.main("logs", run)
     assert result.code == 5 and "503" in result.err
+
+
+# ---------------------------------------------------------------- a stream that is opened again
+
+
+def shown(*streams):
+    seen = array.array("q")
+    return [line for stream in streams for line in follow.unseen(stream, seen)]
+
+
+@pytest.mark.parametrize(("streams", "lines"), [
+    (["ab", "abc"], "abc"), (["abcd", "cde"], "abcde"), (["axx", "xxy"], "axxy"), (["ab", "qr"], "abqr"),
+    (["ab", "aq"], "abaq"), (["abab", "abc"], "ababc"), (["a", "a", "ab"], "ab"), (["", "a"], "a"), (["ab", "b", "bc"], "abc")])
+def test_a_stream_that_begins_anew_or_at_a_later_line(streams, lines):
+    """The node may have cut the log meanwhile (rotation); what was never shown is another start's, or after a gap."""
+    assert "".join(shown(*streams)) == lines
+
+
+@given(st.integers(1, 60), st.data())
+def test_any_breaks_and_rotations_neither_repeat_nor_lose_lines(size, data):
+    log = ["line %d" % number for number in range(size)]
+    streams, seen = [], 0
+    while seen < size:
+        first = data.draw(st.integers(0, max(0, seen - 1)))
+        end = data.draw(st.integers(seen + 1, size))
+        streams.append(log[first:end])
+        seen = end
+    assert shown(*streams) == log

@@ -396,13 +396,28 @@ def test_an_old_python_hands_over_to_the_virtual_environment(tmp_path, bare):
     assert done.returncode == 0 and json.loads(done.stdout)["payload"]["fits"]
 
 
+def test_another_active_environment_that_lacks_what_is_needed(tmp_path, bare):
+    """`make setup` was done: its Python is used, whatever else is active."""
+    folder = flat_folder(nemotron(tmp_path / "flat"))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "other"], check=True)
+    other = str(tmp_path / "other/bin/python")
+    done = launcher(folder, *FAMILY, "--dry-run", python=other, env=bare)
+    assert done.returncode == 2 and "is not installed for %s" % other in done.stderr
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / ".venv"], check=True)
+    site = next((folder / ".venv").glob("lib/python*/site-packages"))
+    (site / "those.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    done = launcher(folder, *FAMILY, "--dry-run", python=other, env=bare)
+    assert done.returncode == 0, done.stderr
+
+
 def test_without_omegaconf_two_plain_lines(flat, bare):
     newer = python(3, 12)
     assert subprocess.run([newer, "-c", "import omegaconf"], capture_output=True).returncode, "this one has omegaconf"
     done = launcher(flat, *FAMILY, "--dry-run", python=newer, env=bare)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == ["airlift: omegaconf, which reads the configs, is not installed for this Python",
-                                        "run `make setup`, or pip install -r requirements.txt"]
+    assert done.stderr.splitlines() == [
+        "airlift: omegaconf, which reads the configs, is not installed for %s" % newer,
+        "run `make setup`, or pip install -r requirements.txt with that Python"]
     for words in (["list"], ["profiles"], ["status"]):
         assert launcher(flat, *words, python=newer, env=bare).returncode == 0
 

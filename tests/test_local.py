@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import resource
 import select
 import shlex
 import signal
@@ -172,7 +173,7 @@ def test_two_pods_of_one_tree(place):
             "PATH", "HOME", "LANG", "TMPDIR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES",
             "NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", "PYTHONPATH", "NEMO_RUN_DIR",
             "AIRLIFT_RUN", "AIRLIFT_CODE", "AIRLIFT_CONFIG", "OMP_NUM_THREADS", "FROM_YAML", "PROGRESS_FILE",
-            "WANDB_DIR", "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
+            "WANDB_DIR", "RAY_TMPDIR", "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
     record = place.run_file(run)
     assert (record["recipe"], record["profile"], record["nodes"]) == ("nano3/sft", "local", 2)
     assert record["job_exit_code"] == 0
@@ -231,7 +232,7 @@ def test_a_secret_reaches_the_pod_and_no_file(place):
         time.sleep(300)
         """.replace("\n        ", "\n"))
     process = subprocess.Popen([sys.executable, str(place.folder / "launch.py"), "nano3", "sft", "mine", "--detach"],
-                               env=place.env | {"MY_TOKEN": secret}, stdout=subprocess.PIPE, text=True)
+                               env=place.env | {"MY_TOKEN": secret}, stdout=subprocess.PIPE, text=True, cwd=place.tmp)
     out = process.communicate(timeout=30)[0]
     run = run_id(out)
     assert "note: MY_TOKEN is sent by value, in the job's environment" in out
@@ -587,3 +588,55 @@ def test_two_launches_of_one_experiment_are_told_and_a_name_keeps_them_apart(pla
         assert place.run("cancel", run).returncode == 0
     place.nothing_left()
     assert "goes on" not in place.run(*WORDS, "--dry-run").stdout
+
+
+# ---------------------------------------------------------------- the machine as it is
+
+
+@pytest.mark.parametrize(("mine", "gpus", "each"), [
+    ("2,3", 1, ["2", "3"]), ("3, 2", 1, ["3", "2"]), ("0,1,2,3", 2, ["0,1", "2,3"]), ("GPU-aa,MIG-bb", 1, ["GPU-aa", "MIG-bb"]),
+    ("2,3", 0, ["", ""]), ("2,3", "gpu", ["2,3", "2,3"]), (None, 1, ["0", "1"]), (None, 2, ["0,1", "2,3"]), ("5,6,7", 1, ["5", "6"])])
+def test_pods_get_the_gpus_that_this_shell_may_use(place, mine, gpus, each):
+    place.recipe(PROBE)
+    done = place.run(*WORDS, "run.env.gpus_per_node=%s" % gpus, "run.env.nproc_per_node=1",
+                     env={} if mine is None else {"CUDA_VISIBLE_DEVICES": mine})
+    assert done.returncode == 0, done.stderr
+    assert [probe["env"]["CUDA_VISIBLE_DEVICES"] for probe in place.probes()] == each
+
+
+@pytest.mark.parametrize(("mine", "number"), [("2", 1), ("", 0), ("-1", 0), ("2,-1,3", 1)])
+def test_too_few_gpus_are_refused(place, mine, number):
+    place.recipe(PROBE)
+    done = place.run(*WORDS, "run.env.gpus_per_node=1", env={"CUDA_VISIBLE_DEVICES": mine})
+    assert done.returncode == 2 and done.stderr.startswith(
+        "airlift: the job needs 2 GPUs, and CUDA_VISIBLE_DEVICES=%s names %d\n" % (mine, number))
+
+
+def test_a_small_stack_leaves_less_room(place):
+    """The kernel gives argv and environment a quarter of it: what does not fit is refused, and what fits starts."""
+    def small():
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+    place.recipe(PROBE)
+    assert place.run(preexec_fn=small).returncode == 0
+    (place.folder / "src/nemotron/pad.txt").write_bytes(os.urandom(200_000))
+    done = place.run(preexec_fn=small)
+    assert done.returncode == 3 and "environment needs" in done.stderr and "of 131,072 bytes" in done.stderr, done.stderr
+    assert place.run().returncode == 0
+
+
+def test_pods_that_cannot_be_started_are_no_traceback(place):
+    place.recipe(PROBE)
+    (place.tmp / "scratch").rmdir()
+    (place.tmp / "scratch").write_text("no folder")
+    done = place.run()
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr
+    assert "airlift: the pods cannot be started: %s" % (place.tmp / "scratch") in done.stdout, done.stdout
+    assert "exit code 70" in done.stderr
+
+
+def test_what_is_set_here_and_looks_needed_is_said(place):
+    place.recipe(PROBE)
+    env = {"https_proxy": "http://p:1", "SSL_CERT_FILE": "/c", "MY_API_KEY": "k" * 20, "PATH_TO_X": "x", "WANDB_MODE": "offline"}
+    said = place.run(*WORDS, "--dry-run", "run.env.env_vars.WANDB_MODE=offline", env=env).stdout
+    assert "MY_API_KEY, SSL_CERT_FILE, https_proxy are set here and not sent; what the job needs" in said, said

@@ -427,3 +427,68 @@ def test_the_recipe_inherits_no_descriptor_and_no_terminal(tmp_path: Path) -> No
     assert code == 0
     links = re.findall(r" (\d+) -> (\S+)", out.text)
     assert [name for name, _ in links] == ["0", "1", "2", "3"] and links[0][1] == "/dev/null", out.text
+
+
+# ---------------------------------------------------------------- lines that are drawn again and again
+
+
+def passed(pieces: list[bytes], at: list[float] | None = None) -> bytes:
+    """What goes out for pieces that come at those times, all of them at once without."""
+    redrawn, out = process.Redrawn(), []
+    with pytest.MonkeyPatch.context() as patch:
+        for piece, now in zip([*pieces, b""], at or [1.0] * (len(pieces) + 1), strict=True):
+            patch.setattr(process.time, "monotonic", lambda now=now: now)
+            out.append(redrawn.pass_on(piece))
+    return b"".join(out)
+
+
+@pytest.mark.parametrize("pieces, out", [
+    ([b"a\nb\n"], b"a\nb\n"), ([b"a\r\nb\r\n"], b"a\r\nb\r\n"), ([b"no end"], b"no end"), ([b"\n\n"], b"\n\n"),
+    ([b"begun ", b"done\n", b"x\n"], b"begun done\nx\n"), ([b"\rbar 1\rbar 2\rbar 3\nend\n"], b"bar 3\nend\n"),
+    ([b"\rbar 1", b"\rbar 2", b"\rbar 3", b"\n"], b"bar 1\nbar 3\n"), ([b"loading", b"\rbar 1", b"\rbar 2"], b"loading\nbar 1\nbar 2\n"),
+    ([b"bar 1\r", b"bar 2\r", b"\n"], b"bar 1\nbar 2\n"), ([b"a\r", b"\nb\n"], b"a\nb\n"), ([b"\r\r\r\n"], b""),
+    ([b"\rbar 1\r", b"text\n"], b"bar 1\ntext\n")])
+def test_a_progress_bar_becomes_a_few_lines(pieces: list[bytes], out: bytes) -> None:
+    assert passed(pieces) == out
+
+
+def test_a_bar_of_an_hour_is_seen_live_and_does_not_fill_the_log() -> None:
+    bars = [b"\r%5d/36000 |####|" % number for number in range(36_000)]
+    out = passed(bars, [number / 10 for number in range(36_001)]).splitlines()
+    assert 350 < len(out) < 365 and out[0].startswith(b"    0/") and out[-1].startswith(b"35999/")
+    assert out == sorted(out)
+
+
+@given(st.lists(st.binary(max_size=20).map(lambda text: text.replace(b"\r", b"")), max_size=8))
+def test_without_a_carriage_return_nothing_changes(pieces: list[bytes]) -> None:
+    assert passed([piece for piece in pieces if piece]) == b"".join(pieces)
+
+
+@given(st.lists(st.sampled_from([b"a", b"bb", b"\r", b"\n", b"\r\n", b"ccc"]), max_size=12), st.integers(1, 4))
+def test_no_line_is_lost_however_the_output_is_cut(words: list[bytes], size: int) -> None:
+    """Each line that ends says its last state, and comes in the same order."""
+    text = b"".join(words)
+    out = passed([text[at:at + size] for at in range(0, len(text), size)])
+    states = [[part for part in line.split(b"\r") if part] for line in text.split(b"\n")]
+    wanted = [line[-1] for line in states if line]
+    found = iter(out.replace(b"\r", b"").split(b"\n"))
+    assert all(any(line.endswith(want) for line in found) for want in wanted), (text, out)
+
+
+def test_a_bar_is_in_the_output_and_in_the_log_of_the_workspace(tmp_path: Path) -> None:
+    body = "import sys, time\nfor i in range(50):\n    sys.stderr.write('\\rstep %d of 50' % i); sys.stderr.flush(); time.sleep(0.01)\n"
+    whole = plan({SCRIPT: body.encode()}, run_root=str(tmp_path / "ws"), command='python "$AIRLIFT_CODE"/%s; sleep 30' % SCRIPT)
+    with started(whole, tmp_path / "scratch") as running:
+        running.until(b"step 0 of 50\n")
+        assert running.signal(signal.SIGTERM) == 143
+    log = (tmp_path / "ws/runs/t23456/rank-0.log").read_text()
+    assert log == "step 0 of 50\nstep 49 of 50\n" or (log.count("\n") < 4 and "\r" not in log)
+
+
+def test_rays_sockets_fit_below_any_tmpdir(tmp_path: Path) -> None:
+    """A socket's path has 107 bytes at most, of which Ray takes 72. Nothing of it stays."""
+    deep = tmp_path / ("d" * 60)
+    for environment, short in (({}, True), ({"RAY_TMPDIR": "/mine"}, False)):
+        found = environment_of(plan(command=DUMP, env=environment), deep)
+        place = found["RAY_TMPDIR"]
+        assert (place == "/mine") != short and len(place) <= 35 and not (short and os.path.exists(place))

@@ -331,7 +331,7 @@ def test_a_ray_cluster_that_is_there_already(lepton):
     assert "Ray cluster shared-ray was deleted" not in result.out
     assert "nano3-rl-" + result.run in lepton.records
     cluster = lepton.server.clusters["shared-ray"]
-    wait_for(lambda: not [place for pod in cluster.pods for place in (pod.root / "tmp").glob("airlift-*")])
+    wait_for(lambda: not [place for pod in cluster.pods for place in (pod.root / "tmp").glob("airlift-*/*")])
     grpo(lepton, KEEPS_ON, existing_ray_cluster="shared-ray")
     with lepton.process("nano3", "rl", "lepton", "--repo-root", lepton.root) as launched:
         until(launched, "up\n")

@@ -296,7 +296,7 @@ def test_a_rank_that_dies_ends_the_job_with_its_code(login: Person) -> None:
     done = login.launch("die", "--nodes", "2")
     assert done.returncode == 1 and "exit code 7" in done.stderr, done.stdout + done.stderr
     assert time.monotonic() - begun < 60
-    run = re.search(r"run (\w+)", done.stdout).group(1)
+    run = re.search(r", run (\w+)\n", done.stdout).group(1)
     found = login.status(run)
     assert (found["state"], found["detail"], found["job_exit_code"]) == ("failed", "FAILED", 7)
 
@@ -476,7 +476,7 @@ def test_a_preempted_job_is_followed_into_its_next_start_and_keeps_its_secrets(l
             lines.append(line)
             if "fresh" in line:
                 break
-        run = re.search(r"run (\w+)", "".join(lines)).group(1)
+        run = re.search(r", run (\w+)\n", "".join(lines)).group(1)
         record = (laptop.home / (".local/state/airlift/runs/%s.json" % run)).read_text()
         job_id = re.search(r'"job": "(\d+)"', record).group(1)
         laptop.cluster.on_login(["srun", "-A", "team", "-p", "high", "-N2", "--exclusive", "true"])
@@ -522,7 +522,7 @@ def test_a_long_job_goes_on_in_parts_until_it_ends_by_itself(laptop: Person) -> 
         time.sleep(600)
         """)
     done = laptop.launch("long", "run.env.time=00:01:00", "run.env.grace=45", "run.env.continuations=3", timeout=300)
-    run = re.search(r"run (\w+)", done.stdout).group(1)
+    run = re.search(r", run (\w+)\n", done.stdout).group(1)
     assert done.returncode == 1 and "exit code 5" in done.stderr, done.stdout + done.stderr
     assert done.stdout.count("saved") == 1 and "rank 0 ended with exit code 0" in done.stdout, done.stdout
     for said in ("this is part 1", "this is part 2", "this is part 3", "part 2 of at most 4", "part 3 of at most 4"):
@@ -631,7 +631,7 @@ def test_any_option_of_sbatch_and_srun(laptop: Person) -> None:
     layout.write(laptop.folder / "profiles/options.toml", text + more + '[srun]\nlabel = true\n')
     done = laptop.run("--repo-root", str(laptop.recipes), "fam", "quick", "options")
     assert done.returncode == 0 and re.search("^0: started", done.stdout, re.MULTILINE), done.stdout + done.stderr
-    record = json.loads((laptop.home / (".local/state/airlift/runs/%s.json" % re.search(r"run (\w+)", done.stdout).group(1))).read_text())
+    record = json.loads((laptop.home / (".local/state/airlift/runs/%s.json" % re.search(r", run (\w+)\n", done.stdout).group(1))).read_text())
     shown = laptop.cluster.on_login(["scontrol", "-o", "show", "job", record["record"]["job"]]).stdout
     for words in ("Comment=for 'us' $HOME ", "NodeList=n2 ", "ReqNodeList=n2 ", "MailType=END,FAIL"):
         assert words in shown, shown
@@ -838,7 +838,7 @@ def test_ctrl_c_leaves_the_job_alone(laptop: Person) -> None:
                                capture_output=True)
         os.kill(int(found.stdout), signal.SIGINT)
         rest = rest_of(process)
-    run = re.search(r"run (\w+)", said).group(1)
+    run = re.search(r", run (\w+)\n", said).group(1)
     assert "the job goes on" in rest and process.returncode == 0
     assert laptop.status(run)["state"] == "running"
     laptop.run("cancel", run)
@@ -890,7 +890,7 @@ def test_ray_on_two_nodes(laptop: Person, image: str) -> None:
     assert "[0] 2 nodes \"quoted\" [('very-secret', '0', True), ('very-secret', '1', True)]" in done.stdout
     codes = re.findall(r"^\[\d\] airlift: rank \d ended with exit code (\d+)", done.stdout, re.MULTILINE)
     assert "4" in codes and set(codes) <= {"4", "143"}, codes  # after the first, srun ends the other
-    run = re.search(r"run (\w+)", done.stdout).group(1)
+    run = re.search(r", run (\w+)\n", done.stdout).group(1)
     texts = [path.read_text(errors="replace") for path in laptop.folder_of(run).parent.parent.rglob("*") if path.is_file()]
     assert not [text for text in texts if "very-secret" in text.replace("[('very-secret'", "").replace("('very-secret'", "")]
 

@@ -1,5 +1,6 @@
 """Following a job on a cloud: its states with elapsed time, the logs of some ranks, and how it ended."""
 
+import array
 import queue
 import re
 import sys
@@ -134,18 +135,13 @@ class Follower:
             return ""
 
     def _read(self, rank: int) -> None:
-        """Show a log to its end. A stream that breaks is opened again, and lines that were shown are skipped, unless
-        its first line is another one: then it is the log of another start."""
-        shown, first, last_round, why = 0, "", False, "the platform gave none"
+        """Show a log to its end. A stream that breaks is opened again; what was shown is skipped, see unseen()."""
+        shown, last_round, why = array.array("q"), False, "the platform gave none"
         while not last_round:
             last_round = self.over.is_set()
             try:
-                for number, line in enumerate(lines(self.open_log(rank, True) or ()), 1):
-                    if number == 1 and line != first:
-                        shown, first = 0, line
-                    if number > shown:
-                        shown = number
-                        self._show(rank, line)
+                for line in unseen(lines(self.open_log(rank, True) or ()), shown):
+                    self._show(rank, line)
             except Refusal as refusal:
                 why = refusal.what + "; " + refusal.fix
                 if refusal.code == 4 and self.ran:  # before that, its pod may not exist yet
@@ -194,6 +190,31 @@ class Follower:
             if log is not None and rank not in self.codes:
                 silent.append(rank)
         return silent
+
+
+def unseen(came: Iterable[str], shown: "array.array[int]") -> Iterator[str]:
+    """The lines that do not repeat the end of what was shown; `shown` has their hashes, and gets those of the new ones.
+    A stream that is opened again may begin anew, or, where the node has cut the log meanwhile, at any later line; where
+    it begins with what was never shown, it is the log of another start, or lines between were cut. Lines that may be
+    repetitions are held until that is certain."""
+    held: list[str] = []
+    starts: Iterable[int] = range(len(shown))  # places in `shown` where what has come so far may have begun
+    new = 0  # how many lines of `held` repeat its end, by a place that has come to it
+    for line in came:
+        if starts:
+            at = hash(line)
+            reached = [start for start in starts if start + len(held) == len(shown)]
+            new = len(held) if reached else new
+            starts = [start for start in starts if start + len(held) < len(shown) and shown[start + len(held)] == at]
+            held.append(line)
+            if starts:
+                continue
+        else:
+            held.append(line)
+        for fresh in held[new:]:
+            shown.append(hash(fresh))
+            yield fresh
+        held, new = [], 0
 
 
 def lines(pieces: Iterable[str]) -> Iterator[str]:
