@@ -290,8 +290,8 @@ CONCEALED: set[str] = set()  # secrets of the profile, tokens, and other forms o
 IN_URL = re.compile(r"(://)(?:[^/\s\"'<>:@]{0,99}:(?!\d+/)[^\s\"'<>]{1,99}|[^/\s\"'<>]{1,999})@")
 # NAME=VALUE, --name VALUE and "name": "VALUE"; a shell writes ' within '...' as '"'"'.
 ASSIGNED = re.compile(r"""(?<![\w-])(?P<before>(?P<open>["'])?(?P<dash>--?)?(?P<name>[A-Za-z_][\w.-]*+)
-    (?:=|["']\s?:\s?|(?(dash)\s+|(?!))))(?P<value>(?:"[^"]*"|'[^']*')+|(?(open)[^"']*(?:'"'"'[^"']*)*|[^\s&;]+))""",
-                      re.VERBOSE)
+    (?:=|(?P<json>["']\s?:\s?)|(?(dash)\s+|(?!))))(?P<value>\*{3}|<unset\ [^>]*>|(?:"[^"]*"|'[^']*')+
+    |(?(json)[^\s,}\]]+|(?(open)[^"']*(?:'"'"'[^"']*)*|[^\s&;]+)))""", re.VERBOSE)
 SHAPE = re.compile(transport.CREDENTIAL_SHAPE.pattern.decode())
 
 

@@ -268,7 +268,7 @@ def host_of(settings: dict[str, Any]) -> Host:
 
 
 def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: list[str], folder: str, attached: bool,
-                   secrets: bool) -> Any:
+                   secrets: bool = False) -> Any:
     """nemo-run's executor. It has no launcher: pod.py starts torchrun, Ray or the script in the task."""
     nemo, settings = import_nemo(), job.settings
     own = settings.get("run_partition" if attached else "batch_partition")
