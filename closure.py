@@ -18,7 +18,7 @@ import itertools
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import transport
@@ -37,21 +37,23 @@ def narrow(tree: Tree, script: str, configs: Iterable[str], texts: Iterable[str]
     """(the part of the tree that the script reaches, the paths that it names and the tree does not have). `configs` are
     folders and files of the tree, `texts` are compiled configs."""
     walk = _Closure({entry.path: entry for entry in tree.entries}, script)
-    walk.start(configs, texts)
+    walk.start([*configs, *tree.asked], texts)
     kept = tuple(entry for entry in tree.entries if entry.path in walk.reached)
     left = [(entry.path, "not imported") for entry in tree.entries if entry.path not in walk.reached]
-    return Tree(kept, tuple(sorted([*tree.left_out, *left])), tree.oversize), walk.absent
+    return replace(tree, entries=kept, left_out=tuple(sorted([*tree.left_out, *left]))), walk.absent
 
 
-def collect(root: Path, script: str, exclude: tuple[str, ...], configs: Iterable[Path], text: str) -> Tree:
-    """The tree that the script reaches. `configs` are folders and files anywhere, `text` is the compiled config."""
+def collect(root: Path, script: str, exclude: tuple[str, ...], configs: Iterable[Path], text: str,
+            include: tuple[str, ...] = (), also: tuple[str, ...] = ()) -> Tree:
+    """The tree that the script reaches. `configs` are folders and files anywhere, `text` is the compiled config; the
+    rest is as in transport.collect."""
     inside = [path.resolve().relative_to(root).as_posix() for path in configs if path.resolve().is_relative_to(root)]
-    tree = transport.collect(root, script, exclude)
+    tree = transport.collect(root, script, exclude, include, also)
     narrowed, absent = narrow(tree, script, inside, [text])
     elsewhere = [path for path, reason in tree.left_out if reason == "another family"]
     if any((name + "/").startswith(folder + "/") for name in absent for folder in elsewhere):
-        found, _ = narrow(transport.collect(root, script, exclude, whole=True), script, inside, [text])
-        return Tree(found.entries, narrowed.left_out, found.oversize)
+        found, _ = narrow(transport.collect(root, script, exclude, include, also, True), script, inside, [text])
+        return replace(found, left_out=narrowed.left_out)
     return narrowed
 
 

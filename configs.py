@@ -29,6 +29,7 @@ class Config:
     run: dict[str, Any]  # its run section
     notes: tuple[str, ...]
     recipe: Recipe  # with the script of run.train_script, if that is set
+    shown: str  # the text with *** for what is named like a secret
 
 
 def is_path(name: str) -> bool:
@@ -80,7 +81,7 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
     recipe = with_script(recipe, run.get("train_script"), path)
     env = settings(recipe, yaml_env, forced.get("env") or {})
     if wandb:
-        public = {key: value for key, value in wandb.items() if not screen.SECRET_NAME.search(key)}
+        public = {key: value for key, value in wandb.items() if not screen.secret_name(key)}
         run = run | {"wandb": public | _table(forced.get("wandb"), "run.wandb", path)}
     if artifacts:
         plain["artifacts"] = artifacts | _table(plain.get("artifacts"), "artifacts", path)
@@ -89,11 +90,12 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
     known = run | {"env": yaml_env | {key: value for key, value in env.items() if key not in UNREAD_KEYS}}
     plain = places(_replace_run(plain, _replace_run(known, known)), recipe.root)
     kept = {key: value for key, value in run.items() if is_artifact(value)}
-    text = dump(plain | {"run": kept} if kept else plain)
+    plain |= {"run": kept} if kept else {}
+    text, masked = dump(plain), screen.masked(plain)
     missing = sorted(set(re.findall(r"\$\{(run\.[^}:]+)\}", text)))
     notes = ["the config refers to ${%s}, which is not set anywhere" % reference for reference in missing]
     notes += ["run.%s has no effect; write run.env.%s" % (key, key) for key in ENV_KEYS if key in run]
-    return Config(path, text, run, tuple(notes), recipe)
+    return Config(path, text, run, tuple(notes), recipe, text if masked == plain else dump(masked))
 
 
 ENV_KEYS = ("container_image", "container", "nodes", "gpus_per_node", "nproc_per_node", "ntasks_per_node", "mounts",

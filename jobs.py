@@ -109,7 +109,7 @@ def _check_variables(yaml: dict[str, Any], forced: dict[str, Any], notes: list[s
     read, typed = (set(re.findall(r"env:([A-Za-z_][A-Za-z0-9_]*)", str(table))) for table in (yaml, forced))
     for name in sorted(read - typed - set(PUBLIC)):
         value = os.environ.get(name, "")
-        if screen.SECRET_NAME.search(name) or screen.hide(value) != value:
+        if screen.secret_name(name) or screen.hide(value) != value:
             raise Refusal("run.env of the config reads %s, which looks like a secret" % name,
                           "if the recipe may have it, add it to [secrets] of your profile")
         notes += ["run.env of the config uses the value that %s has here" % name] * (name in os.environ)
@@ -421,7 +421,8 @@ def check_secrets(wanted: dict[str, Any], executor: str, plain: Any = ()) -> tup
     notes += ['%s is in %s, and is not sent; in [secrets] write %s = "login" to send it' % (name, place, name)
               for name, place in logins if place and executor != "local"]
     notes += ["%s is sent as a plain variable; in [secrets] it would stay out of files and records" % name
-              for name in TOKENS if name in plain and plain[name] and name not in wanted]
+              for name in plain if screen.secret_name(name) and plain[name] and name not in wanted
+              and executor != "slurm"]
     return dict(wanted), notes
 
 

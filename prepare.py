@@ -70,7 +70,7 @@ class Launch:
     def __init__(self, words: Words, stage: str, options: Namespace, dry: bool, new: Sequence[str] = ()) -> None:
         begun = time.time()
         self.profile = profiles.load(words.profile, stage)
-        screen.conceal(*(self.profile.keys.get(key) for key in profiles.SECRET_KEYS))
+        screen.masked(self.profile.settings | dict.fromkeys(("secrets", "image_pull_secrets")))  # those are only names
         if not dry:
             self.profile.require_set()
         self.root = recipes.source_tree(options.repo_root or self.profile.keys.get("repo_root"), HERE)
@@ -92,7 +92,7 @@ class Launch:
         finally:
             ahead.join()  # a local launch forks, and no thread may hold a lock then
         settings = self.job.settings
-        self.tree, ready = ahead.take(self.recipe, settings, self.config)
+        self.tree, ready = ahead.take(self.recipe, settings, self.config, self._named())
         self.plan = transport.plan_for(
             self.profile.executor, self.tree, dict(self.job.description), compression=settings.get("compression", ""),
             chunk_bytes=settings.get("chunk_bytes", 0), env=sent, ready=ready,
@@ -106,7 +106,7 @@ class Launch:
             return jobs.settings_for(recipe, self.profile, options.nodes, yaml, forced, notes, dry)
 
         wandb = profiles.section("wandb", dry)
-        screen.conceal(str(wandb.get("api_key") or ""))
+        screen.masked(wandb)
         return configs.compile_config(recipe, self.config_name, self.overrides, settings, wandb,
                                       profiles.section("artifacts", dry))
 
@@ -133,6 +133,7 @@ class Launch:
             cluster=jobs.ray_cluster(recipe, settings, executor))
         description |= jobs.environment(settings, self.config.run, recipe.name, executor, root)
         description |= jobs.unpacking(settings)
+        screen.masked(description["env"])
         if description["cluster"] == "pods":
             description["secret"] = os.urandom(32).hex()
             screen.conceal(description["secret"])
@@ -145,15 +146,31 @@ class Launch:
         return runs.Origin(
             repo_root=str(self.root), env_file=str(profiles.env_file() or os.devnull),
             config=str(self.config.path.resolve()) if is_path else self.config_name,
-            overrides=[word for word in self.overrides if word.startswith(("run.env.exclude", "run.env.scope"))])
+            overrides=[word for word in self.overrides if word.startswith((
+                "run.env.exclude", "run.env.include", "run.env.scope"))])
+
+    def _named(self) -> tuple[str, ...]:
+        """The paths of the source tree that config, commands and variables name, and that ship only for that: those of
+        other families, and what lies outside of src."""
+        sent, found = self.job.description, set()
+        text = "\n".join([sent["config"], sent["command"], *sent["setup"], *sent["env"].values()])
+        for word in {*re.split(r"[\s,:;='\"]+", text), *re.split(r": |- |['\"\n]+", text)}:  # blanks may be in a name
+            path = os.path.normpath(word.removeprefix("/nemo_run/code/"))
+            if path.startswith("src/"):
+                found.update([path] * (transport.family_of(path) != transport.family_of(self.recipe.script)))
+            elif re.search("[./]", word) and not path.startswith(("/", "..")) and path not in (".", "src"):
+                found.update([path] * os.path.lexists(self.root / path))
+        return tuple(sorted(found))
 
     def notes(self) -> list[str]:
         """What the user should know about the launch."""
         near = ["this is the starter's %s, and %s has one of its family, too: --repo-root says which is meant" % (
             self.job.name, tree) for tree in recipes.others_near(self.recipe)]
         found = ["the config contains what looks like a credential, and is sent as it is"]
-        found *= transport.looks_secret(self.config.text.encode())
-        return [*near, *self.job.notes, *found, *_left_out(self.tree)]
+        outside = [entry.path for entry in self.tree.entries if not entry.path.startswith("src/")]
+        return [*near, *self.job.notes, *found * bool(transport.credential_in(self.config.text.encode())),
+                *["also sent, as config or command name them: " + ", ".join(outside)] * bool(outside),
+                *_left_out(self.tree)]
 
     def check(self, attached: bool) -> None:
         """Raises Refusal for what can be refused without contacting the platform."""
@@ -170,6 +187,10 @@ class Launch:
         return ""
 
 
+EXPECTED = ("documentation", "another family", "version control", "cache", "virtual environment",
+            "left by a program")  # `files` lists them
+
+
 def _left_out(tree: transport.Tree) -> list[str]:
     """A note for each reason why files are not sent; credentials are listed."""
     reasons: dict[str, list[str]] = {}
@@ -177,7 +198,7 @@ def _left_out(tree: transport.Tree) -> list[str]:
         reasons.setdefault(reason, []).append(path)
     return ["left out, as they look like credentials: " + ", ".join(paths) if reason == "credential" else
             "left out, %s: %d, like %s" % (reason, len(paths), paths[0])
-            for reason, paths in sorted(reasons.items()) if reason not in ("documentation", "another family")]
+            for reason, paths in sorted(reasons.items()) if reason not in EXPECTED]
 
 
 class _Ahead(threading.Thread):
@@ -187,32 +208,32 @@ class _Ahead(threading.Thread):
     def __init__(self, root: Path, recipe: recipes.Recipe, profile: profiles.Profile) -> None:
         super().__init__(daemon=True)
         self.root, self.executor = root, profile.executor
-        self.inputs = self.inputs_of(recipe, profile.settings, "")
+        self.inputs = self.inputs_of(recipe, profile.settings, ())
         self.found: tuple[transport.Tree, transport.Packed] | None = None
         self.start()
 
     @staticmethod
-    def inputs_of(recipe: recipes.Recipe, settings: dict[str, Any], text: str) -> tuple[Any, ...]:
-        """What the tree depends on; `text` is the compiled config, which may name paths of other families."""
-        paths = sorted(set(re.findall(r"/nemo_run/code/(src(?:/(?!\.\.)[\w.-]+)+)", text)))
-        return (recipe.script, tuple(settings.get("exclude", ())), settings["scope"], settings.get("compression", ""),
-                [path for path in paths if transport.family_of(path) != transport.family_of(recipe.script)])
+    def inputs_of(recipe: recipes.Recipe, settings: dict[str, Any], also: tuple[str, ...]) -> tuple[Any, ...]:
+        """What the tree depends on; `also` are paths that ship since they are named."""
+        return (recipe.script, tuple(settings.get("exclude", ())), tuple(settings.get("include", ())), also,
+                settings["scope"], settings.get("compression", ""))
 
     def run(self) -> None:
-        script, exclude, scope, compression, _ = self.inputs
+        *what, scope, compression = self.inputs
         if scope == "family":
             try:
-                tree = transport.collect(self.root, script, exclude)
+                tree = transport.collect(self.root, *what)
                 self.found = tree, transport.packed(tree, transport.method_for(self.executor, compression))
             except Exception:  # noqa: S110 - take() runs into it again, and reports it
                 pass
 
-    def take(self, recipe: recipes.Recipe, settings: dict[str, Any], config: configs.Config
+    def take(self, recipe: recipes.Recipe, settings: dict[str, Any], config: configs.Config, also: tuple[str, ...]
              ) -> tuple[transport.Tree, transport.Packed | None]:
         """The tree by the recipe and settings as they are now, and the same packed, if that has been done."""
-        inputs = script, exclude, scope, _, also = self.inputs_of(recipe, settings, config.text)
+        inputs = script, exclude, include, also, scope, _ = self.inputs_of(recipe, settings, also)
         if self.found and inputs == self.inputs:
             return self.found
         if scope == "family":
-            return transport.collect(self.root, script, exclude, tuple(also)), None
-        return closure.collect(self.root, script, exclude, (recipe.config_dir, config.path), config.text), None
+            return transport.collect(self.root, script, exclude, include, also), None
+        places = recipe.config_dir, config.path
+        return closure.collect(self.root, script, exclude, places, config.text, include, also), None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transport import COLLECTIONS, Refusal
+from transport import COLLECTIONS, Refusal, never_source
 
 LAUNCH_MODES = ("torchrun", "ray", "direct", "python")
 
@@ -85,13 +85,19 @@ def scan(root: Path, text: bytes = b"") -> tuple[dict[str, Recipe], list[Refusal
 
 
 def _scripts(root: Path, problems: list[Refusal]) -> Iterable[Path]:
-    """The files among which recipes are. A folder that leads out of the tree would be searched for hours."""
-    for top in (top for collection in COLLECTIONS for top in sorted(root.glob("src/*/" + collection))):
+    """The files among which recipes are, by the same rule as for what ships. A folder that leads out of the tree would
+    be searched for hours."""
+    tops = [top for collection in COLLECTIONS for top in sorted(root.glob("src/*/" + collection))]
+    for top in [top for top in tops if not never_source(top.parent.name, str(top.parent))]:
         if not inside(top, root):
             problems.append(Refusal("%s is a link that leaves the tree" % top, "put a copy in its place"))
             continue
-        yield from sorted(Path(folder, name) for folder, _, names in os.walk(top) for name in names
-                          if name.endswith(".py"))
+        scripts: list[Path] = []
+        for folder, folders, names in os.walk(top, onerror=lambda error: problems.append(
+                Refusal("%s cannot be read: %s" % (error.filename, error.strerror), "make it readable"))):
+            folders[:] = [name for name in folders if not never_source(name, os.path.join(folder, name))]
+            scripts += [Path(folder, name) for name in names if name.endswith(".py") and not never_source(name)]
+        yield from sorted(scripts)
 
 
 def source_tree(named: str | Path | None, own: Path) -> Path:
@@ -181,14 +187,17 @@ def read_header(root: Path, path: Path, text: bytes = b"") -> Recipe | None:
 
 
 def _beginning(path: Path, script: str) -> bytes:
-    """What is searched for a header; nothing of a folder, or of what has no end, like a device or a FIFO."""
+    """What is searched for a header, without a BOM; nothing of a folder, or of what has no end, like a FIFO."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return b""
         with open(path, "rb") as file:
-            return file.read(MAX_SCRIPT)
+            data = file.read(MAX_SCRIPT)
     except OSError as error:
         raise Refusal("%s cannot be read: %s" % (script, error.strerror), "make it readable, or remove it") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) and "runspec".encode("utf-16-le") in data[1:]:
+        raise Refusal("%s:1: a script in UTF-16, which Python does not run" % script, "save it as UTF-8")
+    return data.removeprefix(b"\xef\xbb\xbf")
 
 
 def _line_of(text: str, table: str, key: str) -> int:

@@ -23,7 +23,7 @@ class Origin(TypedDict):
     repo_root: str
     env_file: str  # the env.toml in use; /dev/null for none
     config: str | None  # of -c: a file's absolute path, a config's name, or None
-    overrides: list[str]  # only run.env.exclude and run.env.scope, since others may contain secrets
+    overrides: list[str]  # only run.env.exclude, include and scope, since others may contain secrets
 
 
 @dataclass

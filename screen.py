@@ -216,7 +216,7 @@ def as_json(launch: "Launch", refused: str) -> dict[str, Any]:
                    "image": job.image and hide(job.image)},
         "profile": {"name": launch.profile.name, "executor": job.executor, "files": list(launch.profile.files)},
         "config": {"path": str(launch.config.path), "sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text),
-                   "text": hide(launch.config.text)},
+                   "text": hide(launch.config.shown)},
         "payload": {"files": plan.files, "tar_bytes": len(plan.tar), "encoded_chars": -(-len(plan.tar) // 3) * 4,
                     "sha256": plan.digest, "compression": plan.compression, "chunks": plan.chunks,
                     "chunk_limit": plan.chunk_limit or None, "env_bytes": env_bytes, "env_limit": env_limit,
@@ -226,9 +226,49 @@ def as_json(launch: "Launch", refused: str) -> dict[str, Any]:
     }
 
 
-# Names of variables and of config keys; MAX_TOKENS, TOKENIZER and PWD are none.
-SECRET_NAME = re.compile(r"TOKEN(?!IZER|S(_|$))|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY"
-                         r"|[A-Z0-9]_(PASS|PWD)$", re.IGNORECASE)
+# Names of variables and of config keys, as words_like_this: what belongs to models and data, like the tokens of a
+# vocabulary; an end that only tells about a secret; and secrets.
+HARMLESS = re.compile(r"""(?:^|_)(?:(?:[be]o[a-su-z]|eot|pad(?:ding)?|unk|mask|cls|sep|special|stop|start|end|begin|next
+    |prev|last|first|per|num|number|n|max|min|any|prompt|think(?:ing)?|reasoning|tool|call|assistant|im|image|img|video
+    |audio|vision|text|fim|prefix|suffix|middle|placeholder|extra|added|turn|target|draft|word|sub|byte|by|single|multi
+    |context|newline|response|loss|seq|query|output|input|generated|page|continuation|patch|null|empty|answer|role|space
+    |time(?:stamp)?|lang(?:uage)?|unused|reserved|delimiter|sampled)_token|token_(?:ids?|drop|shift|mix|merg|rout|prun|emb
+    |per|wise|group|batch|by)[a-z]*|(?:forward|backward|first|second|single|two|multi|one|last|num|per|all|test)_pass
+    )(?=_|$)""", re.VERBOSE)
+TELLS = re.compile(r"_(?:paths?|files?|dir|folder|names?|env|var|type|kind|mode|class|order|len|length|size|count|limit"
+                   r"|level|loss|rate|ratio|ttl|timeout|expir\w+|format|policy|(?<!webhook_)url|endpoint|host|port|header|field"
+                   r"|version|enabled|required|strategy|method|provider|store|manager|backend|budget|weights?|sock)$")
+SECRET = re.compile(r"""pass_?(?:word|wd|phrase|code)(?!less)|secret(?!ar|ion)|credential
+    |(?:^|_)(?:auth|access|api|hf|gh|git|bearer|refresh|id|session|csrf|bot|user|slack|wandb)?token(?:_|\d|$)
+    |(?:^|_)(?:api|access|auth|bearer|refresh|hf)_tokens
+    |(?:^|_)(?:api|access|private|ssh|sign(?:ing)?|(?:en|de)crypt(?:ion)?|master|service|account|auth|admin|shared|app|hmac
+        |consumer|deploy|license|webhook|openai|nvidia|ngc|wandb|hf|github|aws|azure|gcp)_?keys?(?:_|\d|$)
+    |(?:(?:^|_|db|user|admin|root|sql|pg|redis|smtp|ftp|proxy)(?:pass|pwd|pw)|[a-z]_(?:pat|sas)|(?:^|_)(?:o?auth|jwt|dsn
+        |authorization|cookies?|bearer|otp|conn(?:ection)?_?str(?:ing)?|webhook(?:_url)?|auth_config))
+        (?:_?v?\d+|_(?:prod|dev|test|staging|old|new))?$""", re.VERBOSE)
+# What no secret is: a switch, and what stands for a value.
+OPEN = re.compile(r"(?i:true|false|yes|no|none|null|[01]?)|<unset [^>]*>|\$\{[^}]*\}|\$\w+|\.\.\.|\*+|env"
+                  r"|(?:lepton|runai):\S+")
+
+
+@functools.cache
+def secret_name(name: str) -> bool:
+    """Whether a variable, or a key of a config, has by its name a secret for a value."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[^A-Za-z0-9]+", "_", name).lower().strip("_")
+    return name != "PWD" and bool(SECRET.search(HARMLESS.sub("", words))) and not TELLS.search(words)
+
+
+def masked(value: Any, named: bool = False) -> Any:
+    """A table with *** for what is `named` like a secret, itself or what it lies in; hide() knows it from then on."""
+    if isinstance(value, dict):
+        return {key: masked(item, named or secret_name(str(key if key != "value" else value.get("name", key))))
+                for key, item in value.items()}
+    if isinstance(value, list):
+        return [masked(item, named) for item in value]
+    if not named or isinstance(value, float) or OPEN.fullmatch(str(value)):
+        return value
+    conceal(str(value))
+    return "***"
 
 
 def shown_env(launch: "Launch") -> dict[str, str]:
@@ -239,10 +279,8 @@ def shown_env(launch: "Launch") -> dict[str, str]:
     for name, value in env.items():
         if re.match(r"AIRLIFT_[A-Z]+_\d+$", name):
             env[name] = "<%d characters>" % len(value)
-        elif SECRET_NAME.search(name) and not value.startswith("<unset "):
-            env[name] = "***"
         else:
-            env[name] = hide(value)
+            env[name] = hide(masked({name: value})[name])
     return env
 
 
@@ -250,13 +288,17 @@ CONCEALED: set[str] = set()  # secrets of the profile, tokens, and other forms o
 # Who logs in, in a URL of any scheme. A password may hold @, and / after a colon that no port follows; their lengths
 # have a bound, so that a server's answer of megabytes is searched in little time.
 IN_URL = re.compile(r"(://)(?:[^/\s\"'<>:@]{0,99}:(?!\d+/)[^\s\"'<>]{1,99}|[^/\s\"'<>]{1,999})@")
+# NAME=VALUE, --name VALUE and "name": "VALUE"; a shell writes ' within '...' as '"'"'.
+ASSIGNED = re.compile(r"""(?<![\w-])(?P<before>(?P<open>["'])?(?P<dash>--?)?(?P<name>[A-Za-z_][\w.-]*+)
+    (?:=|(?P<json>["']\s?:\s?)|(?(dash)\s+|(?!))))(?P<value>\*{3}|<unset\ [^>]*>|(?:"[^"]*"|'[^']*')+
+    |(?(json)[^\s,}\]]+|(?(open)[^"']*(?:'"'"'[^"']*)*|[^\s&;]+)))""", re.VERBOSE)
 SHAPE = re.compile(transport.CREDENTIAL_SHAPE.pattern.decode())
 
 
 def conceal(*values: str | None) -> None:
     """Add secrets that hide() replaces, and the forms in which a server may repeat them."""
     for value in values:
-        if value and not value.startswith("<unset "):
+        if value and not OPEN.fullmatch(value):
             CONCEALED.update(forms(value))
 
 
@@ -284,10 +326,12 @@ def _forms(value: str) -> Iterator[str]:
 def hide(text: str) -> str:
     """`text` with *** for concealed secrets, for what looks like a credential, and for the value of any variable here
     that is named like a secret: a profile may have copied it with ${env:NAME} into another variable, or a command."""
-    named = [forms(value) for name, value in os.environ.items() if SECRET_NAME.search(name)]
+    named = [forms(value) for name, value in os.environ.items() if secret_name(name)]
     for form in sorted(CONCEALED.union(*named), key=len, reverse=True):
         if len(form) >= 8:
             text = text.replace(form, "***")
         elif len(form) >= 4 and text == form:
             text = "***"
+    text = ASSIGNED.sub(lambda found: found.group() if not secret_name(found.group("name")) or OPEN.fullmatch(
+        found.group("value").strip("\"'")) else found.group("before") + "***", text)
     return SHAPE.sub("***", IN_URL.sub(r"\1***@", text))

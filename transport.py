@@ -45,6 +45,7 @@ MAX_STRING = 131_072  # bytes of one NAME=VALUE or argv string with its NUL: MAX
 MAX_EXEC = 2_097_152  # bytes of argv and environment of one execve: a quarter of the stack, here 8 MiB (fs/exec.c)
 EXEC_RESERVE = 131_072  # bytes left free for what platform, image and shell add to a pod's environment (our choice)
 MAX_FILE = 67_108_864  # bytes of one file of the tree: no source is larger, and it is read into memory (our choice)
+MAX_NAMED = 1_048_576  # bytes of a file outside of src that a config names: above, it is data (our choice)
 MAX_PATH = 1_024  # bytes of one path in the tree, so that it fits below any folder of a pod: Linux ends at 4,096
 MIN_CHUNK = 1_024  # characters: with fewer, the pod's chunks need more than the three digits the bootstrap reads
 POINTER = 8  # bytes the kernel counts for each string, besides the string
@@ -83,10 +84,21 @@ LIMITS = {
 
 # ---------------------------------------------------------------- collect
 
-CACHES = {"__pycache__", ".git", ".hg", ".svn", ".venv", "venv", "node_modules", ".tox", ".nox", ".ipynb_checkpoints",
-          ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".cache", ".eggs", ".DS_Store",
-          ".airliftignore"}
-CACHE_SUFFIXES = (".pyc", ".pyo", ".pyd", ".egg-info", ".swp", "~")
+# What is made anew and what programs leave behind, by names that no source has; `venv` may well be a package.
+NEVER_SOURCE = re.compile(r"""
+    (?P<version_control>\.(git|hg|svn|bzr|jj))
+  | (?P<cache>__(pycache|pypackages)__|node_modules|\.(venv|cache|tox|nox|eggs|hypothesis|\w+_cache
+      |ipynb_checkpoints|virtual_documents)|\.coverage(\..*)?|.*\.(py[cod]|egg-info))
+  | (?P<left_by_a_program>\.\#.*|\#.*\#|.*~|\.~.*|~\$.*|\..*\.sw[a-p]|.*\.(sw[op]|kate-swp|orig|rej|bak)|4913  # editors
+      |\.(idea|vscode|history)|.*___jb_(tmp|old|bak)___|.*\.py\.save(\.\d+)?|\.goutputstream-.*
+      |.*[._](BACKUP|BASE|LOCAL|REMOTE)[._]\d+(\.\w+)?|(vg)?core\.\d+  # merges, crashes
+      |\.nfs[0-9a-f]{8,}|\.fuse_hidden.*|\.snapshots?|lost\+found|\.Trash.*|@eaDir|\.directory  # file systems
+      |\._.*|\.DS_Store|\.AppleDouble|__MACOSX|Thumbs\.db|desktop\.ini|.*[:\uf03a]Zone\.Identifier
+      |\.st(folder|versions|ignore)|(\.syncthing\.|~syncthing~|\.dropbox).*|\.rsync-partial  # copiers
+      |\..+\.\w+\.(?=\w*[A-Z0-9])\w{6}|.*(\.sync-conflict-|conflicted\ copy|Case\ Conflict).*)
+    """, re.VERBOSE | re.DOTALL)
+MARKS = {"CACHEDIR.TAG": "cache",  # what a folder holds that is one
+         **dict.fromkeys(("pyvenv.cfg", "conda-meta", "bin/activate"), "virtual environment")}
 DATA_SUFFIXES = (".parquet", ".arrow", ".bin", ".idx", ".npy", ".npz", ".pt", ".pth", ".safetensors", ".ckpt", ".onnx",
                  ".h5", ".hdf5", ".nemo", ".gguf", ".tfrecord", ".mmap", ".sqlite", ".db", ".tar", ".tgz", ".gz",
                  ".xz", ".zst", ".bz2", ".zip", ".whl", ".sqsh", ".sif", ".mp4", ".wav")
@@ -107,6 +119,12 @@ CREDENTIAL_HINTS = (b"hf_", b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"githu
                     b"xox", b"glpat-", b"PRIVATE KEY")
 
 
+# Keys of documentation and tests; the last one is GitHub's.
+EXAMPLE = re.compile(rb"(.)\1{7}|example|placeholder|changeme|redacted|your|dummy|0123456789|1234567890|abcdefgh"
+                     rb"|16C7e42F292c6912E7710c838347Ae178B4a", re.IGNORECASE | re.DOTALL)
+MODULES = (".py", ".pyx", ".sh")  # a job breaks without one
+
+
 @dataclass(frozen=True)
 class Entry:
     """One file or link of a tree: its path in the tar, its bytes (a link's target for a link), whether it may run."""
@@ -120,11 +138,13 @@ class Entry:
 @dataclass(frozen=True)
 class Tree:
     """What ships. `left_out` pairs a path with why it stays here ("credential", "data or model file", a pattern);
-    `oversize` are (bytes, path) of files that would have to ship and cannot: they are not read, and no plan fits."""
+    `oversize` are (bytes, path) of files that would have to ship and cannot: they are not read, and no plan fits;
+    `asked` are the paths that ship since somebody named them."""
 
     entries: tuple[Entry, ...]
     left_out: tuple[tuple[str, str], ...] = ()
     oversize: tuple[tuple[int, str], ...] = ()
+    asked: tuple[str, ...] = ()
 
 
 COLLECTIONS = ("recipes", "steps")
@@ -136,37 +156,42 @@ def family_of(script: str) -> tuple[str, str] | None:
     return (parts[2], parts[3]) if len(parts) > 4 and parts[0] == "src" and parts[2] in COLLECTIONS else None
 
 
-def collect(root: Path, script: str, exclude: tuple[str, ...] = (), also: tuple[str, ...] = (), whole: bool = False
-            ) -> Tree:
+def collect(root: Path, script: str, exclude: tuple[str, ...] = (), include: tuple[str, ...] = (),
+            also: tuple[str, ...] = (), whole: bool = False) -> Tree:
     """The files under root/src that the script (relative to root, posix) may need: every package, but of recipes/ and
     steps/ only the one that the script lies in, and of that only its family, the plain files, and the folders whose
     names begin with `_`. Where another folder is divided by recipe families too (cli/commands/nano3, …/super3), only
-    the script's family ships from it as well. `also` are files and folders that ship whatever their family; `whole` is
-    all families. Raises Refusal for a link that leaves what ships, a name that is not UTF-8, a device or socket, or a
-    file that changes meanwhile."""
+    the script's family ships from it as well. `exclude` and `include` are patterns, and `!pattern` in the former takes
+    back in, too, but no credential: a checkout may have it. `also` are files and folders that ship whatever their
+    family, and files outside of src; `whole` is all families. Raises Refusal for a link that leaves what ships, a name
+    that is not UTF-8, a module with a credential in it, or a file that changes meanwhile."""
     if not (root / "src").is_dir():
         raise Refusal("%s has no src folder, so there is nothing to ship" % root,
                       "name the source tree with --repo-root")
     top = os.path.realpath(root / "src")
     if not top.startswith(os.path.realpath(root) + "/"):
         raise Refusal("%s is a link that leaves the tree" % (root / "src"), "name the tree that it leads to")
-    walk = _Walk(top, None if whole else family_of(script), exclude + _ignore_file(root))
+    walk = _Walk(top, None if whole else family_of(script), _ignore_file(root) + exclude, include)
     try:
         walk.all()
         for path in also:
-            walk.one(path)
+            walk.one(path) if path.startswith("src/") else walk.outside(path, os.path.realpath(root))
     except OSError as error:
         raise Refusal("%s cannot be read: %s" % (error.filename, error.strerror),
                       "make it readable, or name it in exclude") from None
+    if walk.secrets:
+        raise Refusal("%s: what looks like a credential, and without the module the job would break"
+                      % ", ".join(sorted(walk.secrets)),
+                      "take it out; or name the file in exclude, or, if it is none, in include of your profile")
     entries = tuple(sorted(walk.entries, key=lambda entry: entry.path))
     _check_links(entries)
     if not any(entry.path == script for entry in entries):
         left = dict(walk.left_out)
         reason = next((left[str(path)] for path in (PurePosixPath(script), *PurePosixPath(script).parents)
-                       if str(path) in left), "there is no such file, or it lies in a folder that never ships")
+                       if str(path) in left), "there is no such file")
         raise Refusal("%s is the recipe, but it would not ship: %s" % (script, reason),
-                      "take the secret out of it, or the pattern out of exclude")
-    return Tree(entries, tuple(sorted(walk.left_out)), tuple(sorted(walk.oversize, reverse=True)))
+                      "take the pattern out of exclude, or name the recipe in include")
+    return Tree(entries, tuple(sorted(walk.left_out)), tuple(sorted(walk.oversize, reverse=True)), tuple(walk.asked))
 
 
 def _ignore_file(root: Path) -> tuple[str, ...]:
@@ -181,24 +206,40 @@ def _ignore_file(root: Path) -> tuple[str, ...]:
         raise Refusal("%s cannot be read: %s" % (path, error.strerror), "make it readable, or remove it") from None
     except UnicodeDecodeError:
         raise Refusal("%s cannot be read: it is not UTF-8" % path, "save it as UTF-8") from None
-    again = [line for line in lines if line.startswith("!")]
-    if again:
-        raise Refusal("%s: %s takes nothing back: patterns only leave out" % (path, again[0]), "write narrower ones")
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 
+def never_source(name: str, folder: str = "") -> str:
+    """What is never source, by its name or by what `folder`, the place of a folder, holds; "" for all else."""
+    if found := NEVER_SOURCE.fullmatch(name):
+        return str(found.lastgroup).replace("_", " ")
+    marks = MARKS if folder else ()
+    return next((MARKS[mark] for mark in marks if os.path.exists(os.path.join(folder, mark))), "")
+
+
+def _ruling(patterns: tuple[str, ...], path: str) -> str:
+    """The last pattern that fits a path, "" without one: with `/` the whole of it, else its last name."""
+    bare = [(pattern, pattern.removeprefix("!").strip("/")) for pattern in reversed(patterns)]
+    return next((pattern for pattern, plain in bare if fnmatch.fnmatchcase(
+        path if "/" in plain else path.rpartition("/")[2], plain)), "")
+
+
 class _Walk:
-    """One walk over src. Kept as an object because three lists grow together. A path is what stands in the tar; `real`
+    """One walk over src. Kept as an object because its lists grow together. A path is what stands in the tar; `real`
     is the same on this disk, spelled as this machine's locale wants it."""
 
-    def __init__(self, top: str, family: tuple[str, str] | None, exclude: tuple[str, ...]) -> None:
-        self.top, self.exclude = top, exclude
+    def __init__(self, top: str, family: tuple[str, str] | None, exclude: tuple[str, ...], include: tuple[str, ...]
+                 ) -> None:
+        self.top, self.own = top, tuple("!" + pattern for pattern in include)
+        self.patterns = exclude + self.own
         self.collection, self.family = family or ("", "")
         folders = Path(top).glob("*/recipes/*") if self.collection == "recipes" else ()
         self.others = {path.name for path in folders if path.is_dir() and path.name[0] != "_"} - {self.family}
         self.entries: list[Entry] = []
         self.left_out: list[tuple[str, str]] = []
         self.oversize: list[tuple[int, str]] = []
+        self.asked: list[str] = []
+        self.secrets: list[str] = []  # modules with what looks like a credential, and its line
         self.folders = [("src", top)]  # still to be walked
 
     def all(self) -> None:
@@ -206,48 +247,59 @@ class _Walk:
             path, real = self.folders.pop()
             with os.scandir(real) as items:
                 for item in sorted(items, key=lambda item: item.name):
-                    self._item(path + "/" + _utf8(item.name, path), item)
+                    self._item(path + "/" + _utf8(item.name, path), item.path)
 
     def one(self, path: str) -> None:
         """A path of another family that ships all the same, if it is there."""
         left = [folder for folder, reason in self.left_out if reason == "another family" and
                 (path + "/").startswith(folder + "/")]
-        if left and os.path.isdir(os.path.dirname(self.top + path[3:])):
+        if left and os.path.lexists(self.top + path[3:]):
             self.family = ""
-            with os.scandir(os.path.dirname(self.top + path[3:])) as items:
-                for item in items:
-                    if item.name == path.rpartition("/")[2]:
-                        self.left_out = [(name, reason) for name, reason in self.left_out if name != path]
-                        self._item(path, item)
+            self.left_out = [(name, reason) for name, reason in self.left_out if name != path]
+            self._item(path, self.top + path[3:])
             self.all()
 
-    def _item(self, path: str, item: "os.DirEntry[str]") -> None:
-        reason = self._reason(path, item)
-        if reason:
-            self.left_out.append((path, reason))
-        elif reason is None:
-            if len(path.encode()) > MAX_PATH:
-                raise Refusal("%s... is a path of more than %d bytes" % (path[:80], MAX_PATH), "rename its folders")
-            if item.is_dir(follow_symlinks=False):
-                self.folders.append((path, item.path))
-            else:
-                self._file(path, item.path)
+    def outside(self, path: str, root: str) -> None:
+        """A path outside of src that a config names: a small file ships, what it leads to if it is a link."""
+        real = os.path.realpath(os.path.join(root, path))
+        above = [path[:match.start()] for match in re.finditer("/|$", path)]
+        reason = next(filter(None, (self._reason(each, os.path.join(root, each)) for each in above)), "")
+        if not real.startswith(root + "/") or not os.path.isfile(real) or os.path.getsize(real) > MAX_NAMED:
+            reason = reason or "outside of src, and no file of up to " + human(MAX_NAMED)
+        self.left_out += [(path, reason)] * bool(reason)
+        if not reason:
+            self._file(path, real)
+            self.asked.append(path)
 
-    def _reason(self, path: str, item: "os.DirEntry[str]") -> str | None:
-        """Why a path does not ship; "" for what nobody would ask about; None if it ships."""
-        name, folder = path.rpartition("/")[2], os.path.isdir(item.path)
-        if name in CACHES or name.endswith(CACHE_SUFFIXES) or (folder and os.path.exists(item.path + "/pyvenv.cfg")):
+    def _item(self, path: str, real: str) -> None:
+        if reason := self._reason(path, real):
+            self.left_out.append((path, reason))
+        elif len(path.encode()) > MAX_PATH:
+            raise Refusal("%s... is a path of more than %d bytes" % (path[:80], MAX_PATH), "rename its folders")
+        elif os.path.isdir(real) and not os.path.islink(real):
+            self.folders.append((path, real))
+        else:
+            self._file(path, real)
+
+    def _reason(self, path: str, real: str) -> str:
+        """Why a path does not ship; "" if it does."""
+        name, folder, ruling = path.rpartition("/")[2], os.path.isdir(real), _ruling(self.patterns, path)
+        secret = name in CREDENTIAL_FOLDERS if folder else \
+            CREDENTIAL_NAME.match(name) and name not in HARMLESS_FILES and not name.endswith(MODULES)
+        if ruling and not ruling.startswith("!"):
+            return "excluded by " + ruling
+        if ruling and (not secret or ruling in self.own):
+            self.asked.append(path)
             return ""
-        if name in CREDENTIAL_FOLDERS if folder else CREDENTIAL_NAME.match(name) and name not in HARMLESS_FILES:
-            return "credential"
-        if name.endswith(DATA_SUFFIXES) and not folder:
+        never = never_source(name, real if folder else "")
+        if never or secret:
+            return never or "credential"
+        if folder:
+            return "another family" * (bool(self.family) and self._other_family(path.split("/"), real))
+        if name.endswith(DATA_SUFFIXES):
             return "data or model file"
-        if not folder and any(fnmatch.fnmatchcase(name, pattern) for pattern in DOCUMENTS):
-            return "documentation"
-        for pattern in self.exclude:
-            if fnmatch.fnmatchcase(path if "/" in pattern.strip("/") else name, pattern.strip("/")):
-                return "excluded by " + pattern
-        return "another family" if folder and self.family and self._other_family(path.split("/"), item.path) else None
+        named = not path.startswith("src/")
+        return "documentation" * (not named and any(fnmatch.fnmatchcase(name, pattern) for pattern in DOCUMENTS))
 
     def _other_family(self, parts: list[str], real: str) -> bool:
         name = parts[-1]
@@ -261,16 +313,19 @@ class _Walk:
         info = os.lstat(real)
         if stat.S_ISLNK(info.st_mode):
             self.entries.append(Entry(path, _inner_target(self.top, path, real).encode(), link=True))
-        elif stat.S_ISREG(info.st_mode) and info.st_size > MAX_FILE:
+        elif not stat.S_ISREG(info.st_mode):
+            self.left_out.append((path, "neither a file, a folder nor a link"))
+        elif info.st_size > MAX_FILE:
             self.oversize.append((info.st_size, path))
-        elif stat.S_ISREG(info.st_mode):
+        else:
             data = _read_whole(real)
-            if looks_secret(data):
+            found = None if _ruling(self.own, path).startswith("!") else credential_in(data)
+            if found and path.endswith(MODULES):
+                self.secrets.append("%s:%d" % (path, data[:found.start()].count(b"\n") + 1))
+            elif found:
                 self.left_out.append((path, "credential"))
             else:
                 self.entries.append(Entry(path, data, executable=bool(info.st_mode & 0o100)))
-        else:
-            raise Refusal("%s is neither a file, a folder nor a link" % path, "remove it, or name it in exclude")
 
 
 def _utf8(name: str, folder: str) -> str:
@@ -297,8 +352,10 @@ def _read_whole(path: str) -> bytes:
     return data
 
 
-def looks_secret(data: bytes) -> bool:
-    return any(hint in data for hint in CREDENTIAL_HINTS) and bool(CREDENTIAL_SHAPE.search(data))
+def credential_in(data: bytes) -> re.Match[bytes] | None:
+    """The first token or key in a file, by its shape."""
+    found = CREDENTIAL_SHAPE.finditer(data) if any(hint in data for hint in CREDENTIAL_HINTS) else ()
+    return next((match for match in found if not EXAMPLE.search(match.group())), None)
 
 
 def _inner_target(top: str, path: str, real: str) -> str:

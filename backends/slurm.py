@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import screen
 import state
 import transport
 from backends import Finding, Status, stop_and_wait
@@ -55,15 +56,18 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     image = squashed(host, settings, str(job.image), base) if job.image else None
     if not image and settings.get("mounts"):
         print("note: there is no container image, so nothing is mounted")
+    env, secrets = job.description["env"], {key: plan.env[key] for key in job.secrets}
+    # A variable that is named like a secret is one, unless it leads to a place of the pod.
+    secrets |= {key: env[key] for key in env if screen.secret_name(key) and "/nemo_run" not in env[key]}
     name = re.sub(r"[^A-Za-z0-9]+", "-", job.name, flags=re.ASCII).strip("-")[:40] + "-" + job.run_id
     above = "%s/experiments/%s/%s_1" % (base, name, name)
     run.keep(Record(host=dict(host.__dict__), name="airlift." + name, folder=above + "/" + name,
-                    secrets=bool(job.secrets), continuations=settings["continuations"]))
-    sent = transport.files(plan, job.description | {"secrets": sorted(job.secrets)})
-    secrets = {key: plan.env[key] for key in job.secrets}
+                    secrets=bool(secrets), continuations=settings["continuations"]))
+    sent = transport.files(plan, job.description | {
+        "env": {key: env[key] for key in env if key not in secrets}, "secrets": sorted(secrets)})
     ahead.join()
     nemo = import_nemo()
-    executor = slurm_executor(job, host, base, image, mounts, above + "/" + name, attached)
+    executor = slurm_executor(job, host, base, image, mounts, above + "/" + name, attached, bool(secrets))
     executor.additional_parameters |= dependency(host, run)
     argv = transport.file_argv(sent, "/nemo_run")
     kept = sent | ({"secrets.json": json.dumps(secrets).encode()} if secrets else {})
@@ -263,8 +267,8 @@ def host_of(settings: dict[str, Any]) -> Host:
                 str(Path(identity).expanduser()) if identity else None)
 
 
-def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: list[str], folder: str, attached: bool
-                   ) -> Any:
+def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: list[str], folder: str, attached: bool,
+                   secrets: bool = False) -> Any:
     """nemo-run's executor. It has no launcher: pod.py starts torchrun, Ray or the script in the task."""
     nemo, settings = import_nemo(), job.settings
     own = settings.get("run_partition" if attached else "batch_partition")
@@ -273,6 +277,6 @@ def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: l
         time=settings["time"], additional_parameters=given(flags(settings, job.gpus_per_node)),
         srun_args=as_options(settings.get("srun") or {}), container_image=image,
         container_mounts=mounts if image else [], job_name_prefix="airlift.", launcher=None,
-        setup_lines=setup_lines(settings, folder, bool(job.secrets)), job_details=nemo.LogOfEachRank(),
+        setup_lines=setup_lines(settings, folder, secrets), job_details=nemo.LogOfEachRank(),
         packager=nemo.Packager(), tunnel=nemo.tunnel(host, base + "/experiments"),
         poll_estimated_start_time=False, airlift_run=job.run_id)

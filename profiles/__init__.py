@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import screen
 import state
 from recipes import VARIABLE, nearest, variable
 from transport import LIMITS, Refusal
@@ -63,6 +64,7 @@ KEYS: dict[str, Key] = {
     "workdir": Key("str", "the folder in which the recipe is started; work/ in the run root if left out"),
     "repo_root": Key("str", "the source tree; the one you stand in, or the launcher's own, if left out"),
     "exclude": Key("str list", "patterns of files that are not sent, in addition to .airliftignore"),
+    "include": Key("str list", "patterns of files that are sent all the same, whatever would leave them out"),
     "scope": Key("str", "what is sent: the recipe's family, or only what the script imports", default="family"),
     "compression": Key("str", "compression of the source archive; chosen for the executor if left out"),
     "unpack": Key("str", "where the source is unpacked: in each pod, or once on the workspace", default="local"),
@@ -164,8 +166,7 @@ CHOICES = {"compression": ("xz", "gz"), "unpack": ("local", "shared"), "scope": 
 PROFILES_ONLY = ("base_url", "kube_apiserver_url", "client_id", "client_secret", "project_name", "ca_bundle", "tunnel",
                  "host", "user", "port", "identity", "remote_job_dir", "setup_lines", "git_mirrors", "secrets",
                  "image_pull_secrets", "existing_ray_cluster", "custom_spec", "runtime", "ipc_mode", "lustre_mount",
-                 "pvcs", "sbatch", "srun")
-SECRET_KEYS = ("client_secret", "app_secret")  # never shown
+                 "pvcs", "sbatch", "srun", "include")
 UNREAD_KEYS = ("client_secret", "custom_spec", "git_mirrors", "setup_lines")  # may hold secrets; no config reads them
 # Text for a shell or a platform, which may use ${ itself; in any other key a ${ that is left over is a mistake.
 FREE_TEXT = ("startup_commands", "pre_launch_commands", "setup_lines", "run_command", "env_vars", "custom_spec")
@@ -478,7 +479,7 @@ def _checked(table: dict[str, Any], executor: str, where: str, layers: Layers, n
                           "it is for %s; remove it" % ", ".join(known.executors))
         expected = must_be(key, value)
         if expected:
-            shown = "***" if key in SECRET_KEYS or isinstance(value, dict) else repr(value)
+            shown = "***" if screen.secret_name(key) or isinstance(value, dict) else repr(value)
             raise Refusal("%s: %s is %s" % (where, key, shown), "it must be " + expected)
         unread = UNREAD.search(repr(value)) if key not in FREE_TEXT else None
         if unread:

@@ -24,10 +24,9 @@ from transport import collect, plan_for
 
 def usual(name: str) -> bool:
     """Whether a name is none that collect leaves out, so that the whole tree must come back."""
-    return (name not in (".", "..", *transport.COLLECTIONS, *transport.CACHES) and len(name.encode()) <= 255
-            and not name.endswith((*transport.CACHE_SUFFIXES, *transport.DATA_SUFFIXES))
-            and not transport.CREDENTIAL_NAME.match(name)
-            and name not in transport.CREDENTIAL_FOLDERS and name != "pyvenv.cfg"
+    return (name not in (".", "..", *transport.COLLECTIONS, *transport.MARKS) and len(name.encode()) <= 255
+            and not transport.never_source(name) and not name.endswith(transport.DATA_SUFFIXES)
+            and not transport.CREDENTIAL_NAME.match(name) and name not in transport.CREDENTIAL_FOLDERS
             and not any(fnmatch.fnmatchcase(name, pattern) for pattern in transport.DOCUMENTS))
 
 
@@ -37,7 +36,7 @@ NAMES = st.one_of(
                      "*", "\\"]),
 ).filter(usual)
 CONTENTS = st.one_of(st.just(b""), st.binary(max_size=200), st.binary(min_size=1, max_size=4).map(lambda b: b * 5000)
-                     ).filter(lambda data: not transport.looks_secret(data))
+                     ).filter(lambda data: not transport.credential_in(data))
 MODES = st.one_of(st.sampled_from([0o644, 0o755, 0o600, 0o700]),
                   st.integers(0o400, 0o7777).map(lambda mode: mode | 0o400))
 

@@ -192,3 +192,101 @@ def test_a_config_for_one_stage_and_one_for_those_that_have_it(say, here):
     assert "no stage has the config huge" in say("nano3", "prep,train", "-c", "huge", "--dry-run")[2]
     assert "nano3/train has no config 'tiny'" in say("nano3", "prep,train", "-c", "train=tiny", "--dry-run")[2]
     assert plan_of(say, "nano3", "train", "-c", "train=big")["config"]["text"] == "b: 2\n"
+
+
+# ---------------------------------------------------------------- files that are named, and what is taken back in
+
+YAML = "src/nemotron/recipes/nano3/stage1_sft/config/default.yaml"
+
+
+def files_of(say, *words):
+    """(path -> bytes of what ships, path -> why it is left out), as `files` says it."""
+    told = json.loads(say("files", *FAMILY, *words, "--json")[1])
+    return ({item["path"]: item["bytes"] for item in told["files"]},
+            {item["path"]: item["reason"] for item in told["left_out"]})
+
+
+@pytest.mark.parametrize("text", [
+    "blend: data/b.json", "blend: ./data/b.json", "blend: ${oc.env:PWD}/data/b.json", "blend: ROOT/data/b.json",
+    "blend: [x, /nemo_run/code/data/b.json]", "args: --blend=data/b.json --x", "a: {b: {c: 'data/b.json,other'}}",
+    "run: {env: {startup_commands: ['cat data/b.json >x']}}", "run: {env: {env_vars: {BLEND: data/b.json}}}",
+    "run: {env: {run_command: 'python {script} data/b.json'}}", "blend: data/../data/b.json"])
+@pytest.mark.parametrize("scope", ["family", "imports"])
+def test_a_file_outside_of_src_ships_where_it_is_named(say, here, text, scope):
+    write(here / "data/b.json", "{}\n")
+    write(here / "data/c.json", "{}\n")
+    write(here / YAML, text.replace("ROOT", str(here)) + "\n")
+    found, left = files_of(say, "run.env.scope=" + scope)
+    assert [path for path in found if not path.startswith("src/")] == ["data/b.json"] and found["data/b.json"] == 3
+    assert not [path for path in left if not path.startswith("src/")]
+    notes = plan_of(say, *FAMILY, "run.env.scope=" + scope)["notes"]
+    assert "also sent, as config or command name them: data/b.json" in notes
+
+
+def test_a_named_file_with_a_blank_in_its_name_and_one_of_the_scripts_arguments(say, here):
+    write(here / "data/my blend.json", "{}\n")
+    write(here / "x.json", "{}\n")
+    write(here / YAML, "a: data/my blend.json\nb: [data/my blend.json]\n")
+    told = json.loads(say("files", *FAMILY, "--json", "--", "--file", "x.json")[1])
+    assert {"data/my blend.json", "x.json"} < {item["path"] for item in told["files"]}
+
+
+@pytest.mark.parametrize("path, reason", [
+    ("data/b.parquet", "data or model file"), (".env", "credential"), (".git/config", "version control"), ("data", "outside of src"),
+    ("data/away.json", "outside of src")])
+def test_a_named_file_that_does_not_ship_is_said(say, here, path, reason):
+    write(here / "data/b.parquet", "x")
+    write(here / ".env", "x")
+    write(here / ".git/config", "x")
+    (here / "data/away.json").symlink_to("/etc/passwd")
+    write(here / YAML, "a: ./%s\n" % path)
+    found, left = files_of(say)
+    assert path not in found and left[path].startswith(reason)
+    notes = "\n".join(plan_of(say, *FAMILY)["notes"])
+    assert path in notes or reason == "version control"
+
+
+def test_words_that_lead_nowhere_name_nothing(say, here):
+    write(here / YAML, "a: 1.0\nb: ../x\nc: /etc/passwd\nd: src\ne: .\nf: README\ng: no/such.json\nh: output\ni: ./\n")
+    write(here / "README", "x")
+    write(here.parent / "x", "x")
+    (here / "output").mkdir()
+    found, left = files_of(say)
+    assert not [path for path in [*found, *left] if not path.startswith("src/")]
+
+
+@pytest.mark.parametrize("scope", ["family", "imports"])
+def test_include_takes_back_in(say, here, scope):
+    write(here / "src/nemotron/kit/vocab.txt.gz", "x")
+    write(here / "src/nemotron/kit/.env", "x")
+    assert files_of(say)[1]["src/nemotron/kit/vocab.txt.gz"] == "data or model file"
+    write(here / ".airliftignore", "!vocab.*\n!.env\n")
+    found, left = files_of(say, "run.env.scope=" + scope)
+    assert "src/nemotron/kit/vocab.txt.gz" in found and left["src/nemotron/kit/.env"] == "credential"
+    (here / ".airliftignore").unlink()
+    write(here / "profiles/mine.toml", 'extends = "local"\nscope = "%s"\ninclude = ["*.gz", ".env"]\n' % scope)
+    found, left = files_of(say, "mine")
+    assert {"src/nemotron/kit/vocab.txt.gz", "src/nemotron/kit/.env"} < set(found)
+    assert "src/nemotron/kit/vocab.txt.gz" in files_of(say, "run.env.scope=" + scope, "run.env.include=['*.gz']")[0]
+
+
+def test_a_checkout_takes_no_credential_in(say, here):
+    """Neither by its .airliftignore nor by its YAML."""
+    write(here / "src/nemotron/kit/.env", "x")
+    write(here / ".airliftignore", "!*\n")
+    write(here / YAML, "run: {env: {exclude: ['!.env', '!*', '!src/nemotron/kit/*']}}\n")
+    assert files_of(say)[1]["src/nemotron/kit/.env"] == "credential"
+    write(here / YAML, "run: {env: {include: ['.env']}}\n")
+    assert "run.env of the config sets include, which only a profile" in say(*FAMILY, "--dry-run")[2]
+
+
+def test_nothing_that_is_left_out_is_missing_from_files(say, here):
+    """Whatever lies below src is in one of the two lists, itself or by a folder above it."""
+    for place in ("__pycache__/a.pyc", "venv/pyvenv.cfg", "venv2/__init__.py", "x.gz", ".git/x", "README.md", ".#a", "a.py~", "id_rsa"):
+        write(here / "src/nemotron/kit" / place, "x")
+    os.mkfifo(here / "src/nemotron/kit/pipe")
+    found, left = files_of(say)
+    for path in (here / "src").rglob("*"):
+        name = path.relative_to(here).as_posix()
+        above = [name, *map(str, Path(name).parents)]
+        assert (path.is_dir() and not path.is_symlink()) or name in found or any(folder in left for folder in above), name

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inside import refusal
 from layout import header, nemotron, recipe, write
-from support import toml
+from support import as_nobody, need, toml
 
 import recipes
-from transport import Refusal
+from transport import Refusal, collect
 
 FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 
@@ -46,6 +47,18 @@ def test_gpu_as_a_word_and_windows_line_ends(tmp_path):
     script = recipe(tmp_path, gpus="gpu", nodes=3)
     script.write_bytes(b"#!/usr/bin/env python\r\n" + script.read_bytes().replace(b"\n", b"\r\n"))
     assert recipes.find(tmp_path, "nano3/sft").gpus_per_node == "gpu"
+
+
+def test_a_byte_order_mark_hides_no_recipe(tmp_path):
+    script = recipe(tmp_path, nodes=3)
+    script.write_bytes(b"\xef\xbb\xbf" + script.read_bytes())
+    assert recipes.find(tmp_path, "nano3/sft").nodes == 3
+    for coding in ("utf-16", "utf-16-be"):
+        script.write_bytes(b"\xfe\xff" * (coding == "utf-16-be") + header().encode(coding))
+        found = refusal(recipes.find, tmp_path, "nano3/sft")
+        assert found.what == "src/nemotron/recipes/nano3/sft/train.py:1: a script in UTF-16, which Python does not run"
+    script.write_bytes(b"\xff\xfe\0\1\2")  # data by that name
+    assert recipes.scan(tmp_path) == ({}, [])
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
@@ -134,6 +147,50 @@ def test_what_is_not_a_file_is_passed_over_or_named(tmp_path):
     found, problems = recipes.scan(tmp_path)
     assert list(found) == ["nano3/sft"]
     assert [p.what for p in problems] == ["src/nemotron/recipes/gone.py cannot be read: No such file or directory"]
+
+
+@pytest.mark.parametrize("copy", [
+    ".ipynb_checkpoints/train-checkpoint.py", ".#train.py", "#train.py#", "train_BASE_12.py", ".history/train_2024.py", "._train.py",
+    "train (me's conflicted copy).py", "train.sync-conflict-2024.py", ".snapshot/hourly/train.py", "env/pyvenv.cfg", "__MACOSX/train.py",
+    "../../../../.ipynb_checkpoints/recipes/train.py", "../../../../nemotron.orig/recipes/nano3/sft/train.py"])
+def test_what_programs_leave_behind_is_no_recipe(tmp_path, copy):
+    """By the same rule as for what ships: a launch and `list` go on."""
+    script = recipe(tmp_path)
+    write(script.parent / copy, script.read_text())
+    if copy.endswith("pyvenv.cfg"):
+        write(script.parent / "env/lib/train.py", script.read_text())
+    assert (list(recipes.scan(tmp_path)[0]), recipes.scan(tmp_path)[1]) == (["nano3/sft"], [])
+    shipped = [entry.path for entry in collect(tmp_path, script.relative_to(tmp_path).as_posix()).entries]
+    assert [path for path in shipped if "runspec" in (tmp_path / path).read_text()] == [script.relative_to(tmp_path).as_posix()]
+
+
+def test_a_lock_of_emacs_that_leads_nowhere(tmp_path):
+    script = recipe(tmp_path)
+    (script.parent / ".#train.py").symlink_to("me@host.4711:1700000000")
+    assert recipes.scan(tmp_path)[1] == [] and recipes.find(tmp_path, "nano3/sft").script.endswith("/train.py")
+
+
+def test_a_package_called_venv_has_recipes(tmp_path):
+    recipe(tmp_path, path="src/venv/recipes/nano3/env/train.py")
+    assert recipes.find(tmp_path, "nano3/sft").script == "src/venv/recipes/nano3/env/train.py"
+
+
+def test_a_folder_that_cannot_be_searched_is_said():
+    need(os.geteuid() == 0, "only root becomes another user")
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # tmp_path lies in a folder that is closed to others
+        root = Path(name)
+        recipe(root)
+        closed = recipe(root, "nano3/rl").parent
+        for path in [root, *root.rglob("*")]:
+            path.chmod(0o755)
+        closed.chmod(0)
+
+        def look():
+            found, problems = recipes.scan(root)
+            assert list(found) == ["nano3/sft"]
+            assert [problem.what for problem in problems] == ["%s cannot be read: Permission denied" % closed]
+
+        assert as_nobody(look) == ""
 
 
 def test_two_scripts_of_one_name_are_an_error_that_names_both(tmp_path):

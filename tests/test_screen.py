@@ -242,6 +242,150 @@ def test_no_secret_shows_in_a_note_an_error_or_a_config(say, here, monkeypatch):
         assert hidden not in said, said
 
 
+# ---------------------------------------------------------------- names
+
+SECRETS = re.findall(r"\w+", """
+    password passwd passphrase passcode secret credential credentials token api_key apikey access_key private_key secret_key
+    client_secret db_password db_pass db_pwd mysql_pass mysql_pwd pg_password redis_auth registry_auth basic_auth authorization
+    bearer cookie session_cookie jwt github_pat azure_devops_ext_pat sentry_dsn database_connection_string conn_str azure_sas
+    hf_token wandb_api_key ngc_api_key openai_api_key openai_key aws_secret_access_key aws_access_key_id aws_session_token
+    ssh_private_key ssh_key signing_key encryption_key master_key service_key account_key storage_account_key deploy_key auth_token
+    access_token refresh_token id_token bot_token ci_job_token gh_token slack_webhook_url webhook access_tokens api_keys otp
+    admin_pw oauth_token user_password root_password vault_secret_id docker_auth_config x_api_key proxy_pass smtp_pass""")
+PLAIN = re.findall(r"\w+", """
+    tokenizer tokenizer_path tokenizer_name tokenizers_parallelism tokens max_tokens num_tokens max_new_tokens train_tokens
+    tokens_per_second pad_token pad_token_id eos_token eos_token_id bos_token unk_token mask_token cls_token sep_token
+    special_tokens additional_special_tokens stop_token_ids image_token video_token num_image_token think_end_token
+    decoder_start_token_id per_token_loss calculate_per_token_loss token_level_loss moe_token_dispatcher_type token_drop_policy
+    add_eos_token skip_tokenizer_init token_count token_ids return_token_id_information next_token page_token tokenized detokenize
+    old_pwd_path keyboard monkey turkey hotkey keyword key keys primary_key foreign_key sort_key public_key input_key label_key
+    cache_key query_key_value num_key_value_heads host_key gpg_key key_path api_key_env api_key_name password_file
+    password_min_length secret_name hf_token_path token_type forward_pass backward_pass first_pass num_pass pass_rate pass_at_1
+    n_passes passage_prefix passenger bypass compass author authors authority author_email ssh_auth_sock xauthority seed path
+    pattern file_pattern partition patch compassion secretary passwordless auth_mode use_path kv_cache session_name""")
+STYLES = {
+    "UPPER_CASE": str.upper, "snake_case": str.lower, "kebab-case": lambda name: name.replace("_", "-"),
+    "dotted": lambda name: name.replace("_", "."), "PascalCase": lambda name: "".join(map(str.capitalize, name.split("_"))),
+    "camelCase": lambda name: name.split("_")[0] + "".join(map(str.capitalize, name.split("_")[1:])),
+    "with a prefix": lambda name: "MY_" + name.upper(), "below a key": lambda name: "service.x." + name}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_which_names_are_secret_and_which_are_not(style: str) -> None:
+    """1,600 names."""
+    assert [name for name in SECRETS if not screen.secret_name(STYLES[style](name))] == []
+    assert [name for name in PLAIN if screen.secret_name(STYLES[style](name))] == []
+
+
+def test_names_of_every_machine() -> None:
+    for name in ("PWD", "OLDPWD", "PATH", "HOME", "SSH_AUTH_SOCK", "SSH_ASKPASS", "XAUTHORITY", "GPG_KEY", "KEYBOARD_LAYOUT",
+                 "WANDB_MODE", "DBUS_SESSION_BUS_ADDRESS", "HF_HOME", "TOKENIZER_PATH", "NCCL_SOCKET_IFNAME", "PGHOST", "PGPASSFILE"):
+        assert not screen.secret_name(name), name
+    for name in ("PGPASSWORD", "DB_PASS_PROD", "PASSWORD1", "API_KEY_2", "HF_TOKEN_READ", "MYSQLPWD", "userPwd", "dbpass", "HFToken"):
+        assert screen.secret_name(name), name
+
+
+@given(st.sampled_from(["password", "secret", "token", "api_key", "pass", "pwd", "auth", "credential"]), st.sampled_from(
+    ["", "2", "_2", "_v2", "_prod", "_dev", "_old"]), st.from_regex(r"([b-dw-z]{3,8}_)?", fullmatch=True))
+def test_a_secret_stays_one_with_a_number_or_the_name_of_a_place(name: str, end: str, start: str) -> None:
+    assert screen.secret_name(start + name + end) and screen.secret_name((start + name + end).upper())
+
+
+# ---------------------------------------------------------------- values
+
+HIDDEN = "hunter2"  # short: nothing but its name tells
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("--password %s --lr 1", "--password *** --lr 1"), ("-- db.password=%s lr=1", "-- db.password=*** lr=1"),
+    ("'db.password=%s with blanks' x", "'db.password=***' x"), ("--api-key '%s x' y", "--api-key *** y"),
+    ("--pw-token 'it'\"'\"'s %s' y", "--pw-token *** y"), ("'a_token=it'\"'\"'s %s' y", "'a_token=***' y"),
+    ('{"password": "%s", "a": 1}', '{"password": ***, "a": 1}'), ("{'api_key': '%s', 'b': 2}", "{'api_key': ***, 'b': 2}"),
+    ("https://h/x?token=%s&a=b", "https://h/x?token=***&a=b"), ("Name=x;AccountKey=%s==;End=y", "Name=x;AccountKey=***;End=y"),
+    ("postgres://me:%s@h/db", "postgres://***@h/db"), ("mysql+x://:%s@h, a://b:%s/x@h", "mysql+x://***@h"),
+    ("PGPASSWORD=%s psql", "PGPASSWORD=*** psql"),
+])
+def test_a_value_behind_a_secret_name_in_any_text(text: str, shown: str) -> None:
+    text = text.replace("%s", HIDDEN)
+    assert screen.hide(text).startswith(shown) and HIDDEN not in screen.hide(text)
+    assert screen.hide(screen.hide(text)) == screen.hide(text)
+
+
+@pytest.mark.parametrize("text", [
+    "eos_token=</s> max_tokens=5 pad_token='[PAD]'", "--tokenizer /x/y --max-tokens 5", "TOKEN=$TOKEN", 'TOKEN="$TOKEN"',
+    "run.env.secrets.HF_TOKEN=env", "run.env.secrets.HF_TOKEN=lepton:my-token", "HF_TOKEN is set here but not sent; add it to [secrets]",
+    "secret: not found", "use_auth=true api_key=null", "remove it; or write run.env.client_secret=...", "a=b c=d", "x == y, token",
+    "api_key: ${oc.env:MY_API_KEY}", "HF_TOKEN=<unset HF_TOKEN>", "git@host:path", "https://host:8080/x@y", "PWD=/x"])
+def test_what_is_no_secret_stays_readable(text: str) -> None:
+    assert screen.hide(text) == text
+
+
+@given(st.text(max_size=300) | st.text("=-'\"a_token: ", max_size=300))
+def test_hiding_ends_soon_and_is_done_once(text: str) -> None:
+    once = screen.hide(text)
+    assert screen.hide(once) == once
+
+
+VALUES = st.text("abcxyz0123456789!#%/", min_size=3, max_size=12).map(lambda text: "Zq" + text)
+TABLES = st.recursive(VALUES | st.integers() | st.booleans() | st.none(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.sampled_from([*SECRETS[:20], *PLAIN[:20]]), inner, max_size=4), max_leaves=12)
+
+
+@given(TABLES)
+def test_a_table_is_masked_wherever_a_name_says_so(value: object) -> None:
+    def leaves(item: object, named: bool = False) -> Iterator[tuple[object, bool]]:
+        if isinstance(item, dict):
+            for key, inner in item.items():
+                yield from leaves(inner, named or key in SECRETS)
+        elif isinstance(item, list):
+            for inner in item:
+                yield from leaves(inner, named)
+        else:
+            yield item, named
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen, "CONCEALED", set())
+        masked = list(leaves(screen.masked(value)))
+    open_ = [item for item, named in leaves(value) if not named or item in (None, True, False, 0, 1)]
+    assert [item for item, _ in masked if item != "***"] == open_
+
+
+def test_a_name_may_stand_in_a_value():
+    assert screen.masked([{"name": "DB_PASSWORD", "value": HIDDEN}, {"name": "A", "value": "b"}]) == [
+        {"name": "DB_PASSWORD", "value": "***"}, {"name": "A", "value": "b"}]
+
+
+def test_no_secret_of_config_words_and_variables_is_shown_or_kept(say, here, tmp_path, monkeypatch):
+    """In a dry run, its JSON, a launch with all that Airlift keeps of it, and errors. The recipe gets it all."""
+    recipe(here, path="src/nemotron/recipes/nano3/stage1_sft/train.py", launch="python", gpus=0, yaml="""\
+        db: {host: h, password: s3cr-1, url: "postgres://me:s3cr-2@h/x"}
+        apiKey: s3cr-3
+        tokens: {eos_token: </s>, pad_token_id: 0, max_tokens: 5}
+        credentials: [s3cr-4, {user: s3cr-5}]
+        run: {env: {env_vars: {DB_PWD: s3cr-6, TOKENIZER_PATH: /x/y}}}
+        """, body="""
+        import os, pathlib, sys
+        text = repr([pathlib.Path(sys.argv[2]).read_text(), dict(os.environ), sys.argv])
+        missing = [n for n in range(1, 11) if "s3cr-%d" % n not in text]
+        sys.exit("missing: %s" % missing if missing else 0)
+        """)
+    words = [*FAMILY, "local", "a.b.secret_key=s3cr-7", "run.env.env_vars.MYSQL_PASS=s3cr-8", "run.env.workspace=%s" % tmp_path]
+    args = ["--", "--token", "s3cr-9", "x.password=s3cr-10"]
+    plan = json.loads(say(*words, "--json", *args)[1])
+    text = plan["config"]["text"]
+    for readable in ("eos_token: </s>", "pad_token_id: 0", "max_tokens: 5", "host: h", "password: '***'"):
+        assert readable in text, text
+    assert (plan["env"]["DB_PWD"], plan["env"]["TOKENIZER_PATH"]) == ("***", "/x/y")
+    assert plan["command"].endswith(" --token *** x.password=***")
+    said = [json.dumps(plan), *say(*words, "--dry-run", *args)[1:], *say(*words, "--verbose", *args)]
+    assert said[-3] == 0, said
+    said += [*say("nano3", "sft,sft", "local", "=s3cr-1", "db.password=s3cr-1")[1:], *say(*words, "a.password=[s3cr-1")[1:]]
+    kept = [path.read_bytes().decode("latin-1") for path in (here.parent / "home").rglob("*") if path.is_file()]
+    assert len(kept) >= 2
+    for one in [*map(str, said), *kept]:
+        assert "s3cr-" not in one, one
+
+
 def test_a_secret_under_a_harmless_name_is_not_shown(tmp_path):
     root, secret = nemotron(tmp_path), "s3cret-" + "x" * 20
     text = 'run_command = "login ${env:MY_TOKEN} && python {script}"\n' \

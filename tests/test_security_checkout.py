@@ -78,6 +78,7 @@ VALUES = {
     "secrets": {"MY_DB_PASS": "env"}, "image_pull_secrets": ["x"], "existing_ray_cluster": "evil",
     "custom_spec": {"hostNetwork": True}, "runtime": "evil", "ipc_mode": "host", "lustre_mount": "/:/host",
     "pvcs": [{"claimName": "x", "path": "/x"}], "sbatch": {"uid": "0"}, "srun": {"task-prolog": "/evil"},
+    "include": [".env"],
 }
 
 
@@ -228,6 +229,7 @@ def test_a_config_brings_in_no_file_from_elsewhere(here, say, private, how):
 
 
 def test_the_persons_own_config_may_lie_anywhere(here, say, private):
+    write(private, "plain: hunter2-hunter2\n")
     write(private.parent / "mine.yaml", "defaults: private\n")
     assert "hunter2" in inside.plan_of(say, "nano3", "sft", "local", "-c", private.parent / "mine.yaml")["config"]["text"]
 

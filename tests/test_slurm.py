@@ -424,8 +424,10 @@ def holders(folders: list[Path]) -> list[str]:
 
 
 @slow
+@pytest.mark.parametrize("how", ["secrets.HF_TOKEN=env", "env_vars.HF_TOKEN=" + SECRET])
 @pytest.mark.parametrize("end", ["done", "failed", "cancelled", "cancelled while it waits"])
-def test_secrets_lie_in_one_private_file_until_the_job_is_over(login: Person, end: str) -> None:
+def test_secrets_lie_in_one_private_file_until_the_job_is_over(login: Person, end: str, how: str) -> None:
+    """Those of [secrets], and a variable that is named like one."""
     login.recipe("secret", """
         import os, signal, sys, time
         print(len(os.environ["HF_TOKEN"]), flush=True)
@@ -433,13 +435,14 @@ def test_secrets_lie_in_one_private_file_until_the_job_is_over(login: Person, en
             time.sleep(0.1)
         sys.exit(5 if sys.argv[-1].endswith("failed") else 0)
         """)
-    go = login.cluster.shared / ("go-" + end.split()[0])
+    go = login.cluster.shared / ("go-%s-%s" % (how[:3], end.split()[0]))
     places = [login.base, login.home, login.cluster.root / "log", login.cluster.root / "n1", login.folder]
     blocker = ""
     if end == "cancelled while it waits":
         command = ["sbatch", "--parsable", "-A", "team", "-N2", "--exclusive", "-D", "/tmp", "--wrap", "sleep 600"]
         blocker = login.cluster.on_login(command).stdout.strip()
-    run = login.started("secret", "run.env.secrets.HF_TOKEN=env", "--", str(go), env={"HF_TOKEN": SECRET})
+    env = {"HF_TOKEN": SECRET} if how.endswith("env") else {}
+    run = login.started("secret", "run.env." + how, "--", str(go), env=env)
     file = login.folder_of(run) / "secrets.json"
     assert holders(places) == [str(file)] and file.stat().st_mode & 0o777 == 0o600
     if end.startswith("cancelled"):

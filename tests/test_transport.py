@@ -4,6 +4,7 @@ import ast
 import base64
 import contextlib
 import encodings.utf_8_sig  # noqa: F401  an unprivileged child may not be able to read the library
+import fnmatch
 import hashlib
 import json
 import os
@@ -35,8 +36,8 @@ ROOT = Path(transport.__file__).parent
 HF_TOKEN = "hf_" + "Ab1" * 12  # put together here, so that no scanner takes this file for a leak
 
 
-def shipped(root: Path, script: str = SCRIPT, exclude: tuple[str, ...] = ()) -> dict[str, Entry]:
-    return {entry.path: entry for entry in collect(root, script, exclude).entries}
+def shipped(root: Path, script: str = SCRIPT, exclude: tuple[str, ...] = (), include: tuple[str, ...] = ()) -> dict[str, Entry]:
+    return {entry.path: entry for entry in collect(root, script, exclude, include).entries}
 
 
 def refused(root: Path, script: str = SCRIPT, exclude: tuple[str, ...] = ()) -> Refusal:
@@ -86,21 +87,56 @@ def test_script_beside_the_families_ships_all_of_them(tmp_path: Path) -> None:
     assert len(shipped(root, "src/p/recipes/all.py")) == 3
 
 
-@pytest.mark.parametrize("place", [
-    "__pycache__/a.pyc", ".git/config", ".git", ".hg/x", ".svn/x", ".venv/lib/x.py", "venv/x.py", "node_modules/x.js",
-    ".tox/x", ".pytest_cache/x", ".mypy_cache/x", ".ruff_cache/x", ".hypothesis/x", ".cache/x", "p.egg-info/PKG-INFO",
-    "a.pyc", ".a.py.swp", "a.py~", ".DS_Store", ".airliftignore", ".ipynb_checkpoints/x.py",
-])
-def test_caches_never_ship(repo: Path, place: str) -> None:
+LEFT_BEHIND = {
+    "version control": [".git/config", ".git", ".hg/x", ".svn/x", ".jj/x"],
+    "cache": [
+        "__pycache__/x", ".venv/lib/x.py", "node_modules/x.js", ".tox/x", ".pytest_cache/x", ".mypy_cache/x", ".ruff_cache/x",
+        ".hypothesis/x", ".cache/x", "p.egg-info/PKG-INFO", "a.pyc", ".ipynb_checkpoints/x.py", ".virtual_documents/x.py",
+        ".coverage", ".coverage.host.1"],
+    "left by a program": [
+        ".a.py.swp", ".a.py.swo", "a.py.swp", "a.py~", "a.py.~1~", ".#a.py", "#a.py#", "4913", ".a.py.kate-swp", ".~a.ipynb",
+        ".~lock.a.csv#", "~$a.docx", "a.py.save", "a.py.save.1", "a.py___jb_tmp___", "a.py___jb_old___", ".idea/x", ".vscode/x",
+        ".history/a_2024.py", ".goutputstream-AB12CD", "a.py.orig", "a.py.rej", "a.bak", "a_LOCAL_123.py", "a_BASE_123.py",
+        "a.py.REMOTE.9.py", "core.4711", "vgcore.1", ".nfs00000000a1b2c3d400000001", ".fuse_hidden0000a1", ".snapshot/x.py",
+        "lost+found/x", ".Trash-1000/x.py", "@eaDir/x", ".directory", "._a.py", ".DS_Store", "__MACOSX/a.py", ".AppleDouble/a.py",
+        "Thumbs.db", "desktop.ini", "a.py:Zone.Identifier", "a.py\uf03aZone.Identifier", ".stfolder/x", ".stversions/a.py",
+        ".syncthing.a.py.tmp", "~syncthing~a.py.tmp", "a.sync-conflict-20240101-120000-ABCDEFG.py", ".dropbox.cache/a.py",
+        "a (me's conflicted copy 2024-01-01).py", "a (Case Conflict).py", ".rsync-partial/a.py", ".a.py.Xy12aB", ".a.py.ABCDEF"],
+    "virtual environment": ["my env/pyvenv.cfg", "venv/bin/activate", "conda/conda-meta/history"],
+}
+LEFT_BEHIND["cache"].append("tagged/CACHEDIR.TAG")
+
+
+@pytest.mark.parametrize("reason, place", [(reason, place) for reason, places in LEFT_BEHIND.items() for place in places])
+def test_what_is_never_source_stays_and_is_listed(repo: Path, reason: str, place: str) -> None:
     plant(repo, {"src/pkg/" + place: "x"})
+    if "." in place.split("/")[0]:  # some are links to nowhere, like the locks of Emacs
+        (repo / "src/pkg/sub").mkdir()
+        (repo / "src/pkg/sub" / place.split("/")[0]).symlink_to("me@host.4711:1700000000")
     found = collect(repo, SCRIPT)
     assert [entry.path for entry in found.entries] == [SCRIPT]
-    assert not found.left_out, "nobody asks about a cache"
+    assert {where for _, where in found.left_out} == {reason}
+    assert ("src/pkg/" + place.split("/")[0], reason) in found.left_out
+    assert "src/pkg/" + place in shipped(repo, include=(place.split("/")[0],), exclude=("sub",))
 
 
-def test_a_virtual_environment_never_ships_whatever_its_name(repo: Path) -> None:
-    plant(repo, {"src/pkg/my env/pyvenv.cfg": "", "src/pkg/my env/lib/python3/site-packages/x.py": ""})
-    assert list(shipped(repo)) == [SCRIPT]
+@pytest.mark.parametrize("place", [
+    "venv/__init__.py", "env/x.py", "core/x.py", "core.py", "cache/x.py", "history/x.py", "build/x.py", "dist/x.py", "snapshot.py",
+    ".env.example", ".env.sample", ".gitignore", ".dockerignore", "x.original.py", "backup.py", "base_1.py", "LOCAL_1.py",
+    "rejects.py", "a_base_12.py", "__main__.py", "swp.py", "conflict.py", "4913.py", ".hidden.yaml", "#notes.txt", "a#b.py",
+    "thumbs.py", "TRASH.py", ".pre-commit.config.sample", "venv/bin/x.py", "vgcore.py",
+])
+def test_source_with_a_similar_name_ships(repo: Path, place: str) -> None:
+    plant(repo, {"src/pkg/" + place: "x"})
+    assert "src/pkg/" + place in shipped(repo)
+
+
+@given(st.text(max_size=40) | st.from_regex(transport.NEVER_SOURCE, fullmatch=True))
+def test_no_name_is_looked_at_for_long_and_python_source_is_never_dropped_by_its_name(name: str) -> None:
+    reason = transport.never_source(name)
+    assert reason in ("", "version control", "cache", "left by a program")
+    if name.isidentifier() and not name.startswith("__"):
+        assert not transport.never_source(name) or name == "node_modules"
 
 
 def test_gitignored_source_ships(repo: Path) -> None:
@@ -131,7 +167,7 @@ PEM = "-----BEGIN %sPRIVATE KEY-----"  # put together here as well
 
 
 @pytest.mark.parametrize("secret", [
-    HF_TOKEN, "ghp_" + "a1B2" * 9, "github_pat_" + "a1B2_" * 10, "nvapi-" + "a1-_" * 12, "AKIA" + "IOSFODNN7EXAMPLE",
+    HF_TOKEN, "ghp_" + "a1B2" * 9, "github_pat_" + "a1B2_" * 10, "nvapi-" + "a1-_" * 12, "AKIA" + "IOSFODNN7EXAMPLF",
     "sk-" + "a1B2" * 10, "xoxb-" + "123-abc" * 4, "glpat-" + "a1B2c" * 4, PEM % "" + "\n" + KEY_LINE,
     PEM % "RSA " + "\r\n" + KEY_LINE, PEM % "OPENSSH " + "\n" + KEY_LINE,
     json.dumps({"type": "service_account", "private_key": PEM % "" + "\n" + KEY_LINE + "\n"}),
@@ -154,6 +190,33 @@ def test_what_only_looks_a_little_like_a_token_ships(repo: Path, text: str) -> N
     assert "src/pkg/x.py" in shipped(repo)
 
 
+@pytest.mark.parametrize("text", [
+    "AKIA" + "IOSFODNN7EXAMPLE", "AKIA" + "I44QH8DHBEXAMPLE", "hf_" + "x" * 34, "hf_" + "YourHuggingFaceTokenHere0123456789",
+    "ghp_" + "16C7e42F292c6912E7710c838347Ae178B4a", "sk-" + "your-api-key-goes-in-here-please-1", "sk-" + "1234567890abcdef" * 2,
+    "nvapi-" + "X" * 64, "glpat-" + "0" * 20, "xoxb-" + "EXAMPLE-TOKEN-OF-SLACK-1", "ghp_" + "abcdefghijklmnopqrstuvwxyz0123456789",
+], ids=lambda text: text[:12])
+def test_the_example_keys_of_documentation_are_none(repo: Path, text: str) -> None:
+    plant(repo, {"src/pkg/x.py": "# like %s\n" % text, "src/pkg/x.md": text})
+    assert {"src/pkg/x.py", "src/pkg/x.md"} <= set(shipped(repo))
+    plant(repo, {"src/pkg/x.py": "# like %s\nkey = '%s'\n" % (text, HF_TOKEN)})
+    assert "src/pkg/x.py:2: " in refused(repo).what, "an example hides no other key"
+
+
+def test_a_module_with_a_credential_is_no_hole_in_the_job(repo: Path) -> None:
+    plant(repo, {"src/pkg/a.py": "import os\n\nkey = '%s'\n" % HF_TOKEN, "src/pkg/b.sh": "K=%s\n" % HF_TOKEN,
+                 "src/pkg/notes.txt": HF_TOKEN, "src/pkg/id_rsa_utils.py": "x = 1\n"})
+    problem = refused(repo)
+    assert problem.what.startswith("src/pkg/a.py:3, src/pkg/b.sh:1: ") and HF_TOKEN not in str(problem)
+    assert "exclude" in problem.fix and "include" in problem.fix and problem.code == 2
+    left = collect(repo, SCRIPT, ("a.py", "src/pkg/b.sh"))
+    assert [entry.path for entry in left.entries] == ["src/pkg/id_rsa_utils.py", SCRIPT]
+    assert dict(left.left_out) == {"src/pkg/a.py": "excluded by a.py", "src/pkg/b.sh": "excluded by src/pkg/b.sh",
+                                   "src/pkg/notes.txt": "credential"}
+    assert {"src/pkg/a.py", "src/pkg/b.sh"} < set(shipped(repo, include=("a.py", "b.sh")))
+    (repo / ".airliftignore").write_text("!a.py\nb.sh\n")
+    assert refused(repo).what.startswith("src/pkg/a.py:3: "), "a checkout takes no credential in"
+
+
 def test_env_examples_ship(repo: Path) -> None:
     plant(repo, {"src/pkg/.env.example": "A=", "src/pkg/credentials/__init__.py": ""})
     assert {"src/pkg/.env.example", "src/pkg/credentials/__init__.py"} <= set(shipped(repo))
@@ -169,6 +232,51 @@ def test_exclude_and_ignore_file(repo: Path) -> None:
         "src/pkg/big": "excluded by big/", "src/pkg/notes.txt": "excluded by notes.*",
         "src/pkg/only": "excluded by src/pkg/only",
         "src/pkg/x.csv": "excluded by *.csv", "src/pkg/sub/x.csv": "excluded by *.csv"}
+
+
+def test_what_is_taken_back_in(repo: Path) -> None:
+    plant(repo, {"src/pkg/vocab.txt.gz": "", "src/pkg/other.gz": "", "src/pkg/README.md": "", "src/pkg/venv/pyvenv.cfg": "",
+                 "src/pkg/x.csv": "", "src/pkg/y.csv": "", "src/pkg/recipes/kin/a.py": "", "src/pkg/.env": "", "src/pkg/id_rsa": ""})
+    (repo / ".airliftignore").write_text("*.csv\n!y.csv\n!vocab.*\n!.env\n!kin\n")
+    found = collect(repo, SCRIPT, ("!id_rsa",))
+    assert [entry.path for entry in found.entries] == [
+        "src/pkg/recipes/fam/train.py", "src/pkg/recipes/kin/a.py", "src/pkg/vocab.txt.gz", "src/pkg/y.csv"]
+    assert dict(found.left_out) == {
+        "src/pkg/.env": "credential", "src/pkg/id_rsa": "credential", "src/pkg/other.gz": "data or model file",
+        "src/pkg/README.md": "documentation", "src/pkg/venv": "virtual environment", "src/pkg/x.csv": "excluded by *.csv"}
+    mine = collect(repo, SCRIPT, ("*.gz",), ("src/pkg/*",))
+    assert not mine.left_out and len(mine.entries) == 10
+    assert [path for path in shipped(repo, exclude=("y.csv",)) if path.endswith(".csv")] == [], "the last pattern wins"
+
+
+PATTERNS = st.lists(st.builds(lambda sign, text: sign + text, st.sampled_from(["", "!"]), st.sampled_from(
+    ["*.py", "a*", "src/pkg/*", "b.gz", "*", "pkg", "src/pkg/a.py", "[ab].gz", "*/b.gz"])), max_size=6)
+
+
+@given(PATTERNS, st.sampled_from(["src/pkg/a.py", "src/pkg/b.gz", "src/x/a.gz", "src/pkg"]))
+def test_the_last_pattern_that_fits_rules(patterns: list[str], path: str) -> None:
+    def fits(pattern: str) -> bool:
+        return fnmatch.fnmatchcase(path if "/" in pattern else path.split("/")[-1], pattern.lstrip("!"))
+
+    assert transport._ruling(tuple(patterns), path) == next(filter(fits, reversed(patterns)), "")
+
+
+def test_what_a_config_names_outside_of_src(repo: Path, tmp_path: Path) -> None:
+    plant(repo, {"conf/blend.json": "{}", "README.md": "x", "conf/link.json": "-> blend.json", ".git/config": "x", ".env": "x",
+                 "conf/away.json": "-> %s/secret" % tmp_path, "conf/up.json": "-> ../../secret", "w.safetensors": "x",
+                 "conf/odd.txt": HF_TOKEN, "old/x.json": "{}", "conf/dangling": "-> nowhere"})
+    (tmp_path / "secret").write_text("x")
+    (repo / "big.json").write_bytes(b"x" * (transport.MAX_NAMED + 1))
+    also = ("conf/blend.json", "README.md", "conf/link.json", ".git/config", ".env", "conf/away.json", "conf/up.json",
+            "w.safetensors", "conf/odd.txt", "old/x.json", "conf/dangling", "big.json", "conf")
+    found = collect(repo, SCRIPT, ("old",), also=also)
+    assert {entry.path: (entry.data, entry.link) for entry in found.entries if entry.path != SCRIPT} == {
+        "conf/blend.json": (b"{}", False), "README.md": (b"x", False), "conf/link.json": (b"{}", False)}
+    limit = "outside of src, and no file of up to 1.0 MiB"
+    assert dict(found.left_out) == {
+        ".git/config": "version control", ".env": "credential", "conf/away.json": limit, "conf/up.json": limit,
+        "w.safetensors": "data or model file", "conf/odd.txt": "credential", "old/x.json": "excluded by old",
+        "conf/dangling": limit, "big.json": limit, "conf": limit}
 
 
 def test_uncommitted_and_executable(repo: Path) -> None:
@@ -267,9 +375,9 @@ def test_neither_file_nor_folder(repo: Path, kind: str, monkeypatch: pytest.Monk
     else:
         need(os.geteuid() == 0, "only root makes devices")
         os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
-    problem = refused(repo)
-    assert "src/pkg/odd is neither" in problem.what and problem.code == 2
-    assert SCRIPT in shipped(repo, exclude=("odd",))
+    found = collect(repo, SCRIPT)
+    assert [entry.path for entry in found.entries] == [SCRIPT]
+    assert found.left_out == (("src/pkg/odd", "neither a file, a folder nor a link"),)
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.py", b"\xff\xfe", b"\xed\xa0\x80"])
@@ -369,13 +477,14 @@ def test_a_recipe_that_would_not_ship(repo: Path, exclude: tuple[str, ...], word
 def test_a_recipe_with_a_secret_in_it(repo: Path) -> None:
     (repo / SCRIPT).write_text("TOKEN = '%s'\n" % HF_TOKEN)
     problem = refused(repo)
-    assert SCRIPT in problem.what and "credential" in problem.what and "secret" in problem.fix
+    assert problem.what.startswith(SCRIPT + ":1: what looks like a credential")
     assert HF_TOKEN not in problem.what + problem.fix
 
 
 def test_a_recipe_in_a_folder_that_never_ships(tmp_path: Path) -> None:
-    script = "src/pkg/venv/train.py"
-    assert "never ships" in refused(plant(tmp_path, {script: ""}), script).what
+    script = "src/pkg/.tox/train.py"
+    assert refused(plant(tmp_path, {script: ""}), script).what == script + " is the recipe, but it would not ship: cache"
+    assert "no such file" in refused(tmp_path, "src/pkg/train.py").what
 
 
 def test_a_file_too_large_for_source(repo: Path) -> None:
