@@ -5,10 +5,12 @@ become places in the pod, and the rest, without `run`, is what the script gets. 
 pod.
 """
 
+import difflib
 import os
 import posixpath
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ class Config:
     notes: tuple[str, ...]
     recipe: Recipe  # with the script of run.train_script, if that is set
     shown: str  # the text with *** for what is named like a secret
+    missing: tuple[str, ...]  # keys that are ???, and need a value
+    unread: tuple[str, ...]  # what it refers to and nothing sets
 
 
 def is_path(name: str) -> bool:
@@ -67,16 +71,19 @@ def known_keys(recipe: Recipe, name: str | None) -> set[str]:
 
 
 def compile_config(recipe: Recipe, name: str | None, overrides: list[str], settings: Any,
-                   wandb: dict[str, Any] | None = None, artifacts: dict[str, Any] | None = None) -> Config:
+                   wandb: dict[str, Any] | None = None, artifacts: dict[str, Any] | None = None,
+                   others: dict[str, Any] | None = None) -> Config:
     """Read, merge and override the YAML. `settings(recipe, env, forced)` returns its run.env merged with the profile;
     `forced` are the KEY=VALUE overrides of run.env. `wandb` replaces run.wandb; the YAML's artifacts win over
-    `artifacts`. Raises Refusal for a bad file, a cycle in `defaults:`, or a bad override."""
+    `artifacts`; `others` are more that ${run.env.KEY} may name. Raises Refusal for a bad file, a cycle in `defaults:`,
+    or a bad override."""
     omegaconf = _omegaconf()
     path = config_file(recipe, name)
-    config = _override(omegaconf, _load_config(omegaconf, recipe, name, path), overrides)
-    plain = omegaconf.OmegaConf.to_container(config, resolve=False)
+    loaded, notes = _load_config(omegaconf, recipe, name, path), list[str]()
+    dotted = _dotted(omegaconf, loaded, overrides, notes)
+    plain = omegaconf.OmegaConf.to_container(_override(omegaconf, loaded, dotted), resolve=False)
     run = _table(plain.pop("run", None), "run", path)
-    forced = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.from_dotlist(overrides)).get("run") or {}
+    forced = omegaconf.OmegaConf.to_container(dotted).get("run") or {}
     yaml_env = _table(run.get("env"), "run.env", path)
     recipe = with_script(recipe, run.get("train_script"), path)
     env = settings(recipe, yaml_env, forced.get("env") or {})
@@ -87,15 +94,18 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
         plain["artifacts"] = artifacts | _table(plain.get("artifacts"), "artifacts", path)
     run = run | {"env": env, "recipe": {"name": recipe.name, "script": recipe.script}}
     # ${run.env.KEY} may also name keys that this executor does not use, but none that would tell the job a credential.
-    known = run | {"env": yaml_env | {key: value for key, value in env.items() if key not in UNREAD_KEYS}}
+    public = {key: value for key, value in (others or {}).items()
+              if not screen.secret_name(key) and screen.hide(str(value)) == str(value)}
+    known = run | {"env": public | yaml_env | {key: value for key, value in env.items() if key not in UNREAD_KEYS}}
     plain = places(_replace_run(plain, _replace_run(known, known)), recipe.root)
     kept = {key: value for key, value in run.items() if is_artifact(value)}
     plain |= {"run": kept} if kept else {}
     text, masked = dump(plain), screen.masked(plain)
     missing = sorted(set(re.findall(r"\$\{(run\.[^}:]+)\}", text)))
-    notes = ["the config refers to ${%s}, which is not set anywhere" % reference for reference in missing]
+    notes += ["the config refers to ${%s}, which is not set anywhere" % reference for reference in missing]
     notes += ["run.%s has no effect; write run.env.%s" % (key, key) for key in ENV_KEYS if key in run]
-    return Config(path, text, run, tuple(notes), recipe, text if masked == plain else dump(masked))
+    return Config(path, text, run, tuple(notes), recipe, text if masked == plain else dump(masked),
+                  (*_missing(plain), *_missing(env, "run.env.")), tuple(missing))
 
 
 ENV_KEYS = ("container_image", "container", "nodes", "gpus_per_node", "nproc_per_node", "ntasks_per_node", "mounts",
@@ -209,18 +219,85 @@ def _merge(omegaconf: Any, below: Any, above: Any, path: Path) -> Any:
                       "a table cannot replace a list, nor a list a table") from None
 
 
-def _override(omegaconf: Any, config: Any, overrides: list[str]) -> Any:
+def _missing(value: Any, where: str = "") -> Iterator[str]:
+    """The keys whose value is `???`, which says that a person must give one."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if item == "???":
+            yield where + str(key)
+        yield from _missing(item, "%s%s." % (where, key))
+
+
+# Numbers as a person means them: 12:30:45 is a time and 0755 a mode, not the number that YAML 1.1 makes of them.
+NUMBERS = {"int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"),
+           "float": re.compile(r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+                               r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$")}
+
+
+def _typed(text: str) -> Any:
+    """The value of an override: YAML as OmegaConf reads it, without dates, but with NUMBERS."""
+    import yaml
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, NUMBERS.get(tag.rpartition(":")[2], pattern)) for tag, pattern in known if "timestamp" not in tag]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    return yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
+
+
+def _dotted(omegaconf: Any, config: Any, overrides: list[str], notes: list[str]) -> Any:
+    """The KEY=VALUE overrides as a config; `+` or `++` before a key says that it may be new. Raises Refusal for what is
+    none, and for a new key that looks like a misspelt one. Notes name new keys, and texts that YAML changes."""
+    result = omegaconf.OmegaConf.create()
     for override in overrides:
-        if not re.match(r"[^=+~.\s]+(\.[^=+~.\s]+)*=", override):
-            raise Refusal("the override %r names no setting" % override,
-                          "overrides are KEY=VALUE with dots between names")
+        if not re.match(r"(\+\+?)?[^=+~.\s]+(\.[^=+~.\s]+)*=", override):
+            raise Refusal("the override %r names no setting" % override, "overrides are KEY=VALUE with dots between "
+                          "names; + before a key says that it is new, and none can be removed with ~")
+        key, _, text = override.partition("=")
         try:
-            omegaconf.OmegaConf.from_dotlist([override])
+            value = _typed(text)
+            omegaconf.OmegaConf.update(result, key.lstrip("+"), value)
         except Exception as error:
             raise Refusal("the override %r cannot be parsed: %s" % (override, _short(error)),
                           "its value is read as YAML; put a text in quotes, like: 'key=\"[text\"'") from None
+        if _looks_other(text.strip(), value):
+            notes.append("%s is read as %s; if you mean the text: '%s=\"%s\"'" % (
+                override, str(value).lower() if isinstance(value, bool) else value, key, text))
+        if not key.startswith(("+", "run.")):
+            notes += _new(omegaconf.OmegaConf.to_container(config, resolve=False), key)
+    return result
+
+
+def _looks_other(text: str, value: Any) -> bool:
+    """Whether a value that YAML makes of a text looks like another one: yes, 1_000, 0x1F, 3.10."""
+    if isinstance(value, bool):
+        return text.lower() not in ("true", "false")
+    if isinstance(value, float):
+        return "_" in text or bool(re.search(r"\.[0-9]+0$", text))
+    return isinstance(value, int) and str(value) != text.lstrip("+")
+
+
+def _new(config: dict[str, Any], key: str) -> list[str]:
+    """A note if a dotted key is new to the config. Raises Refusal where it looks like one that is there."""
+    here: Any = config
+    for number, part in enumerate(parts := re.split(r"[.\[]", key)):
+        if not isinstance(here, dict):
+            return []  # a list's item, or below a value that is no table
+        if part not in here:
+            close = difflib.get_close_matches(part, map(str, here), 1, 0.8)
+            if close:
+                right = ".".join([*parts[:number], close[0], *parts[number + 1:]])
+                raise Refusal("the config has no key %s" % key,
+                              "did you mean %s? if it is to be new: +%s=..." % (right, key))
+            return ["%s is new: the config has no such key" % key]
+        here = here[part]
+    return []
+
+
+def _override(omegaconf: Any, config: Any, dotted: Any) -> Any:
     try:
-        return omegaconf.OmegaConf.merge(config, omegaconf.OmegaConf.from_dotlist(overrides))
+        return omegaconf.OmegaConf.merge(config, dotted)
     except Exception as error:
         raise Refusal("an override does not fit the config: " + screen.one_line(str(error)),
                       "overrides are KEY=VALUE with dots between names") from None

@@ -79,7 +79,8 @@ class Launch:
         self.config_name = config_for(options.config or [], stage, recipe, self.several)
         if self.several:  # an override is for the stages whose config has its first key; run.… is for all
             known = configs.known_keys(recipe, self.config_name) | {"run"}
-            self.overrides = [word for word in words.overrides if word in new or re.split(r"[.=\[]", word)[0] in known]
+            self.overrides = [word for word in words.overrides
+                              if word in new or re.split(r"[.=\[]", word.lstrip("+"))[0] in known]
         ahead = _Ahead(self.root, recipe, self.profile)
         try:
             notes = list(self.profile.notes)
@@ -108,7 +109,7 @@ class Launch:
         wandb = profiles.section("wandb", dry)
         screen.masked(wandb)
         return configs.compile_config(recipe, self.config_name, self.overrides, settings, wandb,
-                                      profiles.section("artifacts", dry))
+                                      profiles.section("artifacts", dry), self.profile.others)
 
     def _job(self, options: Namespace, notes: list[str]) -> jobs.Job:
         recipe, executor = self.recipe, self.profile.executor
@@ -174,6 +175,9 @@ class Launch:
 
     def check(self, attached: bool) -> None:
         """Raises Refusal for what can be refused without contacting the platform."""
+        if self.config.missing:
+            raise Refusal("the config wants a value for " + ", ".join(self.config.missing),
+                          "give each as KEY=VALUE: " + " ".join(key + "=..." for key in self.config.missing))
         backends.require(self.job, attached, self.several)
         backends.backend(self.job.executor).check(self.job, self.plan)
 

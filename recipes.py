@@ -103,8 +103,11 @@ def _scripts(root: Path, problems: list[Refusal]) -> Iterable[Path]:
 def source_tree(named: str | Path | None, own: Path) -> Path:
     """The tree that was named, else the one that a person stands in: the nearest folder upwards with recipes or steps;
     else `own`, the launcher's."""
-    here = Path.cwd()
-    holds = (folder for folder in (here, *here.parents) if any(next(folder.glob("src/*/" + name), None)
+    try:
+        here = [Path.cwd(), *Path.cwd().parents]
+    except OSError:  # it was removed
+        here = []
+    holds = (folder for folder in here if any(next(folder.glob("src/*/" + name), None)
                                                                for name in COLLECTIONS))
     return Path(named or next(holds, own)).resolve()
 

@@ -11,13 +11,14 @@ type and the executors it is for; an unknown key, a wrong type, or a key of anot
 """
 
 import contextlib
+import difflib
 import json
 import os
 import re
 import shlex
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,7 @@ class Profile:
     stage: dict[str, Any]  # the keys of matching [stages.…]
     unset: tuple[str, ...]  # variables that ${env:NAME} reads and that are not set
     notes: tuple[str, ...] = ()
+    others: dict[str, Any] = field(default_factory=dict)  # keys of an env.toml that are not ours; configs may read them
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -304,7 +306,7 @@ def load(name: str, stage: str = "") -> Profile:
     for table, _ in reversed(layers):
         keys = merge(keys, table)
     stages = keys.pop("stages", {})
-    keys = resolve(keys, unset)
+    keys = _values(keys, keys, unset)
     executor = keys.get("executor")
     if executor is None:
         raise Refusal("profile %s has no executor" % name, "add executor = one of " + ", ".join(LIMITS))
@@ -314,14 +316,16 @@ def load(name: str, stage: str = "") -> Profile:
         raise Refusal("profile %s: executor %r is not known" % (name, executor),
                       "did you mean %s?" % nearest(str(executor), LIMITS))
     notes = not_used()
+    others = {key: value for key, value in keys.items() if key not in KEYS}
     keys = _checked(keys, executor, "profile " + name, layers, notes)
     overrides = _overrides(stages, stage, "profile " + name, executor, layers, unset, notes)
-    missing = [key for key in REQUIRED[executor] if not (overrides.get(key) or keys.get(key))]
+    missing = [key for key in REQUIRED[executor] if key not in keys | overrides]
+    unset += ["the value of " + key for key in REQUIRED[executor] if (keys | overrides).get(key) == ""]
     if missing:
         raise Refusal("profile %s lacks %s" % (name, ", ".join(missing)), "executor %s needs it; see profiles/%s.toml"
                       % (executor, executor))
     return Profile(name, executor, tuple(str(path) for _, path in layers), keys, overrides, tuple(dict.fromkeys(unset)),
-                   tuple(dict.fromkeys(notes)))
+                   tuple(dict.fromkeys(notes)), others)
 
 
 Layers = list[tuple[dict[str, Any], Path]]  # a profile's table and those that it extends, nearest first, with files
@@ -346,7 +350,7 @@ def _overrides(stages: Any, stage: str, profile: str, executor: str, layers: Lay
                 raise Refusal("%s sets %s" % (where, key), "set it at the top of the profile")
         parts = [(_table(_table(layer.get("stages")).get(prefix)), path) for layer, path in layers]
         matches = (stage + "/").startswith(prefix.strip("/") + "/")
-        found = resolve(table, unset if matches else [])
+        found = _values(table, table, unset if matches else [])
         checked = _checked(found, executor, where.replace(":", ",", 1), parts, notes if matches else [])
         overrides = merge(overrides, checked) if matches else overrides
     return overrides
@@ -419,6 +423,29 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def _values(table: dict[str, Any], keys: dict[str, Any], unset: list[str]) -> dict[str, Any]:
+    """A profile's table with references read: `${KEY}`, another key of it, and variables, which may give numbers. A
+    number whose variable is not set is left out, for a dry run."""
+    def own(value: Any, depth: int = 10) -> Any:
+        if isinstance(value, list):
+            return [own(item, depth) for item in value]
+        if not isinstance(value, str) or not depth:
+            return value
+        return re.sub(r"\$\{(\w+)\}", lambda match: str(own(keys[match.group(1)], depth - 1)) if isinstance(
+            keys.get(match.group(1)), (str, int, float)) else match.group(0), value)
+
+    result = {}
+    for key, value in table.items():
+        found = resolve(value if key in FREE_TEXT else own(value), unset)
+        if found != value and key in KEYS and KEYS[key].kind in ("int", "whole", "count", "bool"):
+            if found.startswith("<unset "):
+                continue
+            whole = re.fullmatch(r"[0-9]{1,9}", found)
+            found = int(found) if whole else {"true": True, "false": False}.get(found.lower(), found)
+        result[key] = found
+    return result
+
+
 def resolve(value: Any, unset: list[str]) -> Any:
     """Variables read in every string of a table, as _read_variables does."""
     if isinstance(value, dict):
@@ -472,6 +499,11 @@ def _checked(table: dict[str, Any], executor: str, where: str, layers: Layers, n
             continue
         if key in REFUSED or key in UNUSED:
             raise Refusal("%s: %s is not supported" % (where, key), REFUSED.get(key) or UNUSED[key] + "; remove it")
+        if known is None and path.parent != FOLDER and key not in REFUSED:
+            close = difflib.get_close_matches(key, KEYS, 1, 0.8)
+            meant = "; did you mean %s?" % close[0] if close else ""
+            notes.append("%s: %s is no key of Airlift's, and has no effect%s" % (where, key, meant))
+            continue
         if known is None:
             raise Refusal("%s: there is no key %r" % (where, key), "did you mean %s?" % nearest(key, KEYS))
         if foreign:
@@ -484,7 +516,7 @@ def _checked(table: dict[str, Any], executor: str, where: str, layers: Layers, n
         unread = UNREAD.search(repr(value)) if key not in FREE_TEXT else None
         if unread:
             raise Refusal("%s: %s contains %s, which is not replaced" % (where, key, unread.group(0)),
-                          "a profile can use ${env:NAME} and ${oc.env:NAME,default}; write anything else as plain text")
+                          "${env:NAME}, ${oc.env:NAME,default} and ${KEY} are; write anything else as plain text")
         result[key] = value
         if key in PATHS:
             anchor(result, executor, FOLDER.parent if path.parent == FOLDER else path.parent, key)

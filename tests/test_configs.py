@@ -149,7 +149,7 @@ def test_overrides(tmp_path, words, want):
     assert compiled(tmp_path, "a: 0\nt: {lr: 1, wd: 1}\n", words)[1] == {"a": 0, "t": {"lr": 1, "wd": 1}} | want
 
 
-@pytest.mark.parametrize("word", ["=1", ".a=1", "a..b=1", "a.=1", "+a=1", "~a=1", "a=[1", "a=${", "l.x=1", "l[0]=1",
+@pytest.mark.parametrize("word", ["=1", ".a=1", "a..b=1", "a.=1", "+=1", "~a=1", "a=[1", "a=${", "l.x=1", "l[0]=1",
                                   "a=*x"])
 def test_a_bad_override_is_refused(tmp_path, word):
     found = refusal(compiled, tmp_path, "a: {b: 0}\nl: [1]\n", [word])
@@ -339,3 +339,48 @@ def test_places_are_quoted_so_that_any_path_fits(tmp_path):
     filled = re.sub(r"(?<![\w./}-])/nemo_run", lambda match: json.dumps(path)[1:-1], text)
     assert yaml.safe_load(filled) == {"a": path + "/x", path + "/k": ["y " + path],
                                       "lines": "cd\n" + path + "/a\t" + path + " \\n/nemo_run"}
+
+
+# ---------------------------------------------------------------- what a person types
+
+
+@pytest.mark.parametrize(("typed", "value", "note"), [
+    ("12:30:45", "12:30:45", ""), ("1:30", "1:30", ""), ("0755", "0755", ""), ("00", "00", ""), ("-01:00", "-01:00", ""),
+    ("[12:30:45, 1, 010]", ["12:30:45", 1, "010"], ""), ("{at: 12:00:00}", {"at": "12:00:00"}, ""), ("12:30:45.5", "12:30:45.5", ""),
+    ("2024-01-31", "2024-01-31", ""), ("v1.10", "v1.10", ""), ("1.10.2", "1.10.2", ""), ("5", 5, ""), ("+5", 5, ""), ("-5", -5, ""),
+    ("0", 0, ""), ("0.5", 0.5, ""), (".5", 0.5, ""), ("1e-3", 0.001, ""), ("1E5", 100000.0, ""), ("true", True, ""), ("False", False, ""),
+    ("null", None, ""), ("", None, ""), ("text", "text", ""), ('"yes"', "yes", ""), ("'0x1F'", "0x1F", ""), ("a b", "a b", ""),
+    ("yes", True, "true"), ("Off", False, "false"), ("1_000", 1000, "1000"), ("0x1F", 31, "31"), ("3.10", 3.1, "3.1"),
+    ("0b11", 3, "3"), ("1_0.5", 10.5, "10.5")])
+def test_a_text_that_is_typed_stays_or_a_note_says_what_it_became(tmp_path, typed, value, note):
+    found, read = compiled(tmp_path, "{}", ["+a=%s" % typed])
+    assert read["a"] == value and type(read["a"]) is type(value)
+    notes = [text for text in found.notes if "is read as" in text]
+    assert notes == (["+a=%s is read as %s; if you mean the text: '+a=\"%s\"'" % (typed, note, typed)] if note else [])
+
+
+@pytest.mark.parametrize(("word", "said"), [
+    ("trian.steps=5", "did you mean train.steps? if it is to be new: +trian.steps=..."),
+    ("train.step=5", "did you mean train.steps?"), ("train.Steps=5", "did you mean train.steps?"), ("tran=5", "did you mean train?")])
+def test_a_misspelt_override_is_not_sent(tmp_path, word, said):
+    problem = refusal(compiled, tmp_path, "train: {steps: 1, lr: 2}\ndata: {x: 1}\n", [word])
+    assert problem.what == "the config has no key " + word.split("=")[0] and said in problem.fix
+
+
+def test_a_new_key_is_named_unless_it_is_meant(tmp_path):
+    def config(*words):
+        return compiled(tmp_path, "train: {steps: 1}\nlist: [1]\nname: text\n", words)[0]
+
+    assert "fresh.key is new: the config has no such key" in config("fresh.key=1").notes
+    assert "train.other is new: the config has no such key" in config("train.other=1").notes
+    for word in ("+fresh.key=1", "++fresh.key=1", "+trian.steps=5", "train.steps=2", "++train.steps=2"):
+        found = config(word)
+        assert not [note for note in found.notes if "is new" in note]
+        assert word.split(".")[1].split("=")[0] + ": " + word[-1] in found.text
+    assert "none can be removed with ~" in refusal(config, "~train.steps=").fix
+
+
+def test_values_that_a_person_must_give_are_all_named(tmp_path):
+    text = "a: ???\nb: {c: '???', d: [1, {e: '???'}]}\nf: '${a}'\nrun: {env: {time: '???'}}\n"
+    assert compiled(tmp_path, text, ["a=1"])[0].missing == ("b.c", "b.d.1.e", "run.env.time")
+    assert compiled(tmp_path, text, ["a=1", "b=2", "run.env.time=x"])[0].missing == ()

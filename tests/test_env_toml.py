@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import inside
+import layout
 import pytest
 from layout import recipe, write
 
@@ -395,10 +396,18 @@ def test_executors_that_are_not_here(world, executor):
                                            "use one of local, docker, lepton, dgxcloud, slurm" % executor)
 
 
-def test_an_unknown_key_is_an_error_in_a_section_too(world):
-    world.env("[x]\n" + LOCAL + "node = 2\n")
-    assert refusal(profiles.load,
-                   "x") == "profile x: there is no key 'node'\ndid you mean nodes or node_group or ipc_mode?"
+def test_an_unknown_key_is_named_and_forbids_nothing(world):
+    """Such files are shared with other tools. A config may read it, unless it is or holds a secret."""
+    world.monkeypatch.setenv("MY_TOKEN", "canary-" + "x" * 20)
+    world.env("[x]\n" + LOCAL + "node = 2\nmine = 'for me'\nother_token = 'abcdefgh12345'\ncopied = 'a ${oc.env:MY_TOKEN}'\n")
+    world.yaml("a: ${run.env.mine}\nb: ${run.env.other_token}\nc: ${run.env.copied}\n")
+    plan = world.plan("x")
+    assert "profile x: node is no key of Airlift's, and has no effect; did you mean nodes?" in plan["notes"]
+    assert "profile x: mine is no key of Airlift's, and has no effect" in plan["notes"]
+    assert config_of(plan) == {"a": "for me", "b": "${run.env.other_token}", "c": "${run.env.copied}"}
+    assert "canary" not in json.dumps(plan)
+    world.env("[x]\n" + LOCAL + "packager = 'code'\n")
+    assert "packager is not supported" in refusal(profiles.load, "x"), "what is refused stays so"
     world.env("[x]\n" + LOCAL + "[x.stages.sft]\nbuild_time = '1'\n[x.stages.rl]\nbuild_partition = 'x'\n")
     assert [note.split(": ")[1] for note in profiles.load("x", "sft").notes] == ["build_time has no effect"]
 
@@ -505,3 +514,52 @@ def test_tables_on_lepton_and_pvcs_on_runai(world):
     world.yaml("{}\n")
     world.env(section("dgxcloud", "pvcs", [{"claimName": "c", "path": "/pvc", "existingPvc": True}]))
     assert world.plan("x")["env"]["HF_HOME"] == "/pvc/hf"
+
+
+# ---------------------------------------------------------------- references within a profile
+
+
+def test_a_key_in_another_value_and_numbers_from_variables(world):
+    world.monkeypatch.setenv("N", "3")
+    world.monkeypatch.setenv("WHO", "ada")
+    world.env("[x]\nexecutor = 'slurm'\nnodes = '${env:N}'\ngpus_per_node = '${oc.env:GONE,4}'\nexclusive = '${oc.env:GONE,true}'\n"
+              "user = '${oc.env:WHO}'\nhome = '/lustre/${user}'\nremote_job_dir = '${home}/jobs'\nretries = '${env:GONE}'\n"
+              "startup_commands = ['echo ${user}']\naccount = '${nodes}'\n")
+    profile = profiles.load("x")
+    assert profile.unset == ("GONE",), "a dry run goes on without it"
+    keys = profile.keys
+    assert (keys["nodes"], keys["gpus_per_node"], keys["exclusive"]) == (3, 4, True)
+    assert (keys["remote_job_dir"], keys["account"]) == ("/lustre/ada/jobs", "3") and "retries" not in keys
+    assert keys["startup_commands"] == ["echo ${user}"], "that is the shell's"
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("nodes = '${env:WORD}'", "nodes is 'many'"), ("user = '${user}'", "user contains ${user}, which is not replaced"),
+    ("user = '${account}'\naccount = '${user}'", "which is not replaced"), ("user = '${nobody}'", "user contains ${nobody}")])
+def test_references_that_lead_nowhere(world, text, said):
+    world.monkeypatch.setenv("WORD", "many")
+    world.env("[x]\nexecutor = 'slurm'\nremote_job_dir = '/j'\n%s\n" % text)
+    assert said in refusal(profiles.load, "x")
+
+
+def test_an_empty_default_is_no_missing_key(world):
+    world.env("[x]\nexecutor = 'slurm'\nremote_job_dir = \"${oc.env:GONE,''}\"\n")
+    assert world.plan("x")["recipe"]["name"] == "nano3/sft"
+    assert "profile x reads the value of remote_job_dir, which is not set" in world.say(
+        "nano3", "sft", "x", "--repo-root", world.project)[2]
+
+
+# What OmegaConf 2.4.0 makes of them, with A=a and GONE not set.
+DEFAULTS = ["${oc.env:A}", "${oc.env:A,x}", "${oc.env:GONE,x}", "${oc.env:GONE,${oc.env:A}}", "${oc.env:GONE,${oc.env:GONE,x}}",
+            "${oc.env:GONE,'x y'}", '${oc.env:GONE,"x,y"}', "${oc.env:GONE,''}", "${oc.env:GONE, x }", "p/${oc.env:A}/${oc.env:GONE,q}",
+            "${oc.env:GONE,${oc.env:A}/x}", "${oc.env:A,${oc.env:GONE,x}}", "${oc.env:GONE,12}"]
+
+
+@pytest.mark.parametrize("text", DEFAULTS)
+def test_defaults_are_read_as_omegaconf_reads_them(world, monkeypatch, text):
+    from omegaconf import OmegaConf
+    monkeypatch.syspath_prepend(layout.REPO / "src")
+    from starter.config import fill_references
+    monkeypatch.setenv("A", "a")
+    wanted = OmegaConf.create({"v": text}).v
+    assert profiles.resolve(text, []) == wanted == fill_references(text)

@@ -567,12 +567,15 @@ def test_stages_stop_at_the_first_failure_and_go_on_from_there(place):
     place.nothing_left()
 
 
-def test_an_override_that_no_stage_knows_is_refused_before_anything_starts(place):
+def test_an_override_that_no_stage_knows_is_as_for_one_stage(place):
     stage(place, "nano3/prep", "force: false\n")
     stage(place, "nano3/train", "steps: 9\n")
     refused = place.run("nano3", "prep,train", "local", "stepz=2")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("airlift: no stage has stepz in its config\n")
+    assert (refused.returncode, refused.stdout) == (2, "") and refused.stderr.startswith(
+        "airlift: the config has no key stepz\ndid you mean steps?"), "before anything starts"
+    done = place.run("nano3", "prep,train", "local", "+stepz=2")
+    assert done.returncode == 0 and (place.output / "said").read_text() == (
+        "prep force: false stepz: 2|train steps: 9 stepz: 2|")
 
 
 def test_two_launches_of_one_experiment_are_told_and_a_name_keeps_them_apart(place):

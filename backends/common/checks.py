@@ -73,6 +73,10 @@ def recipe_findings(launch: "Launch") -> Iterator[Finding]:
         state = "failure" if used > limit else "warning" if nearly else "ok"
         fix = "" if state == "ok" else "leave files out with exclude or .airliftignore"
         yield Finding(name, state, said, fix, 3 if used > limit else 0)
+    if launch.config.unread:
+        said = "it refers to %s, which nothing sets" % ", ".join("${%s}" % name for name in launch.config.unread)
+        yield Finding("config", "failure", said,
+                      "set it in the profile or in [wandb] of your env.toml, or override the key that refers to it", 2)
     for note in job.notes:
         yield Finding("note", "warning", note)
 

@@ -18,7 +18,7 @@ import yaml
 
 T = TypeVar("T")
 
-ENV_REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,([^}]*))?\}")
+ENV_REFERENCE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*(?:,([^${}]*))?\}")  # one that holds no other: the innermost
 
 
 class RecipeError(Exception):
@@ -153,6 +153,7 @@ def parse_args(cls: type[T], argv: Sequence[str]) -> T:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=500")
     args = parser.parse_args(argv)
     values = read_yaml(args.config)
+    values.pop("artifacts", None)  # of an env.toml that is shared with NVIDIA's recipes
     values.pop("run", None)  # for the launcher, not for us
     for override in args.overrides:
         apply_override(values, override)
@@ -202,7 +203,8 @@ def fill_references(value: Any, where: str = "") -> Any:
 
     def lookup(match: re.Match[str]) -> str:
         name, default = match.groups()
-        found = os.environ.get(name, default)
+        quoted = re.fullmatch(r"\s*(['\"])(.*)\1\s*", default or "", re.DOTALL)
+        found = os.environ.get(name, quoted.group(2) if quoted else default and default.strip())
         if found is None:
             raise RecipeError(
                 f"{where} needs the environment variable {name}, which is not set.\n"
@@ -210,7 +212,9 @@ def fill_references(value: Any, where: str = "") -> Any:
             )
         return found
 
-    filled = manifest.fill(ENV_REFERENCE.sub(lookup, value), where)
+    for _ in range(value.count("${oc.env:")):  # the innermost first
+        value = ENV_REFERENCE.sub(lookup, value)
+    filled = manifest.fill(value, where)
     if isinstance(filled, str) and "${" in filled:
         raise RecipeError(
             f"{where}: cannot resolve {filled!r}.\nThis recipe knows ${{oc.env:NAME}} and ${{manifest:DIR,key}} only."
