@@ -251,10 +251,10 @@ def _dotted(omegaconf: Any, config: Any, overrides: list[str], notes: list[str])
     none, and for a new key that looks like a misspelt one. Notes name new keys, and texts that YAML changes."""
     result = omegaconf.OmegaConf.create()
     for override in overrides:
-        if not re.match(r"(\+\+?)?[^=+~.\s]+(\.[^=+~.\s]+)*=", override):
-            raise Refusal("the override %r names no setting" % override, "overrides are KEY=VALUE with dots between "
-                          "names; + before a key says that it is new, and none can be removed with ~")
         key, _, text = override.partition("=")
+        if not re.fullmatch(r"(\+\+?)?[^=+~.\s]+(\.[^=+~.\s]+)*", key):
+            raise Refusal("the override '%s=' names no setting" % key, "overrides are KEY=VALUE with dots between "
+                          "names; + before a key says that it is new, and none can be removed with ~")
         try:
             value = _typed(text)
             omegaconf.OmegaConf.update(result, key.lstrip("+"), value)

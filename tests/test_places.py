@@ -42,5 +42,5 @@ def test_outputs_survive_the_pod_and_are_found_by_the_next_launch(tmp_path: Path
         assert "kept for the pod: ${art:data,path} ${manifest:/data,train} nano3-sft-data:latest" in done.stdout
         assert "blend.json {}" in done.stdout
     run_root = folder / "output" / "nano3"
-    assert sorted(os.listdir(run_root)) == ["by-variable", "nano3-sft-model", "output", "runs"]
+    assert sorted(os.listdir(run_root)) == ["by-variable", "nano3-sft-model", "output", "runs", "work"]
     assert len(os.listdir(run_root / "runs")) == 2

@@ -117,19 +117,22 @@ def test_a_task_unpacks_on_its_own_disk(tmp_path: Path) -> None:
 def test_what_a_killed_task_left_goes_with_the_next_one(tmp_path: Path) -> None:
     _, argv = sent(tmp_path, command="echo $AIRLIFT_CODE; echo READY; sleep 30")
     scratch = tmp_path / "scratch"
-    for name in ("airlift-t23456-abcdefgh", "airlift-other", "mine"):
+    top = scratch / ("airlift-%d" % os.geteuid())
+    for name in (top.name + "/0123456789abcdef", "airlift-other", "mine"):
         layout.write(scratch / name / "code/x", "")
+    top.chmod(0o700)
     env = {"PATH": support.PATH, "TMPDIR": str(scratch), "SLURM_NODEID": "0"}
     with subprocess.Popen([sys.executable, *argv[1:]], stdout=subprocess.PIPE, env=env, text=True) as first:
         assert first.stdout and "airlift: rank 0 of 1" in first.stdout.readline()
         alive = Path(first.stdout.readline().strip())
-        assert sorted(path.name for path in scratch.iterdir()) == sorted(["airlift-other", "mine", alive.parent.name])
+        assert list(top.iterdir()) == [alive.parent]
         with subprocess.Popen([sys.executable, *argv[1:]], stdout=subprocess.PIPE, env=env, text=True) as second:
             assert second.stdout and [second.stdout.readline() for _ in range(2)] and alive.is_dir()
             second.terminate()
         assert second.returncode == 143 and alive.is_dir()
         first.terminate()
-    assert sorted(path.name for path in scratch.iterdir()) == ["airlift-other", "mine"]
+    assert sorted(path.name for path in scratch.iterdir()) == sorted([top.name, "airlift-other", "mine"])
+    assert not list(top.iterdir())
 
 
 @pytest.mark.parametrize("name, code", [("pod.py", 80), ("airlift.json", 81), ("tree.tar.gz", 81)])
