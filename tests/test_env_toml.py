@@ -398,7 +398,7 @@ def test_executors_that_are_not_here(world, executor):
 def test_an_unknown_key_is_an_error_in_a_section_too(world):
     world.env("[x]\n" + LOCAL + "node = 2\n")
     assert refusal(profiles.load,
-                   "x") == "profile x: there is no key 'node'\ndid you mean nodes or node_group or ipc_mode?"
+                   "x") == "profile x: there is no key 'node'\ndid you mean nodes or node_group or include?"
     world.env("[x]\n" + LOCAL + "[x.stages.sft]\nbuild_time = '1'\n[x.stages.rl]\nbuild_partition = 'x'\n")
     assert [note.split(": ")[1] for note in profiles.load("x", "sft").notes] == ["build_time has no effect"]
 

@@ -61,7 +61,7 @@ REFUSALS = [
      "only {script} and {config} are filled in; double other braces"),
     ("nano3 sft run.env.compression=zip", "run.env.compression is 'zip'", "it must be xz or gz"),
     ("nano3 sft run.env.unpack=shred", "run.env.unpack is 'shred'", "it must be local or shared"),
-    ("nano3 sft run.env.nodez=2", "there is no key run.env.nodez", "did you mean nodes or node_group?"),
+    ("nano3 sft run.env.nodez=2", "there is no key run.env.nodez", "did you mean nodes or node_group or include?"),
     ("nano3 sft x+=[5]", "the override 'x+=[5]' names no setting", "overrides are KEY=VALUE with dots between names"),
     ("nano3 sft run.env.secrets.T=vault:x", "secrets.T is not a reference that local supports", 'write "env"'),
     ("nano3 sft run.env.secrets.UNSET_HERE=env", "secret UNSET_HERE is not set here",
