@@ -227,17 +227,16 @@ def as_json(launch: "Launch", refused: str) -> dict[str, Any]:
 
 
 # Names of variables and of config keys, as words_like_this: what belongs to models and data, like the tokens of a
-# vocabulary; an end that only tells about a secret; and secrets.
+# vocabulary, or only tells about a secret; and secrets.
 HARMLESS = re.compile(r"""(?:^|_)(?:(?:[be]o[a-su-z]|eot|pad(?:ding)?|unk|mask|cls|sep|special|stop|start|end|begin|next
     |prev|last|first|per|num|number|n|max|min|any|prompt|think(?:ing)?|reasoning|tool|call|assistant|im|image|img|video
     |audio|vision|text|fim|prefix|suffix|middle|placeholder|extra|added|turn|target|draft|word|sub|byte|by|single|multi
     |context|newline|response|loss|seq|query|output|input|generated|page|continuation|patch|null|empty|answer|role|space
     |time(?:stamp)?|lang(?:uage)?|unused|reserved|delimiter|sampled)_token|token_(?:ids?|drop|shift|mix|merg|rout|prun|emb
     |per|wise|group|batch|by)[a-z]*|(?:forward|backward|first|second|single|two|multi|one|last|num|per|all|test)_pass
-    )(?=_|$)""", re.VERBOSE)
-TELLS = re.compile(r"_(?:paths?|files?|dir|folder|names?|env|var|type|kind|mode|class|order|len|length|size|count|limit"
-                   r"|level|loss|rate|ratio|ttl|timeout|expir\w+|format|policy|(?<!webhook_)url|endpoint|host|port|header|field"
-                   r"|version|enabled|required|strategy|method|provider|store|manager|backend|budget|weights?|sock)$")
+    )(?=_|$)|.*_(?:paths?|files?|dir|folder|names?|env|var|type|kind|mode|class|order|len|length|size|count|limit|level
+    |loss|rate|ratio|ttl|timeout|expir\w+|format|policy|(?<!webhook_)url|endpoint|host|port|header|field|version|enabled
+    |required|strategy|method|provider|store|manager|backend|budget|weights?|sock)$""", re.VERBOSE)
 SECRET = re.compile(r"""pass_?(?:word|wd|phrase|code)(?!less)|secret(?!ar|ion)|credential
     |(?:^|_)(?:auth|access|api|hf|gh|git|bearer|refresh|id|session|csrf|bot|user|slack|wandb)?token(?:_|\d|$)
     |(?:^|_)(?:api|access|auth|bearer|refresh|hf)_tokens
@@ -255,7 +254,7 @@ OPEN = re.compile(r"(?i:true|false|yes|no|none|null|[01]?)|<unset [^>]*>|\$\{[^}
 def secret_name(name: str) -> bool:
     """Whether a variable, or a key of a config, has by its name a secret for a value."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[^A-Za-z0-9]+", "_", name).lower().strip("_")
-    return name != "PWD" and bool(SECRET.search(HARMLESS.sub("", words))) and not TELLS.search(words)
+    return name != "PWD" and bool(SECRET.search(HARMLESS.sub("", words)))
 
 
 def masked(value: Any, named: bool = False) -> Any:

@@ -91,7 +91,7 @@ NEVER_SOURCE = re.compile(r"""
       |ipynb_checkpoints|virtual_documents)|\.coverage(\..*)?|.*\.(py[cod]|egg-info))
   | (?P<left_by_a_program>\.\#.*|\#.*\#|.*~|\.~.*|~\$.*|\..*\.sw[a-p]|.*\.(sw[op]|kate-swp|orig|rej|bak)|4913  # editors
       |\.(idea|vscode|history)|.*___jb_(tmp|old|bak)___|.*\.py\.save(\.\d+)?|\.goutputstream-.*
-      |.*[._](BACKUP|BASE|LOCAL|REMOTE)[._]\d+(\.\w+)?|(vg)?core\.\d+  # merges, crashes
+      |.*[._](BACKUP|BASE|LOCAL|REMOTE)[._]\d{4,}\.\w+|(vg)?core\.\d+  # merges, crashes
       |\.nfs[0-9a-f]{8,}|\.fuse_hidden.*|\.snapshots?|lost\+found|\.Trash.*|@eaDir|\.directory  # file systems
       |\._.*|\.DS_Store|\.AppleDouble|__MACOSX|Thumbs\.db|desktop\.ini|.*[:\uf03a]Zone\.Identifier
       |\.st(folder|versions|ignore)|(\.syncthing\.|~syncthing~|\.dropbox).*|\.rsync-partial  # copiers
@@ -119,9 +119,8 @@ CREDENTIAL_HINTS = (b"hf_", b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_", b"githu
                     b"xox", b"glpat-", b"PRIVATE KEY")
 
 
-# Keys of documentation and tests; the last one is GitHub's.
 EXAMPLE = re.compile(rb"(.)\1{7}|example|placeholder|changeme|redacted|your|dummy|0123456789|1234567890|abcdefgh"
-                     rb"|16C7e42F292c6912E7710c838347Ae178B4a", re.IGNORECASE | re.DOTALL)
+                     rb"|16C7e42F292c6912E7710c838347Ae178B4a", re.IGNORECASE | re.DOTALL)  # GitHub's own, at last
 MODULES = (".py", ".pyx", ".sh")  # a job breaks without one
 
 
@@ -213,15 +212,14 @@ def never_source(name: str, folder: str = "") -> str:
     """What is never source, by its name or by what `folder`, the place of a folder, holds; "" for all else."""
     if found := NEVER_SOURCE.fullmatch(name):
         return str(found.lastgroup).replace("_", " ")
-    marks = MARKS if folder else ()
-    return next((MARKS[mark] for mark in marks if os.path.exists(os.path.join(folder, mark))), "")
+    return next((MARKS[mark] for mark in MARKS if folder and os.path.exists(os.path.join(folder, mark))), "")
 
 
 def _ruling(patterns: tuple[str, ...], path: str) -> str:
     """The last pattern that fits a path, "" without one: with `/` the whole of it, else its last name."""
-    bare = [(pattern, pattern.removeprefix("!").strip("/")) for pattern in reversed(patterns)]
-    return next((pattern for pattern, plain in bare if fnmatch.fnmatchcase(
-        path if "/" in plain else path.rpartition("/")[2], plain)), "")
+    name = path.rpartition("/")[2]
+    return next((pattern for pattern in reversed(patterns) if fnmatch.fnmatchcase(
+        path if "/" in pattern.strip("!/") else name, pattern.removeprefix("!").strip("/"))), "")
 
 
 class _Walk:
@@ -266,10 +264,11 @@ class _Walk:
         reason = next(filter(None, (self._reason(each, os.path.join(root, each)) for each in above)), "")
         if not real.startswith(root + "/") or not os.path.isfile(real) or os.path.getsize(real) > MAX_NAMED:
             reason = reason or "outside of src, and no file of up to " + human(MAX_NAMED)
-        self.left_out += [(path, reason)] * bool(reason)
-        if not reason:
-            self._file(path, real)
-            self.asked.append(path)
+        if reason:
+            self.left_out.append((path, reason))
+            return
+        self.asked.append(path)
+        self._file(path, real)
 
     def _item(self, path: str, real: str) -> None:
         if reason := self._reason(path, real):
@@ -298,8 +297,8 @@ class _Walk:
             return "another family" * (bool(self.family) and self._other_family(path.split("/"), real))
         if name.endswith(DATA_SUFFIXES):
             return "data or model file"
-        named = not path.startswith("src/")
-        return "documentation" * (not named and any(fnmatch.fnmatchcase(name, pattern) for pattern in DOCUMENTS))
+        read = path.startswith("src/") and any(fnmatch.fnmatchcase(name, pattern) for pattern in DOCUMENTS)
+        return "documentation" if read else ""
 
     def _other_family(self, parts: list[str], real: str) -> bool:
         name = parts[-1]

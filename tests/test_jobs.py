@@ -237,6 +237,14 @@ def test_a_token_that_is_set_but_not_sent_is_mentioned(monkeypatch):
         "HF_TOKEN is sent by value, in the job's environment"]
 
 
+def test_a_variable_that_is_named_like_a_secret_is_mentioned_where_it_is_a_plain_one():
+    plain = {"DB_PWD": "x", "TOKENIZER_PATH": "/x", "EMPTY_TOKEN": "", "IN_TOKEN": "x"}
+    note = "DB_PWD is sent as a plain variable; in [secrets] it would stay out of files and records"
+    for executor in ("local", "docker", "lepton", "dgxcloud"):
+        assert note in jobs.check_secrets({"IN_TOKEN": "env"}, executor, plain)[1]
+    assert not [said for said in jobs.check_secrets({}, "slurm", plain)[1] if "plain variable" in said], "there it is a secret"
+
+
 # ---------------------------------------------------------------- through the launcher
 
 

@@ -150,7 +150,7 @@ def test_what_is_not_a_file_is_passed_over_or_named(tmp_path):
 
 
 @pytest.mark.parametrize("copy", [
-    ".ipynb_checkpoints/train-checkpoint.py", ".#train.py", "#train.py#", "train_BASE_12.py", ".history/train_2024.py", "._train.py",
+    ".ipynb_checkpoints/train-checkpoint.py", ".#train.py", "#train.py#", "train_BASE_1234.py", ".history/train_2024.py", "._train.py",
     "train (me's conflicted copy).py", "train.sync-conflict-2024.py", ".snapshot/hourly/train.py", "env/pyvenv.cfg", "__MACOSX/train.py",
     "../../../../.ipynb_checkpoints/recipes/train.py", "../../../../nemotron.orig/recipes/nano3/sft/train.py"])
 def test_what_programs_leave_behind_is_no_recipe(tmp_path, copy):

@@ -96,8 +96,8 @@ LEFT_BEHIND = {
     "left by a program": [
         ".a.py.swp", ".a.py.swo", "a.py.swp", "a.py~", "a.py.~1~", ".#a.py", "#a.py#", "4913", ".a.py.kate-swp", ".~a.ipynb",
         ".~lock.a.csv#", "~$a.docx", "a.py.save", "a.py.save.1", "a.py___jb_tmp___", "a.py___jb_old___", ".idea/x", ".vscode/x",
-        ".history/a_2024.py", ".goutputstream-AB12CD", "a.py.orig", "a.py.rej", "a.bak", "a_LOCAL_123.py", "a_BASE_123.py",
-        "a.py.REMOTE.9.py", "core.4711", "vgcore.1", ".nfs00000000a1b2c3d400000001", ".fuse_hidden0000a1", ".snapshot/x.py",
+        ".history/a_2024.py", ".goutputstream-AB12CD", "a.py.orig", "a.py.rej", "a.bak", "a_LOCAL_12345.py", "a_BASE_1234.yaml",
+        "a.py.REMOTE.9123.py", "core.4711", "vgcore.1", ".nfs00000000a1b2c3d400000001", ".fuse_hidden0000a1", ".snapshot/x.py",
         "lost+found/x", ".Trash-1000/x.py", "@eaDir/x", ".directory", "._a.py", ".DS_Store", "__MACOSX/a.py", ".AppleDouble/a.py",
         "Thumbs.db", "desktop.ini", "a.py:Zone.Identifier", "a.py\uf03aZone.Identifier", ".stfolder/x", ".stversions/a.py",
         ".syncthing.a.py.tmp", "~syncthing~a.py.tmp", "a.sync-conflict-20240101-120000-ABCDEFG.py", ".dropbox.cache/a.py",
@@ -122,7 +122,7 @@ def test_what_is_never_source_stays_and_is_listed(repo: Path, reason: str, place
 
 @pytest.mark.parametrize("place", [
     "venv/__init__.py", "env/x.py", "core/x.py", "core.py", "cache/x.py", "history/x.py", "build/x.py", "dist/x.py", "snapshot.py",
-    ".env.example", ".env.sample", ".gitignore", ".dockerignore", "x.original.py", "backup.py", "base_1.py", "LOCAL_1.py",
+    ".env.example", ".env.sample", ".gitignore", ".dockerignore", "x.original.py", "backup.py", "base_1.py", "LOCAL_1.py", "qwen_BASE_72.yaml", "x_BASE_1000/x.py",
     "rejects.py", "a_base_12.py", "__main__.py", "swp.py", "conflict.py", "4913.py", ".hidden.yaml", "#notes.txt", "a#b.py",
     "thumbs.py", "TRASH.py", ".pre-commit.config.sample", "venv/bin/x.py", "vgcore.py",
 ])
