@@ -153,10 +153,15 @@ def cancel(run: Run) -> str:
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     """What a pod needs here: programs, space, GPUs."""
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", os.defpath)
-    for tool in ("python3", "bash", *(["torchrun"] if job and job.description["launch"] == "torchrun" else [])):
+    tools = [job.description["tool"], *["ray"] * (job.description["launch"] == "ray")] if job else []
+    for tool in dict.fromkeys(["python3", "bash", *filter(None, tools)]):
         program = shutil.which(tool, path=path)
+        lacks = "warning" if tool in tools and job and job.description["setup"] else "failure"  # which may bring it
         yield Finding(tool, "ok", program) if program else Finding(
-            tool, "failure", "is not in the PATH", "install it, or run make setup", 2)
+            tool, lacks, "is not in the PATH", "install it, or run make setup", 2)
+    cores, pods = len(os.sched_getaffinity(0)), job.nodes if job else 1
+    yield Finding("cores", "ok" if pods <= cores else "warning" if pods <= 4 * cores else "failure",
+                  "%d here, for %d pods" % (cores, pods), "use fewer: --nodes %d" % cores, 2 if pods > 4 * cores else 0)
     base = Path(workspace(settings) or tempfile.gettempdir())
     for name, place in (("scratch", Path(tempfile.gettempdir())), ("workspace", base)):
         here = next(folder for folder in (place, *place.parents) if folder.exists())

@@ -40,7 +40,7 @@ def checkout(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("AIRLIFT_HOME", str(home / "airlift"))
     for name in list(os.environ):
-        if name.startswith(("LEPTON_", "RUNAI_", "SLURM_")) or name in jobs.TOKENS:
+        if name.startswith(("LEPTON_", "RUNAI_", "SLURM_")) or name in jobs.TOKENS or jobs.LOOKS_NEEDED.match(name):
             monkeypatch.delenv(name)
     return root
 

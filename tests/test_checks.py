@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 from cloud import EMULATED, PLATFORMS, cloud
+from inside import checkout, speaker
 from test_local import Place
 
 import jobs
 from backends import docker, local, slurm
 from backends.common import checks
-from tests import support
+from tests import layout, support
 from transport import Refusal
 
 ORDER = {
@@ -170,7 +171,7 @@ def states(findings):
 
 def test_this_machine(tmp_path, monkeypatch):
     found = states(local.probe({"workspace": str(tmp_path / "new/output")}, None))
-    assert found == dict.fromkeys(["python3", "bash", "scratch", "workspace"], "ok")
+    assert found == dict.fromkeys(["python3", "bash", "cores", "scratch", "workspace"], "ok")
     assert states(local.probe({"gpus_per_node": 4096}, None))["GPUs"] == "failure"
     (tmp_path / "bin").mkdir()
     monkeypatch.setattr(local.sys, "executable", str(tmp_path / "bin/python3"))
@@ -215,3 +216,64 @@ def test_a_look_that_is_refused_is_a_failure(word):
 
     found = checks.finding("x", look, "fine")
     assert (found.state, found.said, found.code) == ((word, "no", 4) if word == "failure" else (word, "fine", 0))
+
+
+# ---------------------------------------------------------------- what must fail is not expected to work
+
+
+@pytest.fixture
+def asked(capsys, monkeypatch, tmp_path):
+    """(exit code, findings by name, the last line) of `check` for a recipe of this machine."""
+    root, say = checkout(tmp_path, monkeypatch), speaker(capsys)
+    monkeypatch.delenv("NETRC", raising=False)
+
+    def ask(*words, yaml="{}\n", **fields):
+        layout.recipe(root, "nano3/sft", path="src/nemotron/recipes/nano3/stage1_sft/train.py", yaml=yaml,
+                      **({"nodes": 1, "gpus": 0, "launch": "python"} | fields))
+        code, out, _ = say("check", "nano3", "sft", "local", *words, "--json")
+        found = {one["what"]: (one["state"], one["said"]) for one in json.loads(out)}
+        return code, found, say("check", "nano3", "sft", "local", *words)[1].splitlines()[-1]
+
+    return ask
+
+
+def test_a_launch_that_can_be_expected_to_work(asked):
+    code, _, last = asked()
+    assert (code, last) == (0, "a launch can be expected to work")
+
+
+def test_a_tool_that_is_not_here(asked, monkeypatch):
+    monkeypatch.setattr(local.shutil, "which", lambda tool, path: None if tool in ("uv", "ray") else "/bin/" + tool)
+    code, found, last = asked(cmd="uv run python {script} --config {config}", launch="ray")
+    assert code == 2 and found["uv"] == found["ray"] == ("failure", "is not in the PATH")
+    assert last == "a launch cannot be expected to work: uv, ray"
+    code, found, last = asked("run.env.startup_commands=[pip install uv ray]", cmd="uv run python {script}", launch="ray")
+    assert code == 0 and found["uv"][0] == "warning" and last == "a launch may work, but look at: uv, ray"
+
+
+def test_more_pods_than_this_machine_can_hold(asked, monkeypatch):
+    monkeypatch.setattr(local.os, "sched_getaffinity", lambda pid: {0, 1})
+    assert asked("--nodes", "2")[1]["cores"] == ("ok", "2 here, for 2 pods")
+    assert asked("--nodes", "8")[1]["cores"][0] == "warning"
+    code, found, _ = asked("--nodes", "109")
+    assert code == 2 and found["cores"] == ("failure", "2 here, for 109 pods")
+
+
+def test_wandb_without_a_key(asked, tmp_path):
+    yaml = "run: {wandb: {project: p}}\n"
+    code, found, _ = asked(yaml=yaml)
+    assert code == 2 and found["W&B"] == ("failure", "run.wandb.project is set, and no WANDB_API_KEY is sent")
+    assert "W&B" not in asked("run.env.env_vars.WANDB_MODE=offline", yaml=yaml)[1]
+    layout.write(tmp_path / "home/.netrc", "machine api.wandb.ai login user password %s\n" % ("k" * 40))
+    code, found, _ = asked(yaml=yaml)
+    assert code == 0 and found["W&B"] == ("ok", "a key is in %s" % (tmp_path / "home/.netrc"))
+
+
+def test_a_reference_that_nothing_sets(asked):
+    code, found, _ = asked(yaml="logger: ${run.wandb.entity}\n")
+    assert code == 2 and found["config"] == ("failure", "it refers to ${run.wandb.entity}, which nothing sets")
+
+
+def test_a_value_that_a_person_must_give(asked):
+    code, found, _ = asked(yaml="a: '???'\n")
+    assert code == 2 and "the config wants a value for a" in found["job"][1]

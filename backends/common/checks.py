@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import backends
 from backends import Finding
-from jobs import is_mounted, require_image, secret_values, workspace
+from jobs import is_mounted, login, require_image, secret_values, workspace
 from profiles import FOLDER, Profile
 from transport import Refusal, human
 
@@ -73,12 +73,27 @@ def recipe_findings(launch: "Launch") -> Iterator[Finding]:
         state = "failure" if used > limit else "warning" if nearly else "ok"
         fix = "" if state == "ok" else "leave files out with exclude or .airliftignore"
         yield Finding(name, state, said, fix, 3 if used > limit else 0)
+    yield from wandb_finding(job)
     if launch.config.unread:
         said = "it refers to %s, which nothing sets" % ", ".join("${%s}" % name for name in launch.config.unread)
         yield Finding("config", "failure", said,
                       "set it in the profile or in [wandb] of your env.toml, or override the key that refers to it", 2)
     for note in job.notes:
         yield Finding("note", "warning", note)
+
+
+def wandb_finding(job: Any) -> Iterator[Finding]:
+    """Whether W&B has a key, where it is on. On Slurm a login may have one."""
+    env = job.description["defaults"] | job.description["env"]
+    if "WANDB_PROJECT" not in env or env.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    here = job.executor == "local" and login("WANDB_API_KEY")[1]
+    if "WANDB_API_KEY" in {*env, *job.secrets} or here:
+        yield Finding("W&B", "ok", "a key is in " + here if here else "a key is sent")
+        return
+    state = "warning" if job.executor == "slurm" else "failure"
+    yield Finding("W&B", state, "run.wandb.project is set, and no WANDB_API_KEY is sent",
+                  'add WANDB_API_KEY = "env" or "login" to [secrets], or WANDB_MODE = "offline" to env_vars', 2)
 
 
 def image_finding(settings: dict[str, Any], job: Any) -> Finding:
