@@ -176,3 +176,15 @@ def test_any_breaks_and_rotations_neither_repeat_nor_lose_lines(size, data):
         streams.append(log[first:end])
         seen = end
     assert shown(*streams) == log
+
+
+@ON_BOTH_IN_TIME
+def test_a_progress_bar_is_seen_live(here):
+    """It only moves with carriage returns, and never ends a line."""
+    here.recipe("import sys, time\nfor i in range(3000):\n    sys.stderr.write('\\rstep %d of 3000' % i)\n    sys.stderr.flush()\n"
+                "    time.sleep(0.02)\n")
+    launcher = here.process("nano3", "sft", here.kind, "--repo-root", here.root)
+    while "step 0 of 3000\n" not in launcher.stdout.readline():
+        pass
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(20) == 0

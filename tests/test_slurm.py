@@ -288,6 +288,21 @@ def test_each_task_finds_its_own_rank_and_what_was_sent(laptop: Person, image: s
 
 
 @slow
+def test_a_progress_bar_becomes_lines_in_slurms_log(login: Person) -> None:
+    login.recipe("bar", """
+        import sys, time
+        for i in range(100):
+            sys.stderr.write("\\rstep %d of 100" % i)
+            sys.stderr.flush()
+            time.sleep(0.02)
+        """)
+    done = login.launch("bar")
+    assert done.returncode == 0, done.stdout + done.stderr
+    bars = [line for line in done.stdout.splitlines() if "of 100" in line]
+    assert bars[0] == "step 0 of 100" and bars[-1] == "step 99 of 100" and len(bars) < 4 and "\r" not in done.stdout
+
+
+@slow
 def test_a_rank_that_dies_ends_the_job_with_its_code(login: Person) -> None:
     login.recipe("die", """
         import os, sys, time
