@@ -98,6 +98,10 @@ def settings_for(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict
     if "mounts" in profile.stage or "mounts" in forced:  # these replace all others
         theirs, ours = [], settings.get("mounts") or []
     settings["mounts"] = _mounts(theirs, ours, profile.executor, notes)
+    if settings.get("pvcs"):  # with false, a misspelt claim would become a new, empty volume
+        notes += ["the claim %s is taken as one that is there, since existingPvc is left out" % volume.get("claimName")
+                  for volume in settings["pvcs"] if "existingPvc" not in volume]
+        settings["pvcs"] = [{"existingPvc": True} | volume for volume in settings["pvcs"]]
     settings |= {key: _count(key, settings[key]) for key in COUNTS if key in settings}
     anchor(settings, profile.executor)
     settings["nproc"] = settings.get("nproc_per_node", settings["gpus_per_node"]) or 1

@@ -171,8 +171,8 @@ def check(job: Job, plan: Plan) -> None:
         raise Refusal('gpus_per_node is "gpu"', "run:AI needs a number; set gpus_per_node in the profile")
     for volume in job.settings.get("pvcs") or []:
         missing = [key for key in ("claimName", "path") if not volume.get(key)]
-        missing += ["existingPvc"] if not isinstance(volume.get("existingPvc"), bool) else []
-        if missing:  # without existingPvc a misspelt claim becomes a new, empty volume
+        missing += ["existingPvc"] if not isinstance(volume["existingPvc"], bool) else []
+        if missing:
             raise Refusal("a pvc lacks %s: %s" % (", ".join(missing), volume),
                           'like: { claimName = "data", path = "/data", existingPvc = true }')
     base = workspace(job.settings)

@@ -67,7 +67,6 @@ def test_a_project_that_is_not_there_and_one_on_the_third_page(here):
 
 
 @pytest.mark.parametrize(("volume", "words"), [
-    ({"claimName": "workspace", "path": "/shared"}, "lacks existingPvc"),  # a misspelt claim would be made, empty
     ({"claimName": "workspace", "path": "/shared", "existingPvc": "yes"}, "lacks existingPvc"),
     ({"existingPvc": True}, "lacks claimName, path"),
     ({"claimName": "workspace", "path": "/other", "existingPvc": True}, "/shared/airlift is on none of the pvcs"),
@@ -78,9 +77,12 @@ def test_volumes_are_checked_before_anything_is_sent(here, volume, words):
     assert result.code == 2 and words in result.err and here.server.requests == []
 
 
-def test_a_claim_that_is_not_there(here):
-    here.profile(pvcs=[{"claimName": "workspase", "path": "/shared", "existingPvc": True}])
+@pytest.mark.parametrize("volume", [{"existingPvc": True}, {}])
+def test_a_claim_that_is_not_there(here, volume):
+    """Without existingPvc it is taken as one that is there: a misspelt one would be made, and empty."""
+    here.profile(pvcs=[{"claimName": "workspase", "path": "/shared"} | volume])
     result = here.launch()
+    assert bool(volume) != ("workspase is taken as one that is there" in result.out)
     assert result.code == 4 and 'PVC "workspase" does not exist' in result.err
 
 
