@@ -426,18 +426,24 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _values(table: dict[str, Any], keys: dict[str, Any], unset: list[str]) -> dict[str, Any]:
     """A profile's table with references read: `${KEY}`, another key of it, and variables, which may give numbers. A
     number whose variable is not set is left out, for a dry run."""
-    def own(value: Any, depth: int = 10) -> Any:
+    def named(match: re.Match[str]) -> str:
+        found = keys.get(match.group(1))
+        return str(found) if isinstance(found, (str, int, float)) else match.group(0)
+
+    def own(value: Any) -> Any:
         if isinstance(value, list):
-            return [own(item, depth) for item in value]
-        if not isinstance(value, str) or not depth:
-            return value
-        return re.sub(r"\$\{(\w+)\}", lambda match: str(own(keys[match.group(1)], depth - 1)) if isinstance(
-            keys.get(match.group(1)), (str, int, float)) else match.group(0), value)
+            return [own(item) for item in value]
+        for _ in range(10 * isinstance(value, str)):  # a key may name another; those that go round stay, and are told
+            if "${" not in value or len(value) > 1 << 16:
+                break
+            value = re.sub(r"\$\{(\w+)\}", named, value)
+        return value
 
     result = {}
     for key, value in table.items():
         found = resolve(value if key in FREE_TEXT else own(value), unset)
-        if found != value and key in KEYS and KEYS[key].kind in ("int", "whole", "count", "bool"):
+        kind = KEYS[key].kind if key in KEYS and isinstance(found, str) and found != value else ""
+        if kind in ("int", "whole", "count", "bool"):
             if found.startswith("<unset "):
                 continue
             whole = re.fullmatch(r"[0-9]{1,9}", found)
