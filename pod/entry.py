@@ -115,7 +115,8 @@ def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: in
         from pod import ray_nodes
         job = dict(job, command=ray_nodes.command_for(job, places, rank, env))
     given = recipe_env(env, job, places, rank)
-    if len(given.get("TMPDIR", "")) > 30 and "RAY_TMPDIR" not in given and job.get("cluster") != "pods":
+    told = {"RAY_TMPDIR", "RAY_ADDRESS"} & set(given)  # who joins a cluster finds its sockets by its own folder
+    if len(given.get("TMPDIR", "")) > 30 and not told and not job.get("cluster"):
         given["RAY_TMPDIR"] = places.short = own_place("ray", {})  # Ray adds 72 bytes, and a socket's path has 107
     kept = sorted(name for name in job.get("defaults", {}) if name in env and name not in job["env"])
     if kept and not rank:
