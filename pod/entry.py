@@ -48,9 +48,8 @@ def main() -> int:
     finally:
         if pod.shared:
             pod.shared.release()
-        if pod.places:
-            shutil.rmtree(pod.places.short, ignore_errors=True)
-            shutil.rmtree(pod.places.base if pod.places.goes else pod.places.own, ignore_errors=True)
+        for folder in pod.places.ending() if pod.places else []:
+            shutil.rmtree(folder, ignore_errors=True)
     say("rank %s ended with exit code %d" % (pod.rank, code))  # the launcher looks for this line in the logs
     return code
 
@@ -81,6 +80,7 @@ class Pod:
             job = dict(job, nodes=1, on_cluster=job["nodes"], stays=bool(more))
         # On a cluster of the platform's the same on every node: workers look for the source where the driver has it.
         places = self.places = Places(job, {} if driver else env, goes=bool(manifest))
+        places.staged = os.path.dirname(more[0]) if driver and more else ""
         if job.get("unpack") == "shared":
             from pod.shared import SharedTree
             self.shared = SharedTree(job, env, rank, tar)

@@ -32,7 +32,7 @@ class Places:
     def __init__(self, job: dict, env: dict[str, str], base: str = "", goes: bool = False) -> None:
         self.env, self.digest = env, job["tree"]["sha256"]
         self.own = ""  # a folder of files that are for this start of the pod alone
-        self.short = ""  # a folder for Ray's sockets
+        self.short = self.staged = ""  # a folder for Ray's sockets; the one that a driver on a cluster came in
         self.goes = goes  # with this pod, since nobody else removes it from a node's /tmp
         self.kept = bool(job.get("run_root"))
         self.run_root = job.get("run_root") or ""
@@ -43,6 +43,10 @@ class Places:
         self.base, self.code = base, os.path.join(base, "code")
         self.config = os.path.join(base, "config.yaml")
         self.run_root = self.run_root or (base and os.path.join(base, "output"))
+
+    def ending(self) -> list[str]:
+        """The folders that go with this start of the pod."""
+        return [folder for folder in (self.base if self.goes else self.own, self.short, self.staged) if folder]
 
     @property
     def work(self) -> str:

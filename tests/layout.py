@@ -83,6 +83,7 @@ def flat_folder(folder):
 
 
 def launcher(folder, *words, python=sys.executable, timeout=60, **options):
-    """Run launch.py of `folder` as a process of its own."""
+    """Run launch.py of `folder` as a process of its own, standing in it."""
+    options.setdefault("cwd", folder)
     return subprocess.run([python, str(folder / "launch.py"), *map(str, words)], capture_output=True,
                           stdin=subprocess.DEVNULL, timeout=timeout, **{"text": True, **options})

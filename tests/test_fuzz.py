@@ -118,7 +118,7 @@ def test_any_words(world, first, words):
             assert done.code == 0 and {"-h", "--help"} & set(words)
             return
     assert code in (0, 2, 3) and len(said.getvalue().splitlines()) == (2 if code else 0), said.getvalue()
-    assert "a bug" not in said.getvalue()
+    assert "airlift: a bug" not in said.getvalue()
     tried("words", code)
 
 
@@ -144,7 +144,7 @@ def whole_profile(profile):
         patch.setattr("sys.stderr", said)
         patch.setattr("sys.stdout", io.StringIO())
         code = launch.main(["nano3", "sft", profile, "--json", "--repo-root", os.getcwd()])
-    assert "a bug" not in said.getvalue(), said.getvalue()
+    assert "airlift: a bug" not in said.getvalue(), said.getvalue()
     assert code in (0, 2, 3) and len(said.getvalue().splitlines()) in (0, 2), said.getvalue()
 
 
@@ -232,7 +232,7 @@ def test_any_text_as_a_config(world, text):
         patch.setattr("sys.stderr", said)
         patch.setattr("sys.stdout", io.StringIO())
         code = launch.main(["nano3", "sft", "docker", "-c", str(path), "--json"])
-    assert code in (0, 2, 3) and "a bug" not in said.getvalue(), said.getvalue()
+    assert code in (0, 2, 3) and "airlift: a bug" not in said.getvalue(), said.getvalue()
     assert len(said.getvalue().splitlines()) == (2 if code == 2 else 0)
     tried("YAML text", code)
 
@@ -254,7 +254,7 @@ def test_any_run_section(world, env, wandb, profile):
         patch.setattr("sys.stderr", said)
         patch.setattr("sys.stdout", io.StringIO())
         code = launch.main(["nano3", "sft", profile, "-c", str(path), "--json"])
-    assert code in (0, 2, 3) and "a bug" not in said.getvalue(), said.getvalue()
+    assert code in (0, 2, 3) and "airlift: a bug" not in said.getvalue(), said.getvalue()
     tried("run sections", code)
 
 
