@@ -188,3 +188,24 @@ def test_a_progress_bar_is_seen_live(here):
         pass
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(20) == 0
+
+
+def test_a_follower_whose_stream_breaks_while_the_node_cuts_the_log(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(follow, "POLL_S", 0.01)
+    monkeypatch.setenv("AIRLIFT_HOME", str(tmp_path))
+    streams = iter(["one\ntwo\n", "one\ntwo\nthree\n", "three\nfour\n", "four\nfive\nairlift: rank 0 ended with exit code 3\n"])
+    ended: list[bool] = []
+
+    def open_log(rank: int, on: bool):
+        text = next(streams, None)
+        ended.extend([True] * (text is None))
+        return iter([text or "airlift: rank 0 ended with exit code 3\n"])
+
+    def ask() -> backends.Status:
+        return backends.Status("failed" if ended else "running")
+
+    run = runs.Run("t23456", "a/b", "p", "lepton", 1, "0" * 64, 0.0)
+    status = follow.Follower(run, ask, open_log, lambda: "").follow()
+    said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("--")]
+    assert said == ["one", "two", "three", "four", "five", "airlift: rank 0 ended with exit code 3"]
+    assert status.exit_code == 3
