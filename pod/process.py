@@ -215,12 +215,12 @@ class Redrawn:
         return b"".join(out)
 
     def _piece(self, text: bytes, end: bytes) -> bytes:
+        if end == b"\r" and self.open:  # its beginning is out already
+            self.open, self.redrawn = False, True
+            return text + b"\n"
         if end == b"\r":
-            ended, self.open = b"\n" * self.open, False
-            if ended:
-                text = b""  # its beginning is out already, and a line end follows that
             self.state, self.text, self.redrawn = self.text + text or self.state, b"", True
-            return ended
+            return b""
         if self.redrawn:
             self.text += text
             if not end:
