@@ -100,7 +100,7 @@ class Places:
                 there = os.readlink(link) if os.path.lexists(link) else ""
                 if self.digest[:16] in there and os.path.exists(link):
                     continue
-                if os.path.exists(link):
+                if there and os.path.exists(link):  # not one that a sibling makes in this moment
                     say("%s led to another tree, and now leads to this one" % link)
                 os.makedirs(os.path.dirname(link), exist_ok=True)
                 os.symlink(os.path.join(self.code, name), new)
