@@ -105,9 +105,9 @@ def check(options: Namespace) -> int:
     if options.json:
         print(json.dumps([dict(vars(finding), said=screen.hide(finding.said)) for finding in found], indent=1))
     else:
-        doubts = [finding.what for finding in failures or found if finding.state != "ok"]
-        print("a launch %s%s" % ("cannot be expected to work" if failures else "may work, but look at" if doubts else
-                                 "can be expected to work", ": " * bool(doubts) + ", ".join(dict.fromkeys(doubts))))
+        doubts = ", ".join(dict.fromkeys(finding.what for finding in failures or found if finding.state != "ok"))
+        print("a launch cannot be expected to work: " + doubts if failures else
+              "a launch may work, but look at: " + doubts if doubts else "a launch can be expected to work")
     return failures[0].code or 2 if failures else 0
 
 

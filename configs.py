@@ -6,6 +6,7 @@ pod.
 """
 
 import difflib
+import functools
 import os
 import posixpath
 import re
@@ -52,9 +53,8 @@ def config_file(recipe: Recipe, name: str | None) -> Path:
             raise Refusal("there is no config file %s" % name,
                           "give the path of a file, or the name of a config in %s" % recipe.config_dir)
         return Path(name)
-    for suffix in (".yaml", ".yml"):
-        if (recipe.config_dir / (name + suffix)).is_file():
-            return recipe.config_dir / (name + suffix)
+    if own := _own_file(recipe, name):
+        return own
     known = [path.stem for path in recipe.config_dir.glob("*.y*ml")]
     raise Refusal("%s has no config %r in %s" % (recipe.name, name, recipe.config_dir),
                   "did you mean %s?" % nearest(name, known) if known else "create one there")
@@ -62,7 +62,13 @@ def config_file(recipe: Recipe, name: str | None) -> Path:
 
 def has(recipe: Recipe, name: str) -> bool:
     """Whether a recipe has a config of that name; a file's path is for any."""
-    return is_path(name) or any((recipe.config_dir / (name + suffix)).is_file() for suffix in (".yaml", ".yml"))
+    return is_path(name) or _own_file(recipe, name) is not None
+
+
+def _own_file(recipe: Recipe, name: str) -> Path | None:
+    """The file of a recipe's config of that name, if there is one."""
+    files = (recipe.config_dir / (name + suffix) for suffix in (".yaml", ".yml"))
+    return next((file for file in files if file.is_file()), None)
 
 
 def known_keys(recipe: Recipe, name: str | None) -> set[str]:
@@ -234,8 +240,9 @@ NUMBERS = {"int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$
                                r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$")}
 
 
-def _typed(text: str) -> Any:
-    """The value of an override: YAML as OmegaConf reads it, without dates, but with NUMBERS."""
+@functools.cache
+def _loader() -> Any:
+    """A reader of YAML like OmegaConf's, without dates, but with NUMBERS."""
     import yaml
     class Loader(yaml.SafeLoader):
         pass
@@ -243,20 +250,21 @@ def _typed(text: str) -> Any:
     Loader.yaml_implicit_resolvers = {
         first: [(tag, NUMBERS.get(tag.rpartition(":")[2], pattern)) for tag, pattern in known if "timestamp" not in tag]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-    return yaml.load(text, Loader=Loader)  # noqa: S506 - a SafeLoader
+    return Loader
 
 
 def _dotted(omegaconf: Any, config: Any, overrides: list[str], notes: list[str]) -> Any:
     """The KEY=VALUE overrides as a config; `+` or `++` before a key says that it may be new. Raises Refusal for what is
     none, and for a new key that looks like a misspelt one. Notes name new keys, and texts that YAML changes."""
-    result = omegaconf.OmegaConf.create()
+    import yaml
+    result, there = omegaconf.OmegaConf.create(), omegaconf.OmegaConf.to_container(config, resolve=False)
     for override in overrides:
         key, _, text = override.partition("=")
         if not re.fullmatch(r"(\+\+?)?[^=+~.\s]+(\.[^=+~.\s]+)*", key):
             raise Refusal("the override '%s=' names no setting" % key, "overrides are KEY=VALUE with dots between "
                           "names; + before a key says that it is new, and none can be removed with ~")
         try:
-            value = _typed(text)
+            value = yaml.load(text, Loader=_loader())  # noqa: S506 - a SafeLoader
             omegaconf.OmegaConf.update(result, key.lstrip("+"), value)
         except Exception as error:
             raise Refusal("the override %r cannot be parsed: %s" % (override, _short(error)),
@@ -265,7 +273,7 @@ def _dotted(omegaconf: Any, config: Any, overrides: list[str], notes: list[str])
             notes.append("%s is read as %s; if you mean the text: '%s=\"%s\"'" % (
                 override, str(value).lower() if isinstance(value, bool) else value, key, text))
         if not key.startswith(("+", "run.")):
-            notes += _new(omegaconf.OmegaConf.to_container(config, resolve=False), key)
+            notes += _new(there, key)
     return result
 
 

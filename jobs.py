@@ -394,18 +394,18 @@ def login(name: str) -> tuple[str, str]:
     place = Path({"HF_TOKEN": os.environ.get("HF_TOKEN_PATH") or hub + "/token", "NGC_API_KEY": "~/.ngc/config",
                   "WANDB_API_KEY": os.environ.get("NETRC") or "~/.netrc"}.get(name, os.devnull)).expanduser()
     try:
-        text, found = place.read_text(encoding="utf-8")[:1 << 20], ""
-        if name == "HF_TOKEN":
-            found = text
-        elif name == "NGC_API_KEY":
-            found = "".join(re.findall(r"(?m)^\s*apikey\s*=\s*(\S+)", text)[:1])
-        else:
+        if name == "WANDB_API_KEY":
             host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
             found = netrc.netrc(str(place)).hosts.get(host, ("", "", ""))[2] or ""
+        else:
+            found = place.read_text(encoding="utf-8")
     except (OSError, ValueError, netrc.NetrcParseError):  # there is none, or none that we can read
         return "", ""
-    screen.conceal(found.strip())
-    return found.strip(), str(place) if found.strip() else ""
+    if name == "NGC_API_KEY":
+        found = "".join(re.findall(r"(?m)^\s*apikey\s*=\s*(\S+)", found)[:1])
+    found = found.strip()
+    screen.conceal(found)
+    return found, str(place) if found else ""
 
 
 def check_secrets(wanted: dict[str, Any], executor: str, plain: Any = ()) -> tuple[dict[str, str], list[str]]:
@@ -421,9 +421,10 @@ def check_secrets(wanted: dict[str, Any], executor: str, plain: Any = ()) -> tup
                                                          if executor == "slurm" else "the job's environment"))
     notes += ["%s is set here but not sent; add it to [secrets] to send it" % name
               for name in TOKENS if os.environ.get(name) and name not in wanted and name not in plain]
-    logins = [(name, login(name)[1]) for name in TOKENS if name not in {*wanted, *plain, *os.environ}]
+    away = TOKENS if executor != "local" else ()  # local pods have this home, and what is in it
+    logins = [(name, login(name)[1]) for name in away if name not in {*wanted, *plain, *os.environ}]
     notes += ['%s is in %s, and is not sent; in [secrets] write %s = "login" to send it' % (name, place, name)
-              for name, place in logins if place and executor != "local"]
+              for name, place in logins if place]
     notes += ["%s is sent as a plain variable; in [secrets] it would stay out of files and records" % name
               for name in plain if screen.secret_name(name) and plain[name] and name not in wanted
               and executor != "slurm"]

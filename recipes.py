@@ -104,12 +104,11 @@ def source_tree(named: str | Path | None, own: Path) -> Path:
     """The tree that was named, else the one that a person stands in: the nearest folder upwards with recipes or steps;
     else `own`, the launcher's."""
     try:
-        here = [Path.cwd(), *Path.cwd().parents]
+        here = Path.cwd()
     except OSError:  # it was removed
-        here = []
-    holds = (folder for folder in here if any(next(folder.glob("src/*/" + name), None)
-                                                               for name in COLLECTIONS))
-    return Path(named or next(holds, own)).resolve()
+        return Path(named or own).resolve()
+    trees = (folder for folder in (here, *here.parents) for name in COLLECTIONS if any(folder.glob("src/*/" + name)))
+    return Path(named or next(trees, own)).resolve()
 
 
 def others_near(recipe: Recipe) -> list[Path]:

@@ -92,9 +92,11 @@ class Places:
     def lead(self) -> None:
         """Where the recipe starts, have `src` lead to this tree, and what else was sent. Pods on other nodes have it at
         the same path."""
+        if not self.kept:
+            return
         others = [os.path.relpath(os.path.join(place, name), self.code) for top in os.listdir(self.code) if top != "src"
                   for place, _, names in os.walk(os.path.join(self.code, top)) for name in names]
-        for name in ["src", *others] * self.kept:
+        for name in ["src", *others]:
             link, new = os.path.join(self.work, name), os.path.join(self.work, ".src-" + os.urandom(4).hex())
             try:
                 there = os.readlink(link) if os.path.lexists(link) else ""

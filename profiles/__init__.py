@@ -7,7 +7,8 @@ are not profiles; the first two go into the recipe's config.
 
 `extends = "parent"` merges tables deeply and replaces lists. `[stages.rl]` and `[stages."data/prep"]` override keys for
 the stages with that prefix, the longest prefix last. `${env:NAME}` reads the launcher's environment. Every key has a
-type and the executors it is for; an unknown key, a wrong type, or a key of another executor is an error.
+type and the executors it is for; an unknown key, a wrong type, or a key of another executor is an error. An env.toml is
+shared with other tools: there, unknown keys and those of another executor are notes.
 """
 
 import contextlib
@@ -505,13 +506,13 @@ def _checked(table: dict[str, Any], executor: str, where: str, layers: Layers, n
             continue
         if key in REFUSED or key in UNUSED:
             raise Refusal("%s: %s is not supported" % (where, key), REFUSED.get(key) or UNUSED[key] + "; remove it")
-        if known is None and path.parent != FOLDER and key not in REFUSED:
+        if known is None and path.parent == FOLDER:
+            raise Refusal("%s: there is no key %r" % (where, key), "did you mean %s?" % nearest(key, KEYS))
+        if known is None:
             close = difflib.get_close_matches(key, KEYS, 1, 0.8)
             meant = "; did you mean %s?" % close[0] if close else ""
             notes.append("%s: %s is no key of Airlift's, and has no effect%s" % (where, key, meant))
             continue
-        if known is None:
-            raise Refusal("%s: there is no key %r" % (where, key), "did you mean %s?" % nearest(key, KEYS))
         if foreign:
             raise Refusal("%s: %s is not for executor %s" % (where, key, executor),
                           "it is for %s; remove it" % ", ".join(known.executors))

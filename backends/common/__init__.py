@@ -76,7 +76,8 @@ def sent_by_value(job: Job, plan: Plan) -> tuple[str, ...]:
 ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d{1,3})\b")  # a pod's last line (pod/entry.py)
 BEGUN = re.compile(r"airlift: rank \d+ of \d+, sha256 .*, begun ")  # its first, where the job may be retried
 NOT_WHOLE = "airlift_pod_program_did_not_arrive_whole"  # of the bootstrap in transport.py
-SAID = {"airlift: rank %%d: %s:" % why: code for code, (why, _) in FAILURES.items()}  # where it fails itself
+FAILED = re.compile(r"airlift: rank (\d+): ([^:]+):")  # before that, where it fails itself (pod/failures.py)
+SENTENCES = {sentence: code for code, (sentence, _) in FAILURES.items()}
 ECHOES = (137, 143)  # killed: the exit codes of other ranks when a job ends because of one
 
 
@@ -93,9 +94,9 @@ def note(codes: dict[int, int], rank: int, line: str) -> None:
     another rank, and not after the pod's own: so only the last line counts, except for what Slurm adds. A failure of
     the pod's own is noted under ~rank, in case it is killed before its last line."""
     code = code_in(rank, line)
-    own = next((own for start, own in SAID.items() if line.startswith(start % rank)), None)
-    if own is not None:
-        codes[~rank] = own
+    failed = FAILED.match(line)
+    if failed and failed.group(1) == str(rank) and failed.group(2) in SENTENCES:
+        codes[~rank] = SENTENCES[failed.group(2)]
     if code is not None:
         codes[rank] = code
     elif line.strip() and not line.startswith(("slurmstepd: ", "srun: ")):

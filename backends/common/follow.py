@@ -201,16 +201,13 @@ def unseen(came: Iterable[str], shown: "array.array[int]") -> Iterator[str]:
     starts: Iterable[int] = range(len(shown))  # places in `shown` where what has come so far may have begun
     new = 0  # how many lines of `held` repeat its end, by a place that has come to it
     for line in came:
+        at, number = hash(line), len(held)
+        if any(start + number == len(shown) for start in starts):
+            new = number
+        starts = [start for start in starts if start + number < len(shown) and shown[start + number] == at]
+        held.append(line)
         if starts:
-            at = hash(line)
-            reached = [start for start in starts if start + len(held) == len(shown)]
-            new = len(held) if reached else new
-            starts = [start for start in starts if start + len(held) < len(shown) and shown[start + len(held)] == at]
-            held.append(line)
-            if starts:
-                continue
-        else:
-            held.append(line)
+            continue
         for fresh in held[new:]:
             shown.append(hash(fresh))
             yield fresh
