@@ -189,6 +189,8 @@ def follow(run: runs.Run, took: tuple[float, float] | None = None) -> int:
         where = screen.plain("; outputs in " + run.outputs) if run.outputs else ""
         print("%s%s%s" % (screen.state("done"), after, where))
         return 0
+    for line in status.why:
+        print("-- " + screen.plain(line)[:screen.LONGEST])
     sys.stdout.flush()
     code = status.exit_code
     what = "the job was cancelled" if status.state == "cancelled" else "the job failed" + (

@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 
 import screen
 from configs import places
-from profiles import CLOUDS, KEYS, PROFILES_ONLY, Profile, anchor, defaults, merge, must_be, resolve
+from profiles import CLOUDS, KEYS, PROFILES_ONLY, UNUSED, Profile, anchor, defaults, merge, must_be, resolve
 from recipes import Recipe, nearest
 from transport import Refusal
 
@@ -104,6 +104,9 @@ def settings_for(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict
         settings["pvcs"] = [{"existingPvc": True} | volume for volume in settings["pvcs"]]
     settings |= {key: _count(key, settings[key]) for key in COUNTS if key in settings}
     anchor(settings, profile.executor)
+    if str(settings.get("remote_job_dir", "")).startswith("~/"):
+        notes.append("the job's files and outputs go to %s in your home on the cluster; remote_job_dir names another "
+                     "folder that all nodes see" % settings["remote_job_dir"])
     settings["nproc"] = settings.get("nproc_per_node", settings["gpus_per_node"]) or 1
     return settings
 
@@ -137,8 +140,10 @@ def _trusted(yaml: dict[str, Any], forced: dict[str, Any], profile: Profile) -> 
 def _usable(yaml: dict[str, Any], forced: dict[str, Any], executor: str, notes: list[str]) -> dict[str, Any]:
     """The keys of run.env that this executor uses. Raises Refusal for a wrong type or a misspelt KEY=VALUE."""
     unknown = sorted(str(key) for key in yaml if key not in KEYS)
-    if unknown:
-        notes.append("run.env has %s, which Airlift does not use" % ", ".join(unknown))
+    notes += ["run.env.%s has no effect: %s" % (key, UNUSED[key]) for key in unknown if key in UNUSED and yaml[key]]
+    others = [key for key in unknown if key not in UNUSED]
+    if others:
+        notes.append("run.env has %s, which Airlift does not use" % ", ".join(others))
     misspelt = [key for key in forced if key in unknown and difflib.get_close_matches(key, KEYS, 1, 0.75)]
     if misspelt:
         raise Refusal("there is no key run.env.%s" % misspelt[0], "did you mean %s?" % nearest(misspelt[0], KEYS))
@@ -260,6 +265,20 @@ def persistent_caches(settings: dict[str, Any]) -> dict[str, str]:
     return {name: posixpath.join(base, folder) for name, folder in PERSISTENT_CACHES.items()} if base else {}
 
 
+def sandbox(settings: dict[str, Any]) -> dict[str, str]:
+    """The variables of a [sandbox], as NeMo-Gym and the images of NeMo-Skills read them. Raises Refusal."""
+    box = settings.get("sandbox") or {}
+    port = box.get("port", 6000)
+    odd = sorted(map(str, box.keys() - {"container", "port", "command"}))
+    if odd or not isinstance(port, int):
+        raise Refusal("sandbox has %s" % (odd[0] if odd else "the port %r" % port),
+                      "it takes container, port (a number) and command")
+    return {"SANDBOX_CONTAINER": str(box["container"]), **dict.fromkeys((
+        "LISTEN_PORT", "NGINX_PORT", "NEMO_SKILLS_SANDBOX_PORT"), str(port)),
+        "SANDBOX_COMMAND": str(box.get("command", "/start-with-nginx.sh")),
+        "SANDBOX_ENV_VARS": "NEMO_SKILLS_SANDBOX_PORT=%d" % port} if box.get("container") else {}
+
+
 def require_image(job: Job) -> str:
     """The job's image. Raises Refusal if it has none."""
     if job.image:
@@ -321,7 +340,7 @@ def run_root(settings: dict[str, Any], family: str, name: str | None = None) -> 
     if name and not re.fullmatch(r"(?!\.)[\w.-]{1,100}", name, re.ASCII):
         raise Refusal("--name is %r" % name, "a name has letters, digits and . _ -, and does not begin with a dot")
     base = workspace(settings)
-    if base and not base.startswith(("/", "<unset ")):
+    if base and not base.startswith(("/", "<unset ", "~/")):
         raise Refusal("the workspace is %r" % base, "it must be an absolute path, as the pod sees it")
     if settings.get("run_dir") and not name:
         return posixpath.join(base or "/", settings["run_dir"])
@@ -351,7 +370,7 @@ def environment(settings: dict[str, Any], run: dict[str, Any], name: str, execut
     what follows from workspace, run root, caches and the recipe's name."""
     env: dict[str, str] = {}
     base = workspace(settings)
-    ours = persistent_caches(settings) | ({"WANDB_DIR": root} if root else {})
+    ours = persistent_caches(settings) | sandbox(settings) | ({"WANDB_DIR": root} if root else {})
     if base and executor != "local":
         ours["HF_HOME"] = posixpath.join(base, "hf")
     wandb = run.get("wandb")

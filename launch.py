@@ -48,6 +48,7 @@ from pathlib import Path
 
 import backends
 import commands
+import profiles
 import runs
 import screen
 import transport
@@ -58,6 +59,7 @@ from transport import Refusal
 
 def launch(options):
     """Launch one stage or several, each as its own job; all are prepared before the first one is submitted."""
+    options.dry_run |= options.show_config
     dry = options.dry_run or options.json
     words = words_of(options.words, options.repo_root)
     launches = [Launch(words, stage, options, dry) for stage in words.stages]
@@ -72,7 +74,7 @@ def launch(options):
         return 0 if all(one.plan.fits for one in launches) else 3
     for one in launches:
         if options.dry_run:
-            screen.show(one, one.refusal(not options.detach))
+            screen.show(one, one.refusal(not options.detach), options.show_config)
         one.plan.require_fit()
         if not options.dry_run:
             commands.chosen(options, one.job.nodes)
@@ -165,6 +167,7 @@ OPTIONS = {
     "name": Option(("--name",), "NAME", "the experiment: its outputs go to <workspace>/NAME, and only it resumes", str),
     "repo_root": Option(("--repo-root",), "DIR", "the source tree that is packed", Path),
     "dry_run": Option(("--dry-run",), "", "resolve and show everything, submit nothing", None),
+    "show_config": Option(("--show-config",), "", "a dry run that prints the compiled config, too", None),
     "json": Option(("--json",), "", "print JSON; a launch becomes a dry run", None),
     "detach": Option(("--detach",), "", "return as soon as the job is submitted", None),
     "follow": Option(("-f", "--follow"), "", "follow the log to the end of the job; exit code 1 if it fails", None),
@@ -180,7 +183,8 @@ SELECTING = ("config", "nodes", "name", "repo_root")  # options that say what is
 Command = collections.namedtuple("Command", "function words options about")  # options: keys of OPTIONS, besides ALWAYS
 COMMANDS = {
     "launch": Command(launch, "FAMILY STAGE [PROFILE] [KEY=VALUE ...]", SELECTING + (
-        "dry_run", "json", "detach", "rank", "all_ranks", "args"), "launch a recipe (on the profile local by default)"),
+        "dry_run", "show_config", "json", "detach", "rank", "all_ranks", "args"),
+        "launch a recipe (on the profile local by default)"),
     "list": Command(commands.list_recipes, "[FAMILY]", ("repo_root", "json"), "list the recipes of the source tree"),
     "profiles": Command(commands.list_profiles, "", ("json",), "list the profiles, the places to run them"),
     "files": Command(commands.files, "FAMILY STAGE [PROFILE]", SELECTING + ("json", "args"),
@@ -296,6 +300,7 @@ def main(argv=None):
             print(detail(name) if name else overview(), end="")
         else:
             screen.VERBOSE = options.verbose or bool(os.environ.get("AIRLIFT_DEBUG"))
+            profiles.BESIDE[:] = [options.repo_root / "env.toml"] if options.repo_root else []
             code = COMMANDS[name].function(options)
         sys.stdout.flush()
     except BrokenPipeError:  # `launch.py list | head`

@@ -73,7 +73,9 @@ class Launch:
         screen.masked(self.profile.settings | dict.fromkeys(("secrets", "image_pull_secrets")))  # those are only names
         if not dry:
             self.profile.require_set()
-        self.root = recipes.source_tree(options.repo_root or self.profile.keys.get("repo_root"), HERE)
+        own = self.profile.keys.get("repo_root")
+        profiles.BESIDE[:] = [Path(own, "env.toml")] if own and not options.repo_root else profiles.BESIDE
+        self.root = recipes.source_tree(options.repo_root or own, HERE)
         recipe = recipes.find(self.root, words.family + "/" + stage)
         self.overrides, self.several = words.overrides, len(words.stages) > 1
         self.config_name = config_for(options.config or [], stage, recipe, self.several)

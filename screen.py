@@ -180,8 +180,8 @@ def budget(name: str, used: int, limit: int) -> str:
         name, paint("#" * filled, colour), "." * (20 - filled), -(-used * 100 // limit), most, size)
 
 
-def show(launch: "Launch", refused: str) -> None:
-    """Print the dry run of a launch; `refused` says why it would be refused, "" if it would not."""
+def show(launch: "Launch", refused: str, config: bool = False) -> None:
+    """Print the dry run of a launch, with its config or without; `refused` says why it would be refused, "" if not."""
     job, plan = launch.job, launch.plan
     head = "%s on %s (%s)" % (job.name, launch.profile.name, job.executor)
     print("%s: %s, %s" % (paint(head, "bold"), shape(job), job.description["launch"]))
@@ -201,6 +201,8 @@ def show(launch: "Launch", refused: str) -> None:
     for label, value in rows:
         if value:
             print("  %s%s" % (paint("%-9s" % label, "yellow" if label == "note" else "dim"), value))
+    if config:
+        print("\n".join(map(plain, launch.config.shown.rstrip("\n").split("\n"))))
     print("nothing was submitted")
 
 

@@ -20,6 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
@@ -27,6 +28,7 @@ import screen
 import state
 import transport
 from backends import ENDED_ALREADY, Finding, Status, exit_status
+from backends.common.ends import Ends
 from jobs import Job, workspace
 from pod.failures import Failure, say
 from pod.places import own_place
@@ -36,6 +38,7 @@ from transport import Plan, Refusal
 
 CAN = {"detach", "ray"}
 GRACE_S = 10.0  # between TERM and KILL
+TAIL = 1 << 20  # bytes of a log in which the end of each rank is looked for
 
 
 class Record(TypedDict):
@@ -102,7 +105,12 @@ def follow(run: Run) -> Status:
                     time.sleep(0.05)
         finally:
             screen.progress("", shown)
-    return status(run)
+        log.seek(max(0, log.tell() - TAIL))
+        ends = Ends()
+        for found in re.finditer(rb"(?m)^\[(\d+)\] (.*)", log.read()):
+            ends.note(int(found.group(1)), found.group(2).decode("utf-8", "replace"))
+    ended = status(run)
+    return replace(ended, why=ends.said() if ended.state == "failed" else ())
 
 
 def _progress(run: Run) -> str:

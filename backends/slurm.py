@@ -31,39 +31,43 @@ from backends.common.slurm_batch import as_options, flags, given, require_option
 from backends.common.slurm_prepare import resolved_mounts, squashed
 from backends.common.slurm_watch import Record, Watch, job_id
 from backends.common.ssh import Host
-from jobs import Job, repository_of
+from jobs import Description, Job, repository_of
 from runs import Run, load_run
 from transport import Plan, Refusal
 
 CAN = {"detach", "ray", "chain"}
 COPY_S = 600.0  # seconds for a tree to be copied, over a slow line too
-PLAIN = re.compile(r"/[\w.@+=/-]+", re.ASCII)  # safe in shells without quotes, sbatch's patterns (%) and mounts (: ,)
+# Safe in shells without quotes, in sbatch's patterns (%) and mounts (: ,).
+PLAIN = re.compile(r"(~/\w|/)[\w.@+=/-]+", re.ASCII)
 PREPARE = """\
 command -v sbatch >/dev/null ||
   { echo "there is no sbatch: this is not a login node, or sbatch is not in the PATH of ssh sessions" >&2; exit 1; }
-mkdir -p %(base)s %(cache)s && test -w %(base)s
+mkdir -p %(base)s %(cache)s && test -w %(base)s && cd %(base)s && pwd
 """
 
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Prepare on the cluster what the job needs, then sbatch. Raises Refusal with the cluster's reason."""
     settings, host = job.settings, host_of(job.settings)
-    base = settings["remote_job_dir"].rstrip("/")
+    wanted = settings["remote_job_dir"].rstrip("/")
     ahead = nemo_ahead()  # while the cluster is asked
-    cache = shlex.quote(settings.get("persistent_cache") or base)
-    host.output(PREPARE % {"base": base, "cache": cache}, "use " + base)
+    cache = shlex.quote(settings.get("persistent_cache") or "/")
+    said = host.output(PREPARE % {"base": wanted, "cache": cache}, "use " + wanted)
+    base = said.strip().split("\n")[-1] if wanted.startswith("~") else wanted
+    require_plain(settings | {"remote_job_dir": base})
+    description = below(job.description, wanted, base)
     mounts = resolved_mounts(host, settings, base)
     image = squashed(host, settings, str(job.image), base) if job.image else None
     if not image and settings.get("mounts"):
         print("note: there is no container image, so nothing is mounted")
-    env, secrets = job.description["env"], {key: plan.env[key] for key in job.secrets}
+    env, secrets = description["env"], {key: plan.env[key] for key in job.secrets}
     # A variable that is named like a secret is one, unless it leads to a place of the pod.
     secrets |= {key: env[key] for key in env if screen.secret_name(key) and "/nemo_run" not in env[key]}
     name = re.sub(r"[^A-Za-z0-9]+", "-", job.name, flags=re.ASCII).strip("-")[:40] + "-" + job.run_id
     above = "%s/experiments/%s/%s_1" % (base, name, name)
     run.keep(Record(host=dict(host.__dict__), name="airlift." + name, folder=above + "/" + name,
                     secrets=bool(secrets), continuations=settings["continuations"]))
-    sent = transport.files(plan, job.description | {
+    sent = transport.files(plan, description | {
         "env": {key: env[key] for key in env if key not in secrets}, "secrets": sorted(secrets)})
     ahead.join()
     nemo = import_nemo()
@@ -71,8 +75,18 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     executor.additional_parameters |= dependency(host, run)
     argv = transport.file_argv(sent, "/nemo_run")
     kept = sent | ({"secrets.json": json.dumps(secrets).encode()} if secrets else {})
-    number = nemo.submit_slurm(name, executor, job.run_id, argv, partial(sbatch, host, above, name, kept))
-    run.keep(Record(job=number))
+    send = partial(sbatch, host, above, name, kept, settings["retries"])
+    run.keep(Record(job=nemo.submit_slurm(name, executor, job.run_id, argv, send)))
+
+
+def below(sent: Description, wanted: str, base: str) -> Description:
+    """The description with `base` where Airlift itself has written `wanted`, a folder that may begin with ~."""
+    def there(path: str) -> str:
+        return base + path[len(wanted):] if (path + "/").startswith(wanted + "/") else path
+
+    return sent | Description(
+        run_root=there(sent["run_root"] or "") or None, shared=there(sent.get("shared", "")),
+        defaults={name: there(value) for name, value in sent["defaults"].items()})
 
 
 # sbatch with the environment that the cluster gives a new login: it hands all it has on to the job, and its SBATCH_
@@ -113,14 +127,14 @@ mkdir -p %(above)s && cd %(above)s || exit 1
 tar -xof - && mkdir %(name)s/code && exec 4<%(name)s_sbatch.sh || exit 1
 cd 2>/dev/null || cd /
 umask "$mask"
-clean --requeue --parsable <&4 && exit
+clean %(requeue)s --parsable <&4 && exit
 code=$?
 rm -rf %(experiment)s
 exit $code
 """
 
 
-def sbatch(host: Host, above: str, name: str, files: dict[str, bytes], script: str) -> str:
+def sbatch(host: Host, above: str, name: str, files: dict[str, bytes], retries: int, script: str) -> str:
     """Copy the files into the job's folder and submit the batch script, all in one connection; returns the job's id.
     Raises Refusal with sbatch's reason, and leaves nothing behind then."""
     buffer = io.BytesIO()
@@ -131,6 +145,7 @@ def sbatch(host: Host, above: str, name: str, files: dict[str, bytes], script: s
             info.mode, info.size, info.mtime = 0o600, len(data), int(time.time())
             tar.addfile(info, io.BytesIO(data))
     words = {"above": above, "name": name, "experiment": above.rpartition("/")[0],
+             "requeue": "--requeue" if retries else "--no-requeue",  # continuations see to it themselves
              "mask": "$(umask)" if host.name else "%o" % state.UMASK}
     said = host.output(clean(host) + SUBMIT % words, "submit the job", COPY_S, buffer.getvalue()).split()
     if not said:
@@ -232,7 +247,7 @@ def require_plain(settings: dict[str, Any]) -> None:
     base = settings["remote_job_dir"]
     if not PLAIN.fullmatch(base) or ".." in base.split("/"):
         raise Refusal("remote_job_dir is %r, which nemo-run passes to shells without quotes" % base,
-                      "use an absolute path of letters, digits and . _ - + = @ /")
+                      "use a path of letters, digits and . _ - + = @ / that begins with / or ~/")
     if settings["tunnel"] == "ssh" and not settings.get("host"):
         raise Refusal('tunnel is "ssh", but the profile has no host',
                       'set host, or tunnel = "local" on the cluster itself')

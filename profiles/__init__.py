@@ -64,6 +64,7 @@ KEYS: dict[str, Key] = {
     "workspace": Key("str", "the folder where outputs are kept, as the pod sees it"),
     "run_dir": Key("str", "the folder for outputs, in place of <workspace>/<family>"),
     "workdir": Key("str", "the folder in which the recipe is started; work/ in the run root if left out"),
+    "sandbox": Key("table", "NeMo-Gym's sandbox: container, and port and command where they differ from its own"),
     "repo_root": Key("str", "the source tree; the one you stand in, or the launcher's own, if left out"),
     "exclude": Key("str list", "patterns of files that are not sent, in addition to .airliftignore"),
     "include": Key("str list", "patterns of files that are sent all the same, whatever would leave them out"),
@@ -97,7 +98,8 @@ KEYS: dict[str, Key] = {
     "user": Key("str", "the user name on the login node; ssh's own choice if left out", _SLURM),
     "port": Key("int", "the ssh port of the login node; ssh's own choice if left out", _SLURM),
     "identity": Key("str", "file of the ssh private key; ssh's own choice if left out", _SLURM),
-    "remote_job_dir": Key("str", "a folder that all nodes see, for the jobs' files; also the workspace", _SLURM),
+    "remote_job_dir": Key("str", "a folder that all nodes see, for the jobs' files; also the workspace; ~ is your home"
+                          " on the cluster", _SLURM, default="~/airlift"),
     "time": Key("str", "time limit of the job", _SLURM, default="04:00:00"),
     "mem": Key("str", "memory per node, like 64G", _SLURM),
     "exclusive": Key("bool", "whether the job gets its nodes for itself", _SLURM),
@@ -154,10 +156,11 @@ UNUSED = {
     **dict.fromkeys(("build_partition", "build_time", "build_cache_dir", "build_image", "build_include_gpus",
                      "build_gpus_per_node"), "images are used as they are, and never built"),
     "code_src_dir": "the source travels with the job",
+    "apptainer": "the image must have it, or startup_commands install it",
 }
 ELSEWHERE = ("skypilot", "kubeflow")  # executors of NVIDIA's launcher that Airlift does not have
 REQUIRED = {
-    "local": (), "docker": (), "slurm": ("remote_job_dir",),
+    "local": (), "docker": (), "slurm": (),
     "lepton": ("node_group", "resource_shape"),
     "dgxcloud": ("base_url", "client_id", "client_secret", "project_name"),
 }
@@ -198,15 +201,18 @@ class Profile:
         if self.unset:
             raise Refusal("profile %s reads %s, which %s not set" % (
                 self.name, ", ".join(self.unset), "is" if len(self.unset) == 1 else "are"),
-                "export it, or write the value into %s" % self.files[0])
+                "export %s, or write the value into %s" % ("it" if len(self.unset) == 1 else "them", self.files[0]))
 
 
 def defaults(executor: str) -> dict[str, Any]:
-    return {name: key.default for name, key in KEYS.items()
-            if key.default is not None and (not key.executors or executor in key.executors)}
+    """The settings of an executor without any profile. On this machine outputs are kept in any case."""
+    found = {name: key.default for name, key in KEYS.items()
+             if key.default is not None and (not key.executors or executor in key.executors)}
+    return found | ({"workspace": "output"} if executor == "local" else {})
 
 
 PINNED: list[Path] = []
+BESIDE: list[Path] = []  # the env.toml of the source tree that the command line names, where none is found upwards
 
 
 @contextlib.contextmanager
@@ -244,7 +250,7 @@ def found_file() -> Path | None:
             return (folder / "env.toml").resolve()
         if (folder / "pyproject.toml").exists():
             break
-    return None
+    return next((path.resolve() for path in BESIDE if path.is_file()), None)
 
 
 def allowed() -> set[str]:
@@ -320,8 +326,9 @@ def load(name: str, stage: str = "") -> Profile:
     others = {key: value for key, value in keys.items() if key not in KEYS}
     keys = _checked(keys, executor, "profile " + name, layers, notes)
     overrides = _overrides(stages, stage, "profile " + name, executor, layers, unset, notes)
-    missing = [key for key in REQUIRED[executor] if key not in keys | overrides]
-    unset += ["the value of " + key for key in REQUIRED[executor] if (keys | overrides).get(key) == ""]
+    whole = keys | overrides
+    unset += ["the value of " + key for key in (*REQUIRED[executor], "remote_job_dir") if whole.get(key) == ""]
+    missing = [key for key in REQUIRED[executor] if key not in whole]
     if missing:
         raise Refusal("profile %s lacks %s" % (name, ", ".join(missing)), "executor %s needs it; see profiles/%s.toml"
                       % (executor, executor))
@@ -372,7 +379,9 @@ def _layers(name: str, seen: tuple[str, ...]) -> Layers:
         raise Refusal("profiles extend each other in a cycle: " + " -> ".join((*seen, name)), "remove one extends")
     if name not in names():
         subject = "profile %s extends %r, which" % (seen[-1], name) if seen else "profile %r" % name
-        raise Refusal("%s does not exist" % subject, [*not_used(), "did you mean %s?" % nearest(name, names())][0])
+        read = ", ".join(filter(None, [str(FOLDER / "*.toml"), str(env_file() or "")]))
+        raise Refusal("%s does not exist" % subject, [
+            *not_used(), "did you mean %s? (read: %s)" % (nearest(name, names()), read)][0])
     in_env = name in sections() and name not in NOT_PROFILES
     path = env_file() if in_env else FOLDER / (name + ".toml")
     assert path is not None

@@ -58,14 +58,3 @@ def test_a_profile_of_its_own_size_limit(here):
     here.pad(300_000)
     result = here.launch()
     assert result.code == 3 and "nothing was submitted" in result.err and here.posts == []
-
-
-def test_a_rank_that_is_killed_before_its_last_line_has_said_why():
-    codes: dict[int, int] = {}
-    for line in ("airlift: rank 0: the Ray cluster lost a node: rank 1: it is gone\n", "airlift: what to do: see\n", "saving\n"):
-        common.note(codes, 0, line)
-    assert common.first_failure(codes | {1: 137}) == 91
-    common.note(codes, 0, "airlift: rank 0 ended with exit code 5\n")
-    assert common.first_failure(codes) == 5, "its last line is what counts"
-    common.note(codes, 1, "airlift: rank 0: the Ray cluster lost a node: another rank's words\n")
-    assert set(codes) == {0, ~0}

@@ -141,7 +141,8 @@ def test_extends_across_sections_and_files(world):
     assert refusal(profiles.load,
                    "leaf").startswith("profiles extend each other in a cycle: leaf -> middle -> base -> leaf")
     world.env("[middle]\nextends = 'bass'\n")
-    assert refusal(profiles.load, "leaf") == "profile middle extends 'bass', which does not exist\ndid you mean base?"
+    assert refusal(profiles.load, "leaf") == (
+        "profile middle extends 'bass', which does not exist\ndid you mean base? (read: %s/*.toml, %s)" % (world.profiles, path))
 
 
 def test_a_path_begins_where_it_is_written(world):
@@ -179,7 +180,8 @@ def test_what_is_no_profile(world):
         {"name": "local", "executor": "local", "about": "Here."},
         {"name": "mine", "executor": "local", "about": "from %s" % path}]
     for name in profiles.NOT_PROFILES:
-        assert refusal(profiles.load, name) == "profile %r does not exist\ndid you mean broken or local or mine?" % name
+        assert refusal(profiles.load, name).startswith(
+            "profile %r does not exist\ndid you mean broken or local or mine? (read: " % name)
     write(world.profiles / "cache.toml", LOCAL)  # a file of that name is one
     assert profiles.load("cache").executor == "local"
 
@@ -252,7 +254,7 @@ def test_wandb_replaces_the_yamls(world):
     assert "the config refers to ${run.wandb.group}, which is not set anywhere" in plan["notes"]
     assert {name: value for name, value in plan["env"].items() if name.startswith("WANDB_")} == {
         "WANDB_PROJECT": "env.toml", "WANDB_ENTITY": "us", "WANDB_TAGS": "a,b", "WANDB_ENABLED": "true",
-        "WANDB_NAME": "nano3-sft", "WANDB_JOB_TYPE": "nano3/sft"}
+        "WANDB_NAME": "nano3-sft", "WANDB_JOB_TYPE": "nano3/sft", "WANDB_DIR": str(world.profiles.parent / "output/nano3")}
     plan = world.plan("local", "run.wandb.project=mine", "run.wandb.group=g")
     assert config_of(plan)["logger"] == "mine/g" and plan["env"]["WANDB_ENTITY"] == "us"
     world.yaml("{}\n")
@@ -320,7 +322,7 @@ OF_NVIDIA = {
 # What changes nothing here: named in the notes of a section, refused in a file of profiles/.
 NAMED = {
     "build_partition": "cpu", "build_time": "02:00:00", "build_cache_dir": "/lustre/x", "build_image": "docker://x",
-    "build_include_gpus": False, "build_gpus_per_node": 0, "code_src_dir": "/workspace/_nemotron/src",
+    "build_include_gpus": False, "build_gpus_per_node": 0, "code_src_dir": "/workspace/_nemotron/src", "apptainer": True,
 }
 # What would change something, and is not to be had here.
 NOT_HERE = {
@@ -547,6 +549,22 @@ def test_an_empty_default_is_no_missing_key(world):
     assert world.plan("x")["recipe"]["name"] == "nano3/sft"
     assert "profile x reads the value of remote_job_dir, which is not set" in world.say(
         "nano3", "sft", "x", "--repo-root", world.project)[2]
+
+
+def test_the_env_toml_of_the_tree_that_is_named_is_used_where_none_is_nearer(world, tmp_path):
+    """By --repo-root, or by a profile's repo_root, whose [wandb] then counts."""
+    write(world.profiles / "mine.toml", LOCAL + 'repo_root = "%s"\n' % world.project)
+    world.monkeypatch.chdir(tmp_path)
+    path = world.env("[there]\nexecutor = 'local'\n[wandb]\nproject = 'theirs'\n")
+    assert world.plan("there")["profile"]["files"] == [str(path)]
+    code, out, err = world.say("nano3", "sft", "mine", "--json")
+    assert (code, err) == (0, "") and json.loads(out)["env"]["WANDB_PROJECT"] == "theirs"
+    near = world.env("[there]\nexecutor = 'local'\nnodes = 2\n", tmp_path)
+    assert world.plan("there")["profile"]["files"] == [str(near)]
+    near.unlink()
+    (world.place / "home/allowed.json").unlink()
+    assert "is not used, since anybody may have put it there" in world.say(
+        "nano3", "sft", "there", "--repo-root", world.project)[2]
 
 
 # What OmegaConf 2.4.0 makes of them, with A=a and GONE not set.

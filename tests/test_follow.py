@@ -87,8 +87,10 @@ def test_an_image_that_cannot_be_pulled(here):
 
 
 def test_detached_then_followed_from_another_shell(here):
-    here.recipe("import os, time\nprint('hello from', os.environ['NODE_RANK'], flush=True)\n"
-                "while not os.path.exists('/shared/go'): time.sleep(0.02)\nprint('went', flush=True)")
+    # On run:AI the workers are ended when the master has succeeded, so that it waits for the other one.
+    here.recipe("import os, time\nrank = os.environ['NODE_RANK']\nprint('hello from', rank, flush=True)\n"
+                "while not os.path.exists('/shared/go' + rank): time.sleep(0.02)\nprint('went', flush=True)\n"
+                "open('/shared/go0', 'w').close()")
     begun = here.launch("--nodes", "2", "--detach")
     assert begun.code == 0 and "started; to follow it: python launch.py logs -f " + begun.run in begun.out
     wait_for(lambda: here.job.pods and all("hello" in pod.output for pod in here.job.pods))
@@ -98,7 +100,7 @@ def test_detached_then_followed_from_another_shell(here):
     assert now.code == 0 and now.out.splitlines()[1:] == ["hello from 1"]
     reader = here.process("logs", "-f", begun.run, "--all-ranks")
     first = reader.stdout.readline()
-    (here.volume / "go").write_text("")
+    (here.volume / "go1").write_text("")
     out = first + reader.stdout.read()
     assert (reader.wait(10), reader.stderr.read()) == (0, "")
     assert {"[0] hello from 0", "[1] hello from 1", "[0] went", "[1] went"} <= set(out.splitlines())

@@ -1,5 +1,7 @@
 """jobs.py: who wins among header, profile, YAML and command line; environment, secrets, mounts and places."""
 
+import re
+
 import pytest
 from inside import refusal, shown, swapped
 from layout import REPO, recipe, write
@@ -148,12 +150,33 @@ def test_the_yamls_settings_have_types_too(executor, env, what):
 
 
 def test_what_the_yaml_holds_for_others_is_said_or_passed_over():
-    found, notes = settle(yaml={"sandbox": 1, "apptainer": {}, "account": "a", "time": 1, 3: 4})
-    assert notes == ["run.env has 3, apptainer, sandbox, which Airlift does not use"]
+    found, notes = settle(yaml={"mystery": 1, "apptainer": True, "account": "a", "time": 1, 3: 4})
+    assert notes == ["run.env.apptainer has no effect: the image must have it, or startup_commands install it",
+                     "run.env has 3, mystery, which Airlift does not use"]
     assert "account" not in found
     found, notes = settle("local", forced={"node_group": "x"})
     assert notes == ["run.env has node_group, which is not for executor local"]
     assert "node_group" not in found
+
+
+def test_on_this_machine_outputs_are_kept_in_any_case(folder):
+    assert jobs.run_root(settle("local")[0], "nano3") == str(folder.parent / "output/nano3")
+
+
+def test_the_sandbox_of_nemo_gym_has_its_variables():
+    """As NVIDIA's launcher sets them for its super3 recipes."""
+    def variables(**box):
+        settings, _ = settle("slurm", yaml={"sandbox": box})
+        return jobs.environment(settings, {}, "super3/rl", "slurm", "/j/super3")["defaults"]
+
+    assert not [name for name in variables(container="", port=6000) if "SANDBOX" in name]
+    found = variables(container="/sandbox.sqsh", port=7000)
+    assert {name: value for name, value in found.items() if re.search("SANDBOX|PORT", name)} == {
+        "SANDBOX_CONTAINER": "/sandbox.sqsh", "LISTEN_PORT": "7000", "NGINX_PORT": "7000",
+        "NEMO_SKILLS_SANDBOX_PORT": "7000", "SANDBOX_COMMAND": "/start-with-nginx.sh",
+        "SANDBOX_ENV_VARS": "NEMO_SKILLS_SANDBOX_PORT=7000"}
+    assert variables(container="x", command="/run")["SANDBOX_COMMAND"] == "/run"
+    assert refusal(variables, container="x", prot=1).what == "sandbox has prot"
 
 
 def test_a_workspace_that_the_yaml_names_is_anchored_like_the_profiles(folder):
@@ -162,7 +185,7 @@ def test_a_workspace_that_the_yaml_names_is_anchored_like_the_profiles(folder):
 
 
 @pytest.mark.parametrize(("executor", "profile", "root"), [
-    ("local", {"workspace": "/w"}, "/w/nano3"), ("local", {}, None),
+    ("local", {"workspace": "/w"}, "/w/nano3"), ("slurm", {}, "~/airlift/nano3"),
     ("local", {"workspace": "/w", "run_dir": "r"}, "/w/r"),
     ("local", {"workspace": "/w", "run_dir": "/r"}, "/r"), ("local", {"run_dir": "/r"}, "/r"),
     ("lepton", {"nemo_run_dir": "/n", "mounts": [{"mount_path": "/m"}]}, "/n/nano3"),

@@ -285,6 +285,30 @@ time.sleep(300)
     assert (row["state"], row["job_exit_code"], row["run"]) == ("failed", 7, run)
 
 
+BARRIER = """
+import datetime, os, time
+import torch.distributed as dist
+rank = int(os.environ["NODE_RANK"])
+if rank:  # the store's server, so that rank 0 loses its connection when this one ends
+    dist.init_process_group("gloo", rank=1 - rank, world_size=2, init_method="tcp://127.0.0.1:%s" % os.environ["MASTER_PORT"])
+    time.sleep(0.5)
+    raise ValueError("row 7 has no text")
+dist.init_process_group("gloo", rank=1, world_size=2, init_method="tcp://127.0.0.1:%s" % os.environ["MASTER_PORT"])
+dist.barrier()
+"""
+
+
+def test_with_real_torch_the_last_lines_name_rank_and_reason(place):
+    """Rank 0 waits in Gloo, and its own traceback looks like the cause."""
+    pytest.importorskip("torch")
+    place.recipe(BARRIER)
+    done = place.run()
+    assert done.returncode == 1
+    last = done.stdout.splitlines()[-4:]
+    assert last[0] == "-- rank 1 failed with exit code 1" and last[-1] == "-- ValueError: row 7 has no text", done.stdout
+    assert re.match("airlift: the job failed with exit code 1 ", done.stderr), done.stderr
+
+
 @pytest.mark.parametrize(("profile", "code", "what"), [
     ('startup_commands = ["true", "no-such-command"]', 86, "a startup command failed; fix startup_commands"),
     ('run_command = "no-such-tool {script}"', 87, "the image lacks what the recipe is started with"),

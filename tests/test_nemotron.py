@@ -5,6 +5,7 @@ that they import and that have no part in it.
 """
 
 import ast
+import contextlib
 import functools
 import io
 import itertools
@@ -16,6 +17,8 @@ import re
 import runpy
 import subprocess
 import sys
+import textwrap
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -477,3 +480,38 @@ def test_each_answer_is_learned_behind_what_nvidias_data_prep_puts_before_it(tur
         found += [(tokenizer.decode(one.ids[:start]), tokenizer.decode(one.ids[start:end]))
                   for start, end in itertools.pairwise(edges) if one.mask[start]]
     assert found == wanted
+
+
+# Profiles of its documentation that are refused, and why.
+STAY_REFUSED = {
+    r"packager is not supported": "what is packed is said in other words here, and passing over it would send other files",
+    r"profile \S+ extends '\w+', which does not exist": "its parent is in another block",
+}
+
+
+def documented():
+    """(a TOML block of NVIDIA's documentation, the names of its profiles)."""
+    for page in sorted(ROOT.rglob("*.md")):
+        for block in re.finditer(r"(?ms)^[ \t]*```toml[^\n]*\n(.*?)^[ \t]*```", page.read_text(errors="replace")):
+            text = textwrap.dedent(block.group(1))
+            with contextlib.suppress(tomllib.TOMLDecodeError):
+                names = [name for name, keys in tomllib.loads(text).items() if name not in profiles.NOT_PROFILES
+                         and isinstance(keys, dict) and {"executor", "extends"} & set(keys)]
+                yield from [(text, names)] * bool(names)
+
+
+def test_the_profiles_of_the_documentation_load(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEMOTRON_ENV_FILE", str(tmp_path / "env.toml"))
+    monkeypatch.setenv("AIRLIFT_HOME", str(tmp_path / "home"))
+    loaded, refused = 0, Counter()
+    for text, names in documented():
+        (tmp_path / "env.toml").write_text(text)
+        for name in names:
+            try:
+                found = profiles.load(name)
+                loaded += 1
+                assert found.settings.get("workspace") or found.executor != "local", "there are outputs to keep"
+            except transport.Refusal as refusal:
+                refused[next((why for why in STAY_REFUSED if re.search(why, refusal.what)), refusal.what)] += 1
+    print(loaded, "of", loaded + refused.total(), "load; refused:", dict(refused))
+    assert set(refused) <= set(STAY_REFUSED) and loaded > 8 * refused.total() > 0

@@ -36,9 +36,9 @@ def test_notes_are_said(say, here, monkeypatch):
     write(here / "src/nemotron/kit/model.safetensors", "x")
     write(here / "src/nemotron/kit/big.bin", "x")
     recipe(here, path="src/nemotron/recipes/nano3/stage1_sft/train.py",
-           yaml="run: {env: {sandbox: 1, node_group: x}}\na: ${run.wandb.project}\n")
+           yaml="run: {env: {mystery: 1, node_group: x}}\na: ${run.wandb.project}\n")
     notes = plan_of(say, *FAMILY, "docker", "run.env.mounts=[]")["notes"]
-    assert "run.env has sandbox, which Airlift does not use" in notes
+    assert "run.env has mystery, which Airlift does not use" in notes
     assert "HF_TOKEN is set here but not sent; add it to [secrets] to send it" in notes
     assert "the config refers to ${run.wandb.project}, which is not set anywhere" in notes
     assert "left out, as they look like credentials: src/nemotron/kit/.env" in notes

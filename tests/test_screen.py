@@ -138,6 +138,12 @@ def test_without_the_option_a_step_is_silent(capsys: pytest.CaptureFixture[str])
 # ---------------------------------------------------------------- the dry run
 
 
+def test_a_dry_run_shows_the_compiled_config_where_it_is_asked_for(say, here):
+    said = say(*FAMILY, "lepton", "lr=1", "+api_key=hush-hush-123", "--show-config")
+    assert said[0] == 0 and said[1].endswith("\nnothing was submitted\n"), said
+    assert "\nlr: 1\n" in said[1] and "\napi_key: '***'\n" in said[1] and "hush" not in said[1]
+
+
 def test_a_dry_run_shows_what_would_happen(say, here):
     code, out, err = say(*FAMILY, "lepton", "lr=1", "--nodes", "2", "--dry-run", "--", "--flag", "two words")
     assert (code, err) == (0, "")

@@ -185,7 +185,7 @@ def test_what_is_copied_is_private_and_in_no_argument_list(monkeypatch: pytest.M
     monkeypatch.setattr(subprocess, "run", lambda *args, **options: seen.append(args) or run(*args, **options))
     umask = os.umask(0)
     try:
-        number = slurm.sbatch(ssh.Host(), str(tmp_path / "experiments/t/t_1"), "t", {"secrets.json": b"s3cret '\n"}, "script")
+        number = slurm.sbatch(ssh.Host(), str(tmp_path / "experiments/t/t_1"), "t", {"secrets.json": b"s3cret '\n"}, 0, "script")
     finally:
         os.umask(umask)
     folder = tmp_path / "experiments/t/t_1/t"
@@ -285,6 +285,24 @@ def test_each_task_finds_its_own_rank_and_what_was_sent(laptop: Person, image: s
         config = {"code": "%s/fam/work/x" % laptop.base, "out": "%s/fam/y" % laptop.base}
         assert "[%d] I am %d 2 n1 %s %s" % (rank, rank, odd, config) in done.stdout
         assert image or not Path(code).parent.exists()
+
+
+@slow
+def test_without_a_folder_jobs_go_to_the_home_on_the_cluster(laptop: Person) -> None:
+    """remote_job_dir's default; the launcher's own home is another one."""
+    laptop.recipe("home", """
+        import os
+        print("run root is", os.environ["NEMO_RUN_DIR"], os.environ["WANDB_DIR"])
+        open("kept.txt", "a").write("x")
+        """)
+    for parts in ("x", "xx"):
+        done = laptop.launch("home", "run.env.remote_job_dir=~/airlift")
+        assert done.returncode == 0, done.stdout + done.stderr
+        root = laptop.cluster.home / "airlift/fam"
+        assert "run root is %s %s" % (root, root) in done.stdout and "outputs in ~/airlift/fam" in done.stdout
+        assert "note: the job's files and outputs go to ~/airlift in your home on the cluster" in done.stdout
+        assert (root / "work/kept.txt").read_text() == parts
+    assert not (laptop.home / "airlift").exists()
 
 
 @slow

@@ -10,7 +10,6 @@ from typing import Any
 
 import screen
 from jobs import BY_VALUE, Job
-from pod.failures import FAILURES, POD
 from transport import LIMITS, Plan, Refusal, human
 
 
@@ -71,39 +70,3 @@ def sent_by_value(job: Job, plan: Plan) -> tuple[str, ...]:
     values = tuple(plan.env[name] for name, source in job.secrets.items() if source in BY_VALUE)
     screen.conceal(*values)
     return values
-
-
-ENDED = re.compile(r"airlift: rank (\S+) ended with exit code (\d{1,3})\b")  # a pod's last line (pod/entry.py)
-BEGUN = re.compile(r"airlift: rank \d+ of \d+, sha256 .*, begun ")  # its first, where the job may be retried
-NOT_WHOLE = "airlift_pod_program_did_not_arrive_whole"  # of the bootstrap in transport.py
-FAILED = re.compile(r"airlift: rank (\d+): ([^:]+):")  # before that, where it fails itself (pod/failures.py)
-SENTENCES = {sentence: code for code, (sentence, _) in FAILURES.items()}
-ECHOES = (137, 143)  # killed: the exit codes of other ranks when a job ends because of one
-
-
-def code_in(rank: int, line: str) -> int | None:
-    """The exit code in a line of the log of `rank`, if it is about that rank."""
-    if line.startswith(NOT_WHOLE):
-        return POD
-    found = [int(code) for name, code in ENDED.findall(line) if name in (str(rank), "?", "unknown")]
-    return found[-1] if found else None
-
-
-def note(codes: dict[int, int], rank: int, line: str) -> None:
-    """Note what a line of that rank's log says of its end. A recipe can print such a line, but not in the log of
-    another rank, and not after the pod's own: so only the last line counts, except for what Slurm adds. A failure of
-    the pod's own is noted under ~rank, in case it is killed before its last line."""
-    code = code_in(rank, line)
-    failed = FAILED.match(line)
-    if failed and failed.group(1) == str(rank) and failed.group(2) in SENTENCES:
-        codes[~rank] = SENTENCES[failed.group(2)]
-    if code is not None:
-        codes[rank] = code
-    elif line.strip() and not line.startswith(("slurmstepd: ", "srun: ")):
-        codes.pop(rank, None)
-
-
-def first_failure(codes: dict[int, int]) -> int | None:
-    """The exit code that the job failed with; that of a killed rank only if there is no other."""
-    failures = [code for _, code in sorted(codes.items(), key=lambda item: (item[0] < 0, item[0])) if code]
-    return next((code for code in failures if code not in ECHOES), failures[0] if failures else None)

@@ -59,6 +59,9 @@ def findings(profile: Profile, launch: "Launch | None" = None) -> Iterator[Findi
         yield from recipe_findings(launch)
     if not profile.unset:
         yield from backends.backend(profile.executor).probe(settings, launch.job if launch else None)
+    else:
+        yield Finding(profile.executor, "warning", "was not asked: the profile is not complete",
+                      "complete it as said above, then check again")
 
 
 def recipe_findings(launch: "Launch") -> Iterator[Finding]:

@@ -14,7 +14,7 @@ import urllib3
 
 import screen
 from backends import FINAL, Status
-from backends.common import BEGUN, ECHOES, first_failure, note
+from backends.common.ends import BEGUN, ECHOES, Ends
 from runs import Run
 from transport import Refusal
 
@@ -38,7 +38,7 @@ class Follower:
     def __init__(self, run: Run, ask: Callable[[], Status], open_log: Callable[[int, bool], Iterator[str] | None],
                  trouble: Callable[[], str]) -> None:
         self.run, self.ask, self.open_log, self.trouble = run, ask, open_log, trouble
-        self.codes: dict[int, int] = {}  # rank -> exit code, as its pod said it last
+        self.ends = Ends()
         self.attempts = 0  # starts of the first rank that is shown, by its log
         self.ran = False  # all pods have been up at the same time
         self.heard = time.monotonic()  # when the platform last answered
@@ -86,9 +86,9 @@ class Follower:
         if status.state != "failed":
             return replace(status, exit_code=0 if status.state == "done" else None)
         silent = self._read_others()
-        code = first_failure(self.codes)
+        code = self.ends.code()
         if code is not None and (code not in ECHOES or not silent):
-            return Status("failed", status.detail, code)
+            return Status("failed", status.detail, code, why=self.ends.said() if self.run.nodes > 1 else ())
         no_code = "rank %s ended without an exit code in its log" % ", ".join(map(str, silent)) if silent else ""
         return Status("failed", "; ".join(filter(None, (status.detail, no_code, self._trouble()))))
 
@@ -118,7 +118,7 @@ class Follower:
                 last = status
                 self.ran = self.ran or status.state in ("running", "done")
                 trouble = ""
-                if status.state in ("waiting", "failed") and not self.ran and not self.codes:
+                if status.state in ("waiting", "failed") and not self.ran and not self.ends.codes:
                     trouble = self._trouble()
                 if IMAGE_TROUBLE.search(trouble):
                     raise Refusal("the image cannot be pulled: " + trouble, "correct container_image or the pull "
@@ -156,7 +156,7 @@ class Follower:
             self._say("no log of rank %d: %s" % (rank, why))
 
     def _show(self, rank: int, line: str) -> None:
-        note(self.codes, rank, line)
+        self.ends.note(rank, line)
         if rank == self.run.ranks[0] and BEGUN.search(line):
             self.attempts += 1
             if self.attempts > 1:
@@ -166,6 +166,7 @@ class Follower:
     def _say(self, text: str) -> None:
         """A line of our own."""
         self._print("-- %s\n" % screen.plain(text)[:screen.LONGEST])
+
     def _print(self, text: str) -> None:
         with self.lock:
             if not self.mute:
@@ -177,17 +178,17 @@ class Follower:
         silent = []
         deadline = time.monotonic() + OTHERS_S
         for rank in range(self.run.nodes):
-            if rank in self.codes or time.monotonic() > deadline:
+            if rank in self.ends.codes or time.monotonic() > deadline:
                 continue
             try:
                 log = self.open_log(rank, True)
                 for line in lines(log or ()):
-                    note(self.codes, rank, line)
+                    self.ends.note(rank, line)
                     if time.monotonic() > deadline:
                         break
             except BROKEN:
                 continue
-            if log is not None and rank not in self.codes:
+            if log is not None and rank not in self.ends.codes:
                 silent.append(rank)
         return silent
 

@@ -64,9 +64,9 @@ def setup_lines(settings: dict[str, Any], folder: str, secrets: bool) -> str:
                       settings.get("setup_lines", "")])
 
 
-# nemo-run always submits with --requeue; Slurm counts the starts, but has no limit for them. `parts` counts those of
-# them that were continuations. The secrets go when the batch script ends in any way (Slurm sends it TERM), unless the
-# job starts again.
+# Slurm counts the starts, but has no limit for them: with retries a job is submitted with --requeue, and its last start
+# ends that. `parts` counts the starts that were continuations. The secrets go when the batch script ends in any way
+# (Slurm sends it TERM), unless the job starts again.
 STARTS = """\
 airlift_parts=$(cat %(folder)s/parts 2>/dev/null || echo 0)
 [ $((${SLURM_RESTART_COUNT:-0} - airlift_parts)) -lt %(retries)d ] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0

@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import screen
 from backends import FINAL, GONE, Status
-from backends.common import code_in, first_failure, note
+from backends.common.ends import Ends, code_in
 from backends.common.ssh import Host, last_lines
 from runs import Run
 from transport import Refusal
@@ -144,13 +144,13 @@ class Watch:
     def ask(self) -> Status:
         """The state by Slurm, or, where it has forgotten the job, by what the ranks' logs say last."""
         status = ask(self.host, self.run)
-        codes = self.codes() if status.gone else {}
-        if not codes:
+        ends = self.ends() if status.gone else Ends()
+        if not ends.codes:
             return status
-        code = first_failure(codes)
+        code = ends.code()
         said = "Slurm has forgotten it; by its logs, "
-        if code is None and len(codes) < self.run.nodes:
-            return replace(status, detail=said + "%d of %d ranks ended" % (len(codes), self.run.nodes))
+        if code is None and len(ends.codes) < self.run.nodes:
+            return replace(status, detail=said + "%d of %d ranks ended" % (len(ends.codes), self.run.nodes))
         return Status("failed" if code else "done", said + ("a rank failed" if code else "all ranks ended"), code or 0)
 
     def status(self) -> Status:
@@ -161,18 +161,20 @@ class Watch:
         if status.state in FINAL and self.run.record.get("secrets"):
             self.host.run(forget(self.run.record["folder"]))
         if status.state == "failed" and status.exit_code is not None:
-            return replace(status, exit_code=first_failure(self.codes()) or status.exit_code)
+            ends = self.ends()
+            return replace(status, exit_code=ends.code() or status.exit_code,
+                           why=ends.said() if self.run.nodes > 1 else ())
         return status
 
-    def codes(self) -> dict[int, int]:
-        """The exit codes of the ranks, by the last lines of their logs."""
+    def ends(self) -> Ends:
+        """How the ranks ended, by the last lines of their logs."""
         where = shlex.quote(self.run.record["folder"]), shlex.quote(job_id(self.host, self.run))
-        script = "cd %s && for log in log-*_%s_*.out; do tail -c 900 \"$log\" | sed \"s/^/$log /\"; echo; done"
-        found: dict[int, int] = {}
+        script = "cd %s && for log in log-*_%s_*.out; do tail -c 4000 \"$log\" | sed \"s/^/$log /\"; echo; done"
+        found = Ends()
         for text in self.host.run(script % where).stdout.decode("utf-8", "replace").split("\n"):
             log, _, line = text.partition(" ")
             if log.endswith(".out"):
-                note(found, rank_of(log), line)
+                found.note(rank_of(log), line)
         return found
 
     def to_the_end(self) -> Status:
