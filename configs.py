@@ -72,8 +72,13 @@ def _own_file(recipe: Recipe, name: str) -> Path | None:
 
 
 def known_keys(recipe: Recipe, name: str | None) -> set[str]:
-    """The top-level keys of a config, before any override. Raises Refusal as compile_config does."""
-    return set(map(str, _load_config(_omegaconf(), recipe, name, config_file(recipe, name))))
+    """The top-level keys of a config and run.KEY for those of its run, before any override, and what each has. Raises
+    Refusal as compile_config does."""
+    omegaconf = _omegaconf()
+    config = omegaconf.OmegaConf.to_container(_load_config(omegaconf, recipe, name, config_file(recipe, name)))
+    run = config.get("run")
+    own = run if isinstance(run, dict) else ()
+    return {"run", "run.env", "run.wandb", *map(str, config), *map("run.{}".format, own)}
 
 
 def compile_config(recipe: Recipe, name: str | None, overrides: list[str], settings: Any,

@@ -334,6 +334,14 @@ def not_kept(settings: dict[str, Any], executor: str) -> str:
     return "" if kept else "the workspace %s is on none of the mounts%s" % (base, lost)
 
 
+def starts_in_image(settings: dict[str, Any], executor: str) -> str:
+    """A note where the recipe starts in a folder of its image, to which relative paths lead; "" where it does not."""
+    folder = settings.get("workdir") or ""
+    own = executor != "local" and settings.get("container_image") and folder and not is_mounted(folder, settings)
+    return "the recipe starts in %s of its image: what it writes by a relative path is lost with the pod, so give " \
+        "folders like ${oc.env:NEMO_RUN_DIR}/results in its config" % folder if own else ""
+
+
 def run_root(settings: dict[str, Any], family: str, name: str | None = None) -> str | None:
     """<workspace>/<name of the experiment>, else run_dir, else <workspace>/<family>: the same for every launch of it.
     None: outputs stay in the pod."""
@@ -390,7 +398,7 @@ def environment(settings: dict[str, Any], run: dict[str, Any], name: str, execut
 # What a job may not be able to do without, where a person has it; TOKENS have notes of their own.
 LOOKS_NEEDED = re.compile(r"(?i:(https?|no|all)_proxy)$|(SSL_CERT|REQUESTS_CA|CURL_CA|GIT_SSL|AWS_CA)_"
                           r"|WANDB_(MODE|BASE_URL)$|HF_(HOME|ENDPOINT|HUB_OFFLINE)$|(PIP|UV)_\w*INDEX"
-                          r"|(TRANSFORMERS|HF_DATASETS)_(OFFLINE|CACHE)$|\w+_(API_KEY|TOKEN)$")
+                          r"|(TRANSFORMERS|HF_DATASETS)_(OFFLINE|CACHE)$|(?!LEPTON_)\w+_(API_KEY|TOKEN)$")
 
 
 def not_sent(executor: str, sent: set[str]) -> list[str]:

@@ -79,10 +79,10 @@ class Launch:
         recipe = recipes.find(self.root, words.family + "/" + stage)
         self.overrides, self.several = words.overrides, len(words.stages) > 1
         self.config_name = config_for(options.config or [], stage, recipe, self.several)
-        if self.several:  # an override is for the stages whose config has its first key; run.… is for all
-            known = configs.known_keys(recipe, self.config_name) | {"run"}
+        if self.several:  # an override is for the stages whose config has its first key; run.env is for all
+            known = configs.known_keys(recipe, self.config_name)
             self.overrides = [word for word in words.overrides
-                              if word in new or re.split(r"[.=\[]", word.lstrip("+"))[0] in known]
+                              if word in new or re.findall(r"^\+*(run\.[^.=[]+|[^.=[]*)", word)[0] in known]
         ahead = _Ahead(self.root, recipe, self.profile)
         try:
             notes = list(self.profile.notes)
@@ -119,7 +119,7 @@ class Launch:
         root = jobs.run_root(settings, recipe.family, options.name)
         lost = jobs.not_kept(settings, executor)
         self.outputs = None if lost else root
-        notes += filter(None, [lost])
+        notes += filter(None, [lost or jobs.starts_in_image(settings, executor)])
         command, tool, about = recipes.command(recipe, settings, list(options.args), executor in profiles.CLOUDS)
         secrets, about_secrets = jobs.check_secrets(settings.get("secrets", {}), executor, settings["env_vars"])
         repositories, about_clones = jobs.clones(settings, executor)

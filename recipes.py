@@ -143,6 +143,11 @@ def find(root: Path, name: str) -> Recipe:
     if family not in families:
         raise Refusal("there is no family %r" % family, "did you mean %s?%s" % (nearest(family, families), hidden))
     stages = [recipe.stage for recipe in found.values() if recipe.family == family]
+    configs = sorted(root.glob("src/*/recipes/%s/*%s/config/default.yaml" % tuple(map(glob.escape, (family, stage)))))
+    others = [each for each in found.values() if each.family == "steps" and stage in each.stage.split("/")]
+    if configs and others:  # as nano3/eval of Nemotron's, which its own launcher gives to another program
+        raise Refusal("%s/%s has configs, and no recipe of its own" % (family, stage),
+                      "launch: %s %s -c %s" % (others[0].family, others[0].stage, configs[0].relative_to(root)))
     raise Refusal("%s has no stage %r" % (family, stage), "did you mean %s?%s" % (nearest(stage, stages), hidden))
 
 

@@ -253,6 +253,7 @@ def pod_env(job: Job, plan: Plan, rank: int, port: int, folder: Path) -> dict[st
     """A pod's whole environment: a small base, the rank and address of the pods, the plan."""
     here = str(Path(sys.executable).parent)
     base = {"PATH": here + os.pathsep + os.environ.get("PATH", os.defpath), "HOME": str(Path.home()),
+            **{name: os.environ[name] for name in ("USER", "LOGNAME") if name in os.environ},
             "LANG": os.environ.get("LANG", "C.UTF-8"), "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo",
             "NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "PROGRESS_FILE": str(folder / ("progress-%d" % rank))}

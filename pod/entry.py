@@ -116,8 +116,10 @@ def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: in
         job = dict(job, command=ray_nodes.command_for(job, places, rank, env))
     given = recipe_env(env, job, places, rank)
     told = {"RAY_TMPDIR", "RAY_ADDRESS"} & set(given)  # who joins a cluster finds its sockets by its own folder
-    if len(given.get("TMPDIR", "")) > 30 and not told and not job.get("cluster"):
-        given["RAY_TMPDIR"] = places.short = own_place("ray", {})  # Ray adds 72 bytes, and a socket's path has 107
+    rays = os.path.join(given.get("TMPDIR") or "/tmp", "ray")  # Ray adds 72 bytes, and a socket's path has 107
+    unfit = len(rays) > 34 or (os.path.exists(rays) and not os.access(rays, os.W_OK))  # or it is another user's
+    if unfit and not told and not job.get("cluster"):
+        given["RAY_TMPDIR"] = places.short = own_place("ray", {})
     kept = sorted(name for name in job.get("defaults", {}) if name in env and name not in job["env"])
     if kept and not rank:
         say("left as this pod has them: " + ", ".join(kept))

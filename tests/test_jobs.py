@@ -159,6 +159,16 @@ def test_what_the_yaml_holds_for_others_is_said_or_passed_over():
     assert "node_group" not in found
 
 
+@pytest.mark.parametrize(("executor", "profile", "said"), [
+    ("lepton", {"workdir": "/opt/nemo-rl"}, True), ("local", {"workdir": "/opt/nemo-rl"}, False), ("lepton", {}, False),
+    ("slurm", {"workdir": "/opt/nemo-rl", "container_image": ""}, False),
+    ("docker", {"workdir": "/w/here", "mounts": ["~/x:/w"]}, False), ("docker", {"workdir": "/work", "mounts": ["~/x:/w"]}, True)])
+def test_a_recipe_that_starts_in_its_image_writes_there(executor, profile, said):
+    """As NVIDIA's RL recipes do, with checkpoint_dir: results/…"""
+    settings, _ = settle(executor, profile={"container_image": "i"} | profile)
+    assert ("is lost with the pod" in jobs.starts_in_image(settings, executor)) == said
+
+
 def test_on_this_machine_outputs_are_kept_in_any_case(folder):
     assert jobs.run_root(settle("local")[0], "nano3") == str(folder.parent / "output/nano3")
 

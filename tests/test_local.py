@@ -173,7 +173,7 @@ def test_two_pods_of_one_tree(place):
             "PATH", "HOME", "LANG", "TMPDIR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES",
             "NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT", "PYTHONUNBUFFERED", "PYTHONPATH", "NEMO_RUN_DIR",
             "AIRLIFT_RUN", "AIRLIFT_CODE", "AIRLIFT_CONFIG", "OMP_NUM_THREADS", "FROM_YAML", "PROGRESS_FILE",
-            "WANDB_DIR", "RAY_TMPDIR", "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
+            "WANDB_DIR", "RAY_TMPDIR", "USER", "LOGNAME", "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
     record = place.run_file(run)
     assert (record["recipe"], record["profile"], record["nodes"]) == ("nano3/sft", "local", 2)
     assert record["job_exit_code"] == 0

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -483,6 +484,21 @@ def test_a_bar_is_in_the_output_and_in_the_log_of_the_workspace(tmp_path: Path) 
         assert running.signal(signal.SIGTERM) == 143
     log = (tmp_path / "ws/runs/t23456/rank-0.log").read_text()
     assert log == "step 0 of 50\nstep 49 of 50\n" or (log.count("\n") < 4 and "\r" not in log)
+
+
+def test_ray_keeps_out_of_the_folder_of_another_user(tmp_path: Path) -> None:
+    """Ray's default is one folder for all users of a machine, which belongs to the first one."""
+    need(os.geteuid() == 0, "only root becomes another user")
+    scratch = Path(tempfile.mkdtemp(dir="/tmp", prefix="s"))
+    try:
+        scratch.chmod(0o777)
+        (scratch / "ray").mkdir(mode=0o755)
+        for place in ("/tmp/airlift-65534/ray", ""):
+            code, out = ran(plan(command='echo "its place: $RAY_TMPDIR"', run_root=None), scratch, user=65534, group=65534)
+            assert code == 0 and re.search(r"its place: %s(-\d+)?\n" % place, out.text), out.text
+            shutil.rmtree(scratch / "ray", ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch)
 
 
 def test_rays_sockets_fit_below_any_tmpdir(tmp_path: Path) -> None:

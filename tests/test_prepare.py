@@ -167,6 +167,27 @@ def test_other_words_are_told(say, words, what):
     assert code == 2 and what in err
 
 
+def test_an_artifact_is_for_the_stages_that_have_it(say, here):
+    """run.data and the like are as much a stage's own as its other keys; run.env is for all."""
+    recipe(here, "nano3/one", path="src/p/recipes/one/train.py", yaml="a: 1\n")
+    recipe(here, "nano3/two", path="src/p/recipes/two/train.py", yaml="run: {data: 'x:latest'}\na: ${run.data}\n")
+    code, out, err = say("nano3", "one,two", "local", "run.data=/mine", "run.env.env_vars.A=1", "run.new=2", "--json")
+    assert (code, err) == (0, "")
+    texts = [stage["config"]["text"] for stage in json.loads(out)["stages"]]
+    assert "/mine" not in texts[0] and "a: /mine" in texts[1]
+    assert all(stage["env"]["A"] == "1" for stage in json.loads(out)["stages"])
+
+
+def test_a_stage_that_has_only_configs_is_told_which_recipe_takes_them(say, here):
+    """As Nemotron's `nano3 eval`, which NVIDIA's launcher gives to another program."""
+    recipe(here, "steps/judge/model", path="src/p/steps/judge/model/step.py")
+    write(here / "src/p/recipes/nano3/stage3_judge/config/default.yaml", "{}\n")
+    assert say("nano3", "judge", "local") == (2, "", (
+        "airlift: nano3/judge has configs, and no recipe of its own\n"
+        "launch: steps judge/model -c src/p/recipes/nano3/stage3_judge/config/default.yaml\n"))
+    assert plan_of(say, "steps", "judge/model", "local", "-c", "src/p/recipes/nano3/stage3_judge/config/default.yaml")
+
+
 @pytest.mark.parametrize(("option", "more"), [("--run", ""), ("--batch", " --detach")])
 def test_the_words_of_nvidias_users_are_answered_with_ours(say, option, more):
     assert say("nano3", "sft", option, "lepton") == (2, "", (
