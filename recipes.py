@@ -147,7 +147,7 @@ def find(root: Path, name: str) -> Recipe:
     others = [each for each in found.values() if each.family == "steps" and stage in each.stage.split("/")]
     if configs and others:  # as nano3/eval of Nemotron's, which its own launcher gives to another program
         raise Refusal("%s/%s has configs, and no recipe of its own" % (family, stage),
-                      "launch: %s %s -c %s" % (others[0].family, others[0].stage, configs[0].relative_to(root)))
+                      "launch: %s %s -c %s" % (others[0].family, others[0].stage, configs[0]))
     raise Refusal("%s has no stage %r" % (family, stage), "did you mean %s?%s" % (nearest(stage, stages), hidden))
 
 

@@ -181,11 +181,10 @@ def test_an_artifact_is_for_the_stages_that_have_it(say, here):
 def test_a_stage_that_has_only_configs_is_told_which_recipe_takes_them(say, here):
     """As Nemotron's `nano3 eval`, which NVIDIA's launcher gives to another program."""
     recipe(here, "steps/judge/model", path="src/p/steps/judge/model/step.py")
-    write(here / "src/p/recipes/nano3/stage3_judge/config/default.yaml", "{}\n")
+    config = write(here / "src/p/recipes/nano3/stage3_judge/config/default.yaml", "{}\n")
     assert say("nano3", "judge", "local") == (2, "", (
-        "airlift: nano3/judge has configs, and no recipe of its own\n"
-        "launch: steps judge/model -c src/p/recipes/nano3/stage3_judge/config/default.yaml\n"))
-    assert plan_of(say, "steps", "judge/model", "local", "-c", "src/p/recipes/nano3/stage3_judge/config/default.yaml")
+        "airlift: nano3/judge has configs, and no recipe of its own\nlaunch: steps judge/model -c %s\n" % config))
+    assert plan_of(say, "steps", "judge/model", "local", "-c", config)
 
 
 @pytest.mark.parametrize(("option", "more"), [("--run", ""), ("--batch", " --detach")])
