@@ -470,7 +470,7 @@ def folder(tmp_path):
     folder = flat_folder(tmp_path / "airlift")
     recipe(folder, body="import os\nprint('hello from', os.environ['NODE_RANK'], __file__)\n", launch="direct", nodes=2)
     write(folder / "profiles/together.toml", 'extends = "local"\nunpack = "shared"\n')
-    write(folder / "profiles/nowhere.toml", 'executor = "local"\ngpus_per_node = 0\nunpack = "shared"\n')
+    write(folder / "profiles/nowhere.toml", 'executor = "docker"\ncontainer_image = "i"\nunpack = "shared"\n')
     return folder
 
 
