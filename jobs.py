@@ -105,8 +105,9 @@ def settings_for(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict
     settings |= {key: _count(key, settings[key]) for key in COUNTS if key in settings}
     anchor(settings, profile.executor)
     if str(settings.get("remote_job_dir", "")).startswith("~/"):
-        notes.append("the job's files and outputs go to %s in your home on the cluster; remote_job_dir names another "
-                     "folder that all nodes see" % settings["remote_job_dir"])
+        outputs = " and outputs" * (workspace(settings) == settings["remote_job_dir"])
+        notes.append("the job's files%s go to %s in your home on the cluster; remote_job_dir names another folder that "
+                     "all nodes see" % (outputs, settings["remote_job_dir"]))
     settings["nproc"] = settings.get("nproc_per_node", settings["gpus_per_node"]) or 1
     return settings
 
@@ -273,10 +274,12 @@ def sandbox(settings: dict[str, Any]) -> dict[str, str]:
     if odd or not isinstance(port, int):
         raise Refusal("sandbox has %s" % (odd[0] if odd else "the port %r" % port),
                       "it takes container, port (a number) and command")
-    return {"SANDBOX_CONTAINER": str(box["container"]), **dict.fromkeys((
-        "LISTEN_PORT", "NGINX_PORT", "NEMO_SKILLS_SANDBOX_PORT"), str(port)),
-        "SANDBOX_COMMAND": str(box.get("command", "/start-with-nginx.sh")),
-        "SANDBOX_ENV_VARS": "NEMO_SKILLS_SANDBOX_PORT=%d" % port} if box.get("container") else {}
+    if not box.get("container"):
+        return {}
+    ports = dict.fromkeys(("LISTEN_PORT", "NGINX_PORT", "NEMO_SKILLS_SANDBOX_PORT"), str(port))
+    return ports | {"SANDBOX_CONTAINER": str(box["container"]),
+                    "SANDBOX_ENV_VARS": "NEMO_SKILLS_SANDBOX_PORT=%d" % port,
+                    "SANDBOX_COMMAND": str(box.get("command", "/start-with-nginx.sh"))}
 
 
 def require_image(job: Job) -> str:
@@ -348,7 +351,8 @@ def run_root(settings: dict[str, Any], family: str, name: str | None = None) -> 
     if name and not re.fullmatch(r"(?!\.)[\w.-]{1,100}", name, re.ASCII):
         raise Refusal("--name is %r" % name, "a name has letters, digits and . _ -, and does not begin with a dot")
     base = workspace(settings)
-    if base and not base.startswith(("/", "<unset ", "~/")):
+    at_home = base == settings.get("remote_job_dir") and str(base).startswith("~/")  # which submit() resolves
+    if base and not base.startswith(("/", "<unset ")) and not at_home:
         raise Refusal("the workspace is %r" % base, "it must be an absolute path, as the pod sees it")
     if settings.get("run_dir") and not name:
         return posixpath.join(base or "/", settings["run_dir"])

@@ -211,6 +211,13 @@ def test_where_outputs_are_kept(folder, executor, profile, root):
 def test_a_workspace_in_a_pod_is_absolute(executor):
     found = refusal(jobs.run_root, settle(executor, profile={"workspace": "out"})[0], "nano3")
     assert str(found) == "the workspace is 'out'\nit must be an absolute path, as the pod sees it"
+    assert refusal(jobs.run_root, settle(executor, profile={"workspace": "~/out"})[0], "nano3").what == "the workspace is '~/out'"
+
+
+def test_what_goes_to_the_home_on_the_cluster_is_said():
+    said = "the job's files%s go to ~/airlift in your home on the cluster; remote_job_dir names another folder that all nodes see"
+    assert settle("slurm")[1] == [said % " and outputs"]
+    assert settle("slurm", profile={"workspace": "/lustre"})[1] == [said % ""]
 
 
 def test_what_follows_from_the_settings_is_a_default_and_what_is_named_is_not():
