@@ -189,7 +189,7 @@ def follow(run: runs.Run, took: tuple[float, float] | None = None) -> int:
         where = screen.plain("; outputs in " + run.outputs) if run.outputs else ""
         print("%s%s%s" % (screen.state("done"), after, where))
         return 0
-    for line in status.why:
+    for line in status.why if run.nodes > 1 else ():
         print("-- " + screen.plain(line)[:screen.LONGEST])
     sys.stdout.flush()
     code = status.exit_code

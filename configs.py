@@ -72,8 +72,8 @@ def _own_file(recipe: Recipe, name: str) -> Path | None:
 
 
 def known_keys(recipe: Recipe, name: str | None) -> set[str]:
-    """The top-level keys of a config and run.KEY for those of its run, before any override, and what each has. Raises
-    Refusal as compile_config does."""
+    """The top-level keys of a config, run.KEY for each of its run, and what every config can have; before any override.
+    Raises Refusal as compile_config does."""
     omegaconf = _omegaconf()
     config = omegaconf.OmegaConf.to_container(_load_config(omegaconf, recipe, name, config_file(recipe, name)))
     run = config.get("run")

@@ -74,7 +74,8 @@ class Launch:
         if not dry:
             self.profile.require_set()
         own = self.profile.keys.get("repo_root")
-        profiles.BESIDE[:] = [Path(own, "env.toml")] if own and not options.repo_root else profiles.BESIDE
+        if own and not options.repo_root:
+            profiles.BESIDE[:] = [Path(own, "env.toml")]
         self.root = recipes.source_tree(options.repo_root or own, HERE)
         recipe = recipes.find(self.root, words.family + "/" + stage)
         self.overrides, self.several = words.overrides, len(words.stages) > 1

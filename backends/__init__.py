@@ -28,7 +28,7 @@ class Status:
     state: str  # waiting, running, or one of FINAL
     detail: str = ""  # the platform's own name for it
     exit_code: int | None = None  # the recipe's; None if not known
-    why: tuple[str, ...] = field(default=(), compare=False)  # lines that say which of several ranks failed, and why
+    why: tuple[str, ...] = field(default=(), compare=False)  # lines that say which rank failed, and why
     gone: bool = False  # the state is a guess, since the platform no longer knows the job
 
 

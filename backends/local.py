@@ -105,12 +105,17 @@ def follow(run: Run) -> Status:
                     time.sleep(0.05)
         finally:
             screen.progress("", shown)
-        log.seek(max(0, log.tell() - TAIL))
-        ends = Ends()
-        for found in re.finditer(rb"(?m)^\[(\d+)\] (.*)", log.read()):
-            ends.note(int(found.group(1)), found.group(2).decode("utf-8", "replace"))
-    ended = status(run)
-    return replace(ended, why=ends.said() if ended.state == "failed" else ())
+        ended = status(run)
+        return replace(ended, why=_ends(log).said()) if ended.state == "failed" else ended
+
+
+def _ends(log: IO[bytes]) -> Ends:
+    """How the ranks ended, by the last TAIL bytes of the log, which has been read."""
+    log.seek(max(0, log.tell() - TAIL))
+    ends = Ends()
+    for found in re.finditer(rb"(?m)^\[(\d+)\] (.*)", log.read()):
+        ends.note(int(found.group(1)), found.group(2).decode("utf-8", "replace"))
+    return ends
 
 
 def _progress(run: Run) -> str:

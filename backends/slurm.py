@@ -53,7 +53,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     ahead = nemo_ahead()  # while the cluster is asked
     cache = shlex.quote(settings.get("persistent_cache") or "/")
     said = host.output(PREPARE % {"base": wanted, "cache": cache}, "use " + wanted)
-    base = said.strip().split("\n")[-1] if wanted.startswith("~") else wanted
+    base = said.strip().split("\n")[-1] if wanted.startswith("~") else wanted  # what was written stays as it is
     require_plain(settings | {"remote_job_dir": base})
     description = below(job.description, wanted, base)
     mounts = resolved_mounts(host, settings, base)

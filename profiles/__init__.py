@@ -212,7 +212,7 @@ def defaults(executor: str) -> dict[str, Any]:
 
 
 PINNED: list[Path] = []
-BESIDE: list[Path] = []  # the env.toml of the source tree that the command line names, where none is found upwards
+BESIDE: list[Path] = []  # the env.toml of the source tree that is named, if one is; used where none is found upwards
 
 
 @contextlib.contextmanager

@@ -80,10 +80,11 @@ class Ends:
     def first(self) -> int | None:
         """The rank that the job failed with: one that was killed, or that tells of another's end, only if there is no
         other; None if none failed."""
-        return min(self.failed(), key=lambda rank: (self._echo(rank), rank in self.own, rank), default=None)
+        codes = self.failed()
+        return min(codes, key=lambda rank: (self._echo(rank, codes[rank]), rank in self.own, rank), default=None)
 
-    def _echo(self, rank: int) -> bool:
-        return self.failed()[rank] in ECHOES or (rank in self.echoes and rank not in self.why)
+    def _echo(self, rank: int, code: int) -> bool:
+        return code in ECHOES or (rank in self.echoes and rank not in self.why)
 
     def code(self) -> int | None:
         """The exit code of that rank."""
@@ -91,8 +92,8 @@ class Ends:
         return None if rank is None else self.failed()[rank]
 
     def said(self) -> tuple[str, ...]:
-        """That rank in words, with the end of its traceback, where there are others; () if it is not certain."""
-        rank = self.first()
-        if rank is None or self._echo(rank):
+        """That rank in words, with the end of its traceback; () if it is not certain."""
+        codes, rank = self.failed(), self.first()
+        if rank is None or self._echo(rank, codes[rank]):
             return ()
-        return ("rank %d failed with exit code %d" % (rank, self.failed()[rank]), *self.why.get(rank, ()))
+        return ("rank %d failed with exit code %d" % (rank, codes[rank]), *self.why.get(rank, ()))

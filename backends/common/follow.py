@@ -88,7 +88,7 @@ class Follower:
         silent = self._read_others()
         code = self.ends.code()
         if code is not None and (code not in ECHOES or not silent):
-            return Status("failed", status.detail, code, why=self.ends.said() if self.run.nodes > 1 else ())
+            return Status("failed", status.detail, code, why=self.ends.said())
         no_code = "rank %s ended without an exit code in its log" % ", ".join(map(str, silent)) if silent else ""
         return Status("failed", "; ".join(filter(None, (status.detail, no_code, self._trouble()))))
 

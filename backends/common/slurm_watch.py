@@ -162,8 +162,7 @@ class Watch:
             self.host.run(forget(self.run.record["folder"]))
         if status.state == "failed" and status.exit_code is not None:
             ends = self.ends()
-            return replace(status, exit_code=ends.code() or status.exit_code,
-                           why=ends.said() if self.run.nodes > 1 else ())
+            return replace(status, exit_code=ends.code() or status.exit_code, why=ends.said())
         return status
 
     def ends(self) -> Ends:
