@@ -120,6 +120,18 @@ def test_logs_by_the_routes_there_are(here, kube, cluster):
     assert (result.code, "hello" in result.out) == (0, True) if kube or cluster else "own log at /shared" in result.err
 
 
+def test_the_code_of_a_rank_that_was_ended_is_not_told_for_that_of_one_whose_log_is_closed_to_us(here):
+    """The cluster's API has rank 0's log only, and rank 1 has failed."""
+    here.server.kube_logs, here.server.cluster_logs = False, True
+    here.recipe("import os, time\nif os.environ['NODE_RANK'] == '1':\n    time.sleep(1)\n    raise SystemExit(3)\ntime.sleep(300)")
+    result = here.launch("--nodes", "2")
+    assert result.code == 1 and "airlift: rank 0 ended with exit code 143" in result.out
+    assert "its exit code is not known (Failed; the logs of 1 other ranks could not be read" in result.err, result.err
+    here.server.kube_logs = True
+    result = here.launch("--nodes", "2")
+    assert result.code == 1 and "the job failed with exit code 3 " in result.err, result.err
+
+
 def test_without_any_address_for_logs(here):
     here.profile(kube_apiserver_url=None)
     here.recipe("import time\ntime.sleep(0.5)\nraise SystemExit(3)")

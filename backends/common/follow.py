@@ -85,12 +85,13 @@ class Follower:
         status = self.with_attempt(status, self.attempts)
         if status.state != "failed":
             return replace(status, exit_code=0 if status.state == "done" else None)
-        silent = self._read_others()
+        silent, unread = self._read_others()
         code = self.ends.code()
-        if code is not None and (code not in ECHOES or not silent):
+        if code is not None and (code not in ECHOES or not (silent or unread)):
             return Status("failed", status.detail, code, why=self.ends.said())
         no_code = "rank %s ended without an exit code in its log" % ", ".join(map(str, silent)) if silent else ""
-        return Status("failed", "; ".join(filter(None, (status.detail, no_code, self._trouble()))))
+        no_log = "the logs of %d other ranks could not be read" % unread if code is not None and unread else ""
+        return Status("failed", "; ".join(filter(None, (status.detail, no_code, no_log, self._trouble()))))
 
     def with_attempt(self, status: Status, number: int) -> Status:
         """The Status with the number of the attempt, if it is not the first."""
@@ -173,12 +174,16 @@ class Follower:
                 sys.stdout.write(text)
                 sys.stdout.flush()
 
-    def _read_others(self) -> list[int]:
-        """Collect exit codes from the logs that were not shown. Returns the ranks whose log has none."""
-        silent = []
+    def _read_others(self) -> tuple[list[int], int]:
+        """Collect exit codes from the logs that were not shown. Returns the ranks whose log has none, and the number of
+        those whose log could not be read, or not in time."""
+        silent, unread = list[int](), 0
         deadline = time.monotonic() + OTHERS_S
         for rank in range(self.run.nodes):
-            if rank in self.ends.codes or time.monotonic() > deadline:
+            if rank in self.ends.codes:
+                continue
+            if time.monotonic() > deadline:
+                unread += 1
                 continue
             try:
                 log = self.open_log(rank, True)
@@ -187,10 +192,12 @@ class Follower:
                     if time.monotonic() > deadline:
                         break
             except BROKEN:
-                continue
-            if log is not None and rank not in self.ends.codes:
+                log = None
+            if log is None:
+                unread += 1
+            elif rank not in self.ends.codes:
                 silent.append(rank)
-        return silent
+        return silent, unread
 
 
 def unseen(came: Iterable[str], shown: "array.array[int]") -> Iterator[str]:
