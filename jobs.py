@@ -376,13 +376,18 @@ def unpacking(settings: dict[str, Any]) -> Description:
     return Description(unpack="shared", shared=posixpath.join(base, ".airlift"), keep=settings["keep"])
 
 
-def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str, root: str | None
-                ) -> Description:
+# What ray.util.state may list: NVIDIA's pipelines (cosmos-xenna) ask for 40,000 actors, and Ray's own limit is 10,000.
+RAY_LIMITS = dict.fromkeys(("RAY_MAX_LIMIT_FROM_API_SERVER", "RAY_MAX_LIMIT_FROM_DATA_SOURCE"), "40000")
+
+
+def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str, root: str | None,
+                launch: str = "") -> Description:
     """The part of the description with the recipe's environment: what run.wandb and env_vars name; and as defaults,
     what follows from workspace, run root, caches and the recipe's name."""
     env: dict[str, str] = {}
     base = workspace(settings)
-    ours = persistent_caches(settings) | sandbox(settings) | ({"WANDB_DIR": root} if root else {})
+    ours = persistent_caches(settings) | sandbox(settings) | ({"WANDB_DIR": root} if root else {}) | (
+        RAY_LIMITS if launch == "ray" else {})
     if base and executor != "local":
         ours["HF_HOME"] = posixpath.join(base, "hf")
     wandb = run.get("wandb")

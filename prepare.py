@@ -135,7 +135,7 @@ class Launch:
             clones=repositories, folders=list(jobs.persistent_caches(settings).values()),
             retries=settings.get("retries", 0), patience=settings["rendezvous_timeout"],
             cluster=jobs.ray_cluster(recipe, settings, executor))
-        description |= jobs.environment(settings, self.config.run, recipe.name, executor, root)
+        description |= jobs.environment(settings, self.config.run, recipe.name, executor, root, recipe.launch)
         description |= jobs.unpacking(settings)
         screen.masked(description["env"])
         if description["cluster"] == "pods":

@@ -65,9 +65,9 @@ class RayNode:
             place = os.path.join(private(folder(self.env, self.run)), "ray")
         except OSError as error:
             raise no_place(error, "RAY_TMPDIR") from None
-        # Worker ports from the kernel: Ray's own range is the same for every node, and two may be on one machine.
+        # Ports from the kernel: Ray's own are the same for every node, and two may be on one machine.
         argv = ["ray", "start", *words, "--temp-dir", place, "--disable-usage-stats", "--min-worker-port=0",
-                "--max-worker-port=0"]
+                "--max-worker-port=0", "--dashboard-agent-listen-port", str(free_port())]
         with tempfile.TemporaryFile() as output:
             try:
                 subprocess.run(argv, env=self.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=True,
@@ -215,8 +215,10 @@ class RayHead(RayNode):
         at = self.address_of(0, next(iter(self.pods.lines.values())).socket.getsockname()[0])
         ray, master = free_port(), free_port()
         self.env["MASTER_PORT"] = str(master)  # the one we had is ours
-        # Without the autoscaler's monitor, whose only port answers everybody. The client server cannot be left out.
-        self.start("--head", "--node-ip-address", at, "--port", str(ray), "--include-dashboard=false", "--no-monitor",
+        # The dashboard is ray.util.state's server. Without the autoscaler's monitor, whose only port answers everybody.
+        # The client server cannot be left out.
+        self.start("--head", "--node-ip-address", at, "--port", str(ray), "--include-dashboard=true", "--no-monitor",
+                   "--dashboard-host", at, "--dashboard-port", str(free_port()),
                    "--ray-client-server-port", str(free_port()))
         self.pods.tell({"ray": ray, "master": master})
         self.env["RAY_ADDRESS"] = self.address_of(0, at, ray)

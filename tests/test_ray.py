@@ -40,6 +40,14 @@ found = ray.get([where.options(scheduling_strategy=pinned(node["NodeID"], soft=F
 for node, file, code, names in found:
     assert file == code + "/src/family_helper.py", (file, code)
     assert sorted(names) == ["AIRLIFT_CODE", "AIRLIFT_CONFIG", "AIRLIFT_RUN"], names
+# cosmos-xenna, on which NVIDIA's data preps run, asks so; who lacks the token gets no answer.
+import urllib.error, urllib.request
+from ray.util.state import list_actors, list_nodes
+assert len(list_nodes(limit=40_000)) == len(nodes) and list_actors(limit=40_000) == []
+try:
+    raise SystemExit(urllib.request.urlopen("http://%s/api/jobs/" % ray.get_runtime_context().worker.node.webui_url).read())
+except urllib.error.HTTPError as error:
+    assert error.code == 401, error
 print("nodes:", len({node for node, *_ in found}), 'said "so"', flush=True)
 """
 
