@@ -404,6 +404,14 @@ def environment(settings: dict[str, Any], run: dict[str, Any], name: str, execut
     return Description(env=env, defaults={name: value for name, value in ours.items() if name not in env})
 
 
+def node_env(job: Job) -> dict[str, str]:
+    """What the nodes of a Ray cluster that a platform makes must have from their start, for Ray itself and for tasks on
+    all of them; the driver brings the rest (pod/ray_cluster.py). Lepton reserves the names LEPTON_..."""
+    made = job.description.get("cluster") == "platform" and not job.settings.get("existing_ray_cluster")
+    found = RAY_LIMITS | job.description["env"] if made else {}
+    return {name: value for name, value in found.items() if not name.startswith("LEPTON_") and name not in job.secrets}
+
+
 # What a job may not be able to do without, where a person has it; TOKENS have notes of their own.
 LOOKS_NEEDED = re.compile(r"(?i:(https?|no|all)_proxy)$|(SSL_CERT|REQUESTS_CA|CURL_CA|GIT_SSL|AWS_CA)_"
                           r"|WANDB_(MODE|BASE_URL)$|HF_(HOME|ENDPOINT|HUB_OFFLINE)$|(PIP|UV)_\w*INDEX"

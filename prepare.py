@@ -92,6 +92,9 @@ class Launch:
             self.job = self._job(options, notes)
             sent = jobs.secret_values(self.job, dry)
             screen.conceal(*sent.values())
+            sent |= jobs.node_env(self.job)
+            if self.profile.executor in profiles.CLOUDS:
+                sent = {name: transport.literal(value) for name, value in sent.items()}
             transport.pod_program(dict(self.job.description))  # its parts are cached; built beside the packing
         finally:
             ahead.join()  # a local launch forks, and no thread may hold a lock then

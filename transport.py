@@ -459,6 +459,12 @@ def _bare(source: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def literal(text: str) -> str:
+    """A text that must be visible to a platform, so written that Kubernetes, which makes `$$` a `$` and puts a value in
+    the place of $(NAME), hands on what was meant."""
+    return re.sub(r"\$(?=[$(])", "$$", text)
+
+
 def chunk(text: str, size: int) -> list[str]:
     """`text` in pieces of at most `size` characters; at least one piece, so that an empty text is still said."""
     return [text[i : i + size] for i in range(0, len(text), size)] or [""]

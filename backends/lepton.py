@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 from backends import GONE, Finding, Status, stop_and_wait
 from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.checks import finding
-from backends.common.lepton_client import ask_lepton, connect, node_group, reconnect, valid
+from backends.common.lepton_client import ask_lepton, connect, node_group, reconnect, require_known, valid
 from jobs import BY_VALUE, Job, require_image
 from runs import Run
 from transport import Plan, Refusal
@@ -40,7 +40,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     client = connect(settings.get("ca_bundle"))
     if wants_cluster(job):
         return lepton_ray().submit(run, job, plan, client, lambda name: request(
-            job, plan, name, node_group(client, settings["node_group"])))
+            job, plan, name, node_group(client, settings["node_group"]), {}))
     group = node_group(client, settings["node_group"])
     name = job_name(job.name, job.run_id, NAME_LIMIT)
     body = request(job, plan, name, group)
@@ -168,13 +168,14 @@ def check(job: Job, plan: Plan) -> None:
         if name.startswith("LEPTON_"):
             raise Refusal("Lepton reserves the variable %s" % name, "use another name in [secrets]")
     if wants_cluster(job):
-        lepton_ray().check(job)
-    if job.settings.get("custom_spec"):
+        lepton_ray().check(job, lambda name: request(job, plan, name, job.settings["node_group"], {}))
+    elif job.settings.get("custom_spec"):
         request(job, plan, job.run_id, job.settings["node_group"])
 
 
-def request(job: Job, plan: Plan, name: str, group: str) -> Any:
-    """The LeptonJob to create. Raises Refusal for a field of custom_spec that the API does not have."""
+def request(job: Job, plan: Plan, name: str, group: str, custom: dict[str, Any] | None = None) -> Any:
+    """The LeptonJob to create, with the profile's custom_spec, or with `custom`. Raises Refusal for a field that the
+    API does not have."""
     from leptonai.api.v1.types.common import Metadata
     from leptonai.api.v1.types.job import LeptonJob, LeptonJobUserSpec
     settings = job.settings
@@ -199,24 +200,10 @@ def request(job: Job, plan: Plan, name: str, group: str) -> Any:
     if flags or settings.get("queue_priority"):  # the flags need a priority; the default is nemo-run's
         spec["queue_config"] = {"priority_class": settings.get("queue_priority", "mid-4000"), **flags}
     ours = ("container.command", "completions", "parallelism")
-    spec = with_custom(spec, settings.get("custom_spec", {}), ours)
+    spec = with_custom(spec, settings.get("custom_spec", {}) if custom is None else custom, ours)
     body = valid("job", lambda: LeptonJob(metadata=Metadata(id=name, name=name), spec=LeptonJobUserSpec(**spec)))
-    lost = dropped(spec, body.spec.model_dump(by_alias=True))
-    if lost:
-        raise Refusal("a Lepton job has no field %s" % ", ".join(lost),
-                      "remove it from custom_spec or mounts; the fields are "
-                      + ", ".join(LeptonJobUserSpec.model_fields))
+    require_known("Lepton job", spec, body.spec)
     return body
-
-
-def dropped(given: Any, kept: Any, where: str = "") -> list[str]:
-    """The fields that the SDK's models ignore silently, as dotted names."""
-    if isinstance(given, dict) and isinstance(kept, dict):
-        return [name for key, value in given.items() for name in
-                ([where + key] if key not in kept else dropped(value, kept[key], where + key + "."))]
-    if isinstance(given, list) and isinstance(kept, list):
-        return [name for pair in zip(given, kept, strict=True) for name in dropped(*pair, where)]
-    return []
 
 
 def create(client: Any, body: Any, name: str, secrets: tuple[str, ...]) -> str:

@@ -163,13 +163,20 @@ def main(word: str, what: str, *more: str) -> int:
         return failure.code
 
 
+ONE_NODES = ("NODE_RANK", "NNODES", "MASTER_ADDR", "MASTER_PORT", RAY_JOB)  # what is true of the driver alone
+
+
 def driver_env(env: dict[str, str], result: dict[str, str], code: str) -> dict[str, str]:
     """The environment of a driver on a cluster whose raylets have our chunks: empty values in their place, so that a
-    driver that hands its whole environment to ray.init masks them; the source on the workers' sys.path."""
+    driver that hands its whole environment to ray.init masks them. Workers get the source on their sys.path, and what
+    this pod's own environment, which is theirs, lacks of the recipe's; a ray.init with a runtime_env adds to that."""
     try:
         config = json.loads(env.get(RAY_JOB) or "{}")
     except ValueError:
         config = {}
     config["py_driver_sys_path"] = [*(config.get("py_driver_sys_path") or []), os.path.join(code, "src")]
+    lacking = {name: value for name, value in result.items() if env.get(name) != value and name not in ONE_NODES}
+    given = config.get("runtime_env") or {}
+    config["runtime_env"] = dict(given, env_vars=dict(lacking, **(given.get("env_vars") or {})))
     masks = {name: "" for name in env if name.startswith("AIRLIFT_")}
-    return dict(masks, **dict(result, **{RAY_JOB: json.dumps(config)}))
+    return dict(masks, **dict(result, **{RAY_JOB: json.dumps(config), "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1"}))

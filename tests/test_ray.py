@@ -252,7 +252,7 @@ HANDS_ALL_ON = """\
 import os, ray, time
 
 config = os.environ["RAY_JOB_CONFIG_JSON_ENV_VAR"]
-assert "working_dir" not in config and "AIRLIFT" not in config, config
+assert "working_dir" not in config and "AIRLIFT_TREE" not in config and "sesame" not in config, config
 ray.init(log_to_driver=False)
 
 @ray.remote(num_cpus=0)
@@ -264,7 +264,11 @@ def where(code):
         time.sleep(0.1)
     importlib.invalidate_caches()
     import family_helper
-    return ray.get_runtime_context().get_node_id(), family_helper.__file__, len("".join(map(str, os.environ.items())))
+    import subprocess, sys
+    assert subprocess.run([sys.executable, "-c", "import family_helper"]).returncode == 0
+    names = "ODD", "TOKEN", "HF_HOME", "NEMO_RUN_DIR", "AIRLIFT_CONFIG", "RAY_MAX_LIMIT_FROM_API_SERVER"
+    env = [os.environ.get(name) for name in names]
+    return ray.get_runtime_context().get_node_id(), family_helper.__file__, env, len(str(os.environ))
 
 pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
 
@@ -275,12 +279,15 @@ def found(wanted):
         time.sleep(0.2)
     small = {"env_vars": dict(os.environ)}
     assert len(str(small)) < 20000, len(str(small))
-    where_to = [where.options(scheduling_strategy=pinned(node, soft=False), runtime_env=small) for node in nodes]
+    where_to = [where.options(scheduling_strategy=pinned(node, soft=False), **more) for node in nodes
+                for more in ({}, {"runtime_env": small})]
     return ray.get([task.remote(os.environ["AIRLIFT_CODE"]) for task in where_to])
 
 told = found(int(os.environ["WANTED"]))
-assert {file for _, file, _ in told} == {os.environ["AIRLIFT_CODE"] + "/src/family_helper.py"}, told
-assert max(size for *_, size in told) < 20000, told
+assert {file for _, file, *_ in told} == {os.environ["AIRLIFT_CODE"] + "/src/family_helper.py"}, told
+assert max(size for *_, size in told[1::2]) < 20000, told
+told = told[::2]
+print("env:", {tuple(env) for _, _, env, _ in told}, flush=True)
 print("nodes:", len(told), 'said "so"', os.environ.get("TOKEN"), flush=True)
 """
 
@@ -288,9 +295,9 @@ print("nodes:", len(told), 'said "so"', os.environ.get("TOKEN"), flush=True)
 @EMULATED
 @pytest.mark.slow
 def test_a_ray_cluster_on_lepton_and_a_node_that_joins_later(lepton):
-    grpo(lepton, HANDS_ALL_ON + "raise SystemExit(4)\n", ray_version="2.60.0", env_vars={"WANTED": "3"},
-         secrets={"TOKEN": "lepton:tok"}, startup_commands=["touch /tmp/set-up"])
-    lepton.server.secrets["tok"] = "sesame"
+    grpo(lepton, HANDS_ALL_ON + "raise SystemExit(4)\n", ray_version="2.60.0", env_vars={"WANTED": "3", "ODD": ODD},
+         secrets={"TOKEN": "env"}, startup_commands=["touch /tmp/set-up"])
+    lepton.monkeypatch.setenv("TOKEN", "sesame $(HOME) $$")
     lepton.pad(100_000)
     with lepton.process("nano3", "rl", "lepton", "--nodes", "2", "--repo-root", lepton.root) as launched:
         out = until(launched, "all nodes have the source")
@@ -301,7 +308,9 @@ def test_a_ray_cluster_on_lepton_and_a_node_that_joins_later(lepton):
         rest, err = launched.communicate(timeout=90)
     out += rest
     assert launched.returncode == 1 and "exit code 4 " in err, out + err
-    assert 'nodes: 3 said "so" sesame\n' in out
+    assert 'nodes: 3 said "so" sesame $(HOME) $$\n' in out
+    env = ODD, "sesame $(HOME) $$", "/shared/airlift/hf", "/shared/airlift/nano3"
+    assert "env: {%s, " % repr(env)[:-1] in out and re.search(r"config.yaml', '40000'\)\}\n", out), "on each node the same"
     digest = re.search(r"rank 0 of 1, sha256 (\w{64})", out).group(1)
     places = re.findall(r"airlift: node (127.0.1.\d) has sha256 %s in /tmp/airlift-" % digest, out)
     assert sorted(places) == ["127.0.1.1", "127.0.1.2", "127.0.1.3"]
@@ -309,6 +318,9 @@ def test_a_ray_cluster_on_lepton_and_a_node_that_joins_later(lepton):
     specs = [cluster.spec["head_group_spec"], *cluster.spec["worker_group_specs"]]
     assert all("AIRLIFT_TREE_0001" in {env["name"] for env in spec["envs"]} for spec in specs)
     assert specs[1]["min_replicas"] == 1
+
+
+ODD = "$(HOME) $$ ${HOME} $HOME \"'` ä"  # Kubernetes has rules of its own for the first two
 
 
 def until(process, words):
@@ -332,11 +344,12 @@ def test_a_ray_cluster_that_is_there_already(lepton):
         "worker_group_specs": [{**group, "group_name": "workers"}]}}
     assert requests.post(lepton.server.url + "/rayclusters", json=made, timeout=9,
                          headers={"Authorization": "Bearer " + lepton.server.token}).status_code == 201
-    grpo(lepton, HANDS_ALL_ON, existing_ray_cluster="shared-ray", env_vars={"WANTED": "2"})
+    grpo(lepton, HANDS_ALL_ON, existing_ray_cluster="shared-ray", env_vars={"WANTED": "2", "ODD": "a b"})
     lepton.pad(100_000)
     result = lepton.launch("--nodes", 2, stage="rl")
     assert result.code == 0 and 'nodes: 2 said "so" None\n' in result.out, result.out + result.err
     assert "Ray cluster shared-ray was deleted" not in result.out
+    assert "env: {%s, " % repr(("a b", None, "/shared/airlift/hf", "/shared/airlift/nano3"))[:-1] in result.out
     assert "nano3-rl-" + result.run in lepton.records
     cluster = lepton.server.clusters["shared-ray"]
     wait_for(lambda: not [place for pod in cluster.pods for place in (pod.root / "tmp").glob("airlift-*/*")])
@@ -361,6 +374,78 @@ def test_ctrl_c_deletes_the_cluster_that_was_made(lepton):
         _, err = launched.communicate(timeout=60)
     assert launched.returncode == 1 and "the job was cancelled" in err
     wait_for(lambda: all(cluster.phase == "deleted" for cluster in lepton.server.clusters.values()))
+
+
+@EMULATED
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["comes up", "runs"])
+def test_a_launcher_that_is_ended_leaves_no_cluster(lepton, when):
+    grpo(lepton, KEEPS_ON, ray_version="2.60.0")
+    with lepton.process("nano3", "rl", "lepton", "--nodes", "2", "--repo-root", lepton.root) as launched:
+        until(launched, "is Starting after" if when == "comes up" else "up\n")
+        launched.send_signal(signal.SIGTERM)
+        launched.communicate(timeout=60)
+    assert launched.returncode == 128 + signal.SIGTERM
+    cluster, = lepton.server.clusters.values()
+    wait_for(lambda: cluster.phase == "deleted")
+
+
+@EMULATED
+def test_a_look_while_the_cluster_comes_up_changes_nothing(lepton):
+    """Its dashboard knows no job yet; what keeps it from being ready is said as it changes."""
+    lepton.server.queue_seconds = 60
+    grpo(lepton, KEEPS_ON, ray_version="2.60.0")
+    with lepton.process("nano3", "rl", "lepton", "--nodes", "2", "--repo-root", lepton.root) as launched:
+        until(launched, "is Starting after")
+        cluster, = lepton.server.clusters.values()
+        run = cluster.name.rpartition("-")[2]
+        for _ in range(3):
+            assert "waiting" in lepton.main("status", run).out and cluster.state == "Starting"
+        assert "has no log yet: it is waiting (Ray cluster %s is Starting)" % cluster.name in lepton.main("logs", run).err
+        cluster.event("Warning", "FailedScheduling", "0/4 nodes are available")
+        assert "FailedScheduling: 0/4 nodes are available" in until(launched, "nodes are available")
+        assert "is Starting: FailedScheduling: 0/4 nodes are available" in lepton.main("status", run).out
+        lepton.server.fault("status", status=503, path="/dashboard/", times=99)
+        result = lepton.main("cancel", run)
+        assert (result.code, "Ray cluster %s was deleted" % cluster.name in result.out) == (0, True), result
+        assert re.search("is Delet(ed|ing)\n", launched.communicate(timeout=60)[1]) and launched.returncode == 4
+
+
+@EMULATED
+@pytest.mark.slow
+def test_a_head_that_starts_again_is_no_end_of_a_cluster(lepton):
+    grpo(lepton, KEEPS_ON, ray_version="2.60.0")
+    result = lepton.launch("--nodes", 2, "--detach", stage="rl")
+    cluster, = lepton.server.clusters.values()
+    wait_for(lambda: "running" in lepton.main("status", result.run).out, "the driver", 60)
+    cluster.pods[0].kill()
+    lepton.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
+    said = ""
+    while "no longer knows the job" not in said:
+        said = lepton.main("status", result.run).out
+        assert "cancelled" not in said and cluster.phase not in ("deleting", "deleted"), said
+        time.sleep(0.2)
+    assert "failed" in said
+    assert "was deleted" in lepton.main("cancel", result.run).out
+
+
+@EMULATED
+def test_of_custom_spec_goes_through_what_a_cluster_has(lepton):
+    lepton.server.queue_seconds = 60
+    grpo(lepton, WHERE)
+    custom = {"segment_config": {"count_per_segment": 1}, "envs": [{"name": "ALL", "value": "1"}],
+              "autoscaler": {"ray_worker_idle_timeout": 9},
+              "head_group_spec": {"user_security_context": {"privileged": True}},
+              "worker_group_specs": {"enable_rdma": True, "envs": [{"name": "OWN", "value": "2"}]}}
+    lepton.profile(rendezvous_timeout=1, ray_version="2.60.0", custom_spec=custom)
+    assert lepton.launch("--nodes", 2, stage="rl").code == 4
+    cluster, = lepton.server.clusters.values()
+    head, (workers,) = cluster.spec["head_group_spec"], cluster.spec["worker_group_specs"]
+    assert head["segment_config"] == workers["segment_config"] == {"count_per_segment": 1}
+    assert head["user_security_context"] == {"privileged": True} and workers["enable_rdma"] is True
+    assert "enable_rdma" not in head and cluster.spec["autoscaler"] == {"ray_worker_idle_timeout": 9}
+    own = [[env["name"] for env in part["envs"] if env["name"] in ("ALL", "OWN")] for part in (head, workers)]
+    assert own == [["ALL"], ["ALL", "OWN"]]
 
 
 @EMULATED
@@ -425,6 +510,14 @@ def test_that_the_cluster_is_there_already_is_no_error(lepton):
     ({}, "needs ray_version"), ({"ray_version": "2.60.0", "unpack": "shared"}, 'unpack = "shared" is not possible'),
     ({"ray_version": "2.60.0", "retries": 1}, "retries is not possible"),
     ({"existing_ray_cluster": "x", "secrets": {"T": "lepton:t"}}, "secrets cannot be sent to an existing Ray cluster"),
+    ({"existing_ray_cluster": "x", "env_vars": {"P": "a$b"}}, "env_vars.P has a $, which Ray would replace on the nodes"),
+    ({"existing_ray_cluster": "x", "custom_spec": {"log": {}}}, "custom_spec has no effect on an existing Ray cluster"),
+    *(({"ray_version": "2.60.0", "custom_spec": custom}, words) for custom, words in (
+        ({"log": {"enable_collection": True}}, "has no field head_group_spec.log, worker_group_specs.log"),
+        ({"stopped": True}, "has no field head_group_spec.stopped"), ({"image": "x"}, "custom_spec sets image, which"),
+        ({"worker_group_specs": {"min_replicas": 9}}, "custom_spec sets min_replicas, which"),
+        ({"container": {"command": ["true"]}}, "custom_spec sets container.command, which"),
+        ({"head_group_spec": 5}, "custom_spec.head_group_spec is 5"))),
 ])
 def test_what_a_cluster_cannot_have_is_refused_before_anything_is_sent(lepton, changes, words):
     grpo(lepton, WHERE, **changes)
@@ -455,8 +548,11 @@ def test_the_emulators_fields_of_a_cluster_are_the_sdks():
 
 
 def test_a_driver_masks_the_chunks_and_tells_workers_where_the_source_is():
-    env = {"AIRLIFT_TREE_0000": "x" * 98304, ray_cluster.RAY_JOB: '{"metadata": {"a": "b"}}'}
-    given = ray_cluster.driver_env(env, {"A": "1", "AIRLIFT_RUN": "r"}, "/tmp/airlift-r/code")
-    config = {"metadata": {"a": "b"}, "py_driver_sys_path": ["/tmp/airlift-r/code/src"]}
+    env = {"AIRLIFT_TREE_0000": "x" * 98304, "HERE": "2", ray_cluster.RAY_JOB: '{"metadata": {"a": "b"}}'}
+    result = {"A": "1", "AIRLIFT_RUN": "r", "NODE_RANK": "0", "HERE": "2"}
+    given = ray_cluster.driver_env(env, result, "/tmp/airlift-r/code")
+    config = {"metadata": {"a": "b"}, "py_driver_sys_path": ["/tmp/airlift-r/code/src"],
+              "runtime_env": {"env_vars": {"A": "1", "AIRLIFT_RUN": "r"}}}
     assert json.loads(given.pop(ray_cluster.RAY_JOB)) == config
-    assert given == {"AIRLIFT_TREE_0000": "", "A": "1", "AIRLIFT_RUN": "r"}
+    assert given == {"AIRLIFT_TREE_0000": "", "A": "1", "AIRLIFT_RUN": "r", "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
+                     "NODE_RANK": "0", "HERE": "2"}

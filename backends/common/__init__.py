@@ -48,8 +48,8 @@ def with_custom(spec: dict[str, Any], custom: Mapping[str, Any], ours: tuple[str
         here = merged.get(key)
         if where + key in ours:
             raise Refusal("custom_spec sets %s, which Airlift sets itself" % (where + key), "remove it")
-        if isinstance(here, dict) and isinstance(value, dict):
-            merged[key] = with_custom(here, value, ours, where + key + ".")
+        if isinstance(here, (dict, type(None))) and isinstance(value, dict):
+            merged[key] = with_custom(here or {}, value, ours, where + key + ".")
         elif key in ("envs", "environmentVariables") and isinstance(value, list):
             merged[key] = here + value if here else value
         else:

@@ -88,10 +88,10 @@ class Follower:
         silent, unread = self._read_others()
         code = self.ends.code()
         if code is not None and (code not in ECHOES or not (silent or unread)):
-            return Status("failed", status.detail, code, why=self.ends.said())
+            return replace(status, exit_code=code, why=self.ends.said())
         no_code = "rank %s ended without an exit code in its log" % ", ".join(map(str, silent)) if silent else ""
         no_log = "the logs of %d other ranks could not be read" % unread if code is not None and unread else ""
-        return Status("failed", "; ".join(filter(None, (status.detail, no_code, no_log, self._trouble()))))
+        return replace(status, detail="; ".join(filter(None, (status.detail, no_code, no_log, self._trouble()))))
 
     def with_attempt(self, status: Status, number: int) -> Status:
         """The Status with the number of the attempt, if it is not the first."""

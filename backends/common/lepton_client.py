@@ -74,6 +74,23 @@ def valid(what: str, make: Callable[[], Any]) -> Any:
             what, ".".join(map(str, first["loc"])), first["msg"]), "correct it in the profile") from None
 
 
+def require_known(what: str, given: dict[str, Any], made: Any) -> None:
+    """Raises Refusal for fields that the SDK's object `made` of them has dropped silently."""
+    lost = _dropped(given, made.model_dump(by_alias=True))
+    if lost:
+        raise Refusal("a %s has no field %s" % (what, ", ".join(lost)), "remove it from custom_spec or mounts; the "
+                      "fields are " + ", ".join(type(made).model_fields))
+
+
+def _dropped(given: Any, kept: Any, where: str = "") -> list[str]:
+    if isinstance(given, dict) and isinstance(kept, dict):
+        return [name for key, value in given.items() for name in
+                ([where + key] if key not in kept else _dropped(value, kept[key], where + key + "."))]
+    if isinstance(given, list) and isinstance(kept, list):
+        return [name for pair in zip(given, kept, strict=True) for name in _dropped(*pair, where)]
+    return []
+
+
 def node_group(client: Any, name: str) -> str:
     """The id of a node group, by its name. Raises Refusal (exit code 4) that names the existing ones."""
     groups = ask_lepton("list the node groups", client, client.nodegroup.list_all)

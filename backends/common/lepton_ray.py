@@ -5,7 +5,8 @@ dashboard, is pod.py, which puts the source on every node before the recipe begi
 staging job, whose working_dir contains pod.py and the chunks, first leaves them on the head for the driver.
 
 A cluster that was created for a run ends with it: an attached launch deletes it in the end, whatever happens; after
---detach the first `status` that sees the end deletes it, or `cancel`.
+--detach the first `status` or `logs -f` that sees the job's end deletes it, or `cancel`. An answer that the dashboard
+does not give is no end: the job's own API knows nothing while the cluster comes up, or while its head starts again.
 
 nemo-run's LeptonRayCluster and LeptonRayJob are not used. A cluster name with `_` is created under one name and asked
 for under another, the job client trusts any certificate, a failed wait passes for a cluster, they take every failed
@@ -18,6 +19,7 @@ import hashlib
 import io
 import json
 import shlex
+import signal
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,9 +28,9 @@ from typing import Any, TypedDict
 
 import screen
 from backends import FINAL, GONE, Status
-from backends.common import import_nemo, job_name, require_object, sent_by_value
+from backends.common import import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.follow import IMAGE_TROUBLE, POLL_S, Follower
-from backends.common.lepton_client import ask_lepton, valid
+from backends.common.lepton_client import ask_lepton, require_known, valid
 from jobs import Job
 from runs import Run
 from transport import Plan, Refusal
@@ -48,6 +50,14 @@ class Record(TypedDict):
     made: bool  # created for this run, so that it is deleted with it
     url: str  # of the workspace's API
     ca_bundle: str | None
+    submitted: bool  # the driver
+
+
+LAUNCHED: set[str] = set()  # runs that this process has launched: their clusters do not outlive it
+
+
+def _ended(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def submit(run: Run, job: Job, plan: Plan, client: Any, plain: Callable[[str], Any]) -> None:
@@ -57,7 +67,12 @@ def submit(run: Run, job: Job, plan: Plan, client: Any, plain: Callable[[str], A
     existing = settings.get("existing_ray_cluster")
     name = existing or job_name(job.name, job.run_id, NAME_LIMIT)
     body = None if existing else request(job, name, plain(name))
-    run.keep(Record(cluster=name, made=not existing, url=client.url, ca_bundle=settings.get("ca_bundle")))
+    record = Record(cluster=name, made=not existing, url=client.url, ca_bundle=settings.get("ca_bundle"),
+                    submitted=False)
+    run.keep(record)
+    LAUNCHED.add(run.id)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _ended)
     try:
         if body is not None:
             create(client, body, name, sent_by_value(job, plan))
@@ -67,6 +82,7 @@ def submit(run: Run, job: Job, plan: Plan, client: Any, plain: Callable[[str], A
             stage(client, run, plan)
             argv = ["python3", STAGED % job.run_id + "/pod.py", "driver", STAGED % job.run_id + "/chunks.json"]
         submit_job(client, run, run.id, shlex.join(argv), {})
+        run.keep(record | {"submitted": True})
         nemo = import_nemo()
         title = job_name(job.name, job.run_id, NAME_LIMIT)
         nemo.submit(title, nemo.lepton_executor(job), job.run_id, lambda: (run.id, "Running"))
@@ -76,35 +92,55 @@ def submit(run: Run, job: Job, plan: Plan, client: Any, plain: Callable[[str], A
 
 
 def follow(run: Run, client: Any) -> Status:
-    """To the end of the driver, or to Ctrl-C; then the cluster is deleted."""
+    """To the end of the driver; then the cluster is deleted, by the process that launched it in any case."""
+    found = None
     try:
-        return follower(run, client).follow()
+        found = follower(run, client).follow()
+        return found
     except KeyboardInterrupt:
+        if run.id not in LAUNCHED:
+            raise
         return Status("cancelled", "Ctrl-C")
     finally:
-        end(client, run)
+        if run.id in LAUNCHED or _over(found):
+            end(client, run)
 
 
 def status(run: Run, client: Any) -> Status:
     found = follower(run, client).status()
-    if found.state in FINAL:
+    if _over(found):
         end(client, run)
     return found
 
 
+def _over(found: Status | None) -> bool:
+    return bool(found and found.state in FINAL and not found.gone)
+
+
 def cancel(run: Run, client: Any) -> str:
-    before = ask(client, run)
-    done = end(client, run)
+    """Raises Refusal. That a cluster is deleted needs no dashboard."""
+    before = Status("unknown") if run.record["made"] else ask(client, run)
+    done = _removed(client, run)
     return "it had already ended (%s); %s" % (before.detail, done) if before.state in FINAL else done
 
 
 def follower(run: Run, client: Any) -> Follower:
     return Follower(run, partial(ask, client, run), partial(open_log, client, run),
-                    lambda: _conditions(read_cluster(client, run.record["cluster"])))
+                    lambda: _state(read_cluster(client, run.record["cluster"]))[1])
 
 
-def end(client: Any, run: Run) -> str:
-    """Delete the cluster, if it was created for this run, else stop the job on it. Returns what was done."""
+def end(client: Any, run: Run) -> None:
+    """As _removed; where that fails it is said, and nothing else."""
+    try:
+        _removed(client, run)
+    except Refusal as refusal:
+        print(screen.plain("-- it may still be running: %s; %s" % (refusal.what, refusal.fix))[:screen.LONGEST],
+              flush=True)
+
+
+def _removed(client: Any, run: Run) -> str:
+    """Delete the cluster, if it was created for this run, else stop the job on it. Says what was done. Raises
+    Refusal."""
     name = run.record["cluster"]
     if run.record["made"]:
         what, call = "delete Ray cluster " + name, lambda: client.raycluster.delete(name)
@@ -118,12 +154,11 @@ def end(client: Any, run: Run) -> str:
     except Refusal as refusal:
         if refusal.http == 404:
             return "there was nothing left to remove"
-        print(screen.plain("-- %s; %s" % (refusal.what, refusal.fix))[:screen.LONGEST], flush=True)
-        return "it may still be running: " + refusal.what
+        raise
 
 
-def check(job: Job) -> None:
-    """Raises Refusal for what is not possible on a Ray cluster."""
+def check(job: Job, plain: Callable[[str], Any]) -> None:
+    """Raises Refusal for what is not possible on a Ray cluster. `plain` as for submit."""
     settings = job.settings
     if settings.get("unpack") == "shared":
         raise Refusal('unpack = "shared" is not possible on a Ray cluster of Lepton',
@@ -133,28 +168,53 @@ def check(job: Job) -> None:
     if settings.get("existing_ray_cluster") and job.secrets:
         raise Refusal("secrets cannot be sent to an existing Ray cluster: " + ", ".join(job.secrets),
                       "set them in that cluster when it is created, and remove [secrets]")
+    odd = [name for name, value in settings["env_vars"].items() if "$" in value]
+    if settings.get("existing_ray_cluster") and odd:  # in a runtime_env, the only way to the workers there
+        raise Refusal("env_vars.%s has a $, which Ray would replace on the nodes of an existing cluster" % odd[0],
+                      "set it in startup_commands, where only the driver needs it")
+    if settings.get("existing_ray_cluster") and settings.get("custom_spec"):
+        raise Refusal("custom_spec has no effect on an existing Ray cluster", "remove it")
     if not settings.get("existing_ray_cluster") and not settings.get("ray_version"):
         raise Refusal("a Ray cluster on Lepton needs ray_version", "set it to the version of Ray in the image")
+    if settings.get("custom_spec"):
+        request(job, job.run_id, plain(job.run_id))
+
+
+GROUPS = ("head_group_spec", "worker_group_specs")
+OURS = ("resource_shape", "min_replicas", "max_replicas", "group_name", "container.command")
 
 
 def request(job: Job, name: str, plain: Any) -> Any:
-    """The LeptonRayCluster to create, like the job `plain`. Raises Refusal (exit code 3) if it is too big."""
+    """The LeptonRayCluster to create, like the job `plain`. A field of custom_spec that the cluster has is the
+    cluster's, any other head's and workers', unless it stands in one of GROUPS. Raises Refusal, with exit code 3 if it
+    is too big."""
     from leptonai.api.v1.types.common import Metadata
     from leptonai.api.v1.types.raycluster import LeptonRayCluster, LeptonRayClusterUserSpec
     settings = job.settings
     fields = plain.spec.model_dump(exclude_none=True, by_alias=True)
     part = {key: fields[key] for key in ("affinity", "envs", "mounts", "shared_memory_size", "reservation_config",
                                         "queue_config") if fields.get(key)}
+    custom = dict(settings.get("custom_spec", {}))
+    of_cluster = {key: custom.pop(key) for key in list(custom) if key in LeptonRayClusterUserSpec.model_fields}
+    heads, workers = (of_cluster.pop(key, {}) for key in GROUPS)
+    workers = workers[0] if isinstance(workers, list) and len(workers) == 1 else workers
+    for key, value in zip(GROUPS, (heads, workers), strict=True):
+        if not isinstance(value, dict):
+            raise Refusal("custom_spec.%s is %r" % (key, value), "it must be a table")
+    part = with_custom(part, custom, OURS)
     head = settings.get("head_resource_shape")
-    spec = {
+    spec = with_custom({
         "image": job.image, "image_pull_secrets": settings.get("image_pull_secrets", []), "suspend": False,
         "ray_version": settings["ray_version"],
-        "head_group_spec": part | {"resource_shape": head or settings["resource_shape"], "min_replicas": 1},
-        "worker_group_specs": [part | {"resource_shape": settings["resource_shape"], "group_name": "workers",
-                                       "min_replicas": job.nodes if head else job.nodes - 1}],
-    }
+        "head_group_spec": {"resource_shape": head or settings["resource_shape"], "min_replicas": 1}
+        | with_custom(part, heads, OURS),
+        "worker_group_specs": [{"resource_shape": settings["resource_shape"], "group_name": "workers",
+                                "min_replicas": job.nodes if head else job.nodes - 1}
+                               | with_custom(part, workers, OURS)],
+    }, of_cluster, ("image", "suspend", "ray_version"))
     body = valid("Ray cluster", lambda: LeptonRayCluster(
         metadata=Metadata(id=name, name=name), spec=LeptonRayClusterUserSpec(**spec)))
+    require_known("Ray cluster of Lepton", spec, body.spec)
     require_object("Ray cluster", len(body.model_dump_json(exclude_none=True, by_alias=True)), "lepton")
     return body
 
@@ -170,20 +230,24 @@ def create(client: Any, body: Any, name: str, secrets: tuple[str, ...]) -> None:
 
 def await_ready(client: Any, name: str, patience: float) -> None:
     """Wait until head and workers run. Raises Refusal (exit code 4) if they do not within `patience` seconds."""
-    last, begun = "", time.monotonic()
+    last, begun = ("", ""), time.monotonic()
     while True:
-        cluster = read_cluster(client, name)
-        state = cluster.status.state.value if cluster.status else "Unknown"
-        if state != last:
+        try:
+            state, why = _state(read_cluster(client, name))
+        except Refusal as refusal:
+            state, why = "Deleted", ""
+            if refusal.http != 404:
+                raise
+        if (state, why) != last:
             after = time.monotonic() - begun
-            print(screen.plain("-- Ray cluster %s is %s after %.0f s" % (name, state, after)), flush=True)
-        last = state
+            print(screen.plain("-- Ray cluster %s is %s after %.0f s%s" % (name, state, after, why and ": " + why)),
+                  flush=True)
+        last = state, why
         if state == "Ready":
             return
-        why = _conditions(cluster)
         if IMAGE_TROUBLE.search(why):
             raise Refusal("the image cannot be pulled: " + why, "correct container_image or the pull secrets", 4)
-        if state in ("Deleting", "Stopping", "Stopped"):
+        if state in ("Deleted", "Deleting", "Stopping", "Stopped"):
             raise Refusal("Ray cluster %s is %s" % (name, state), "start it in the console, or name another", 4)
         if time.monotonic() - begun > patience:
             raise Refusal("Ray cluster %s is still %s after %.0f s%s" % (name, state, patience, why and ": " + why),
@@ -195,10 +259,12 @@ def read_cluster(client: Any, name: str) -> Any:
     return ask_lepton("read Ray cluster " + name, client, lambda: client.raycluster.get(name))
 
 
-def _conditions(cluster: Any) -> str:
-    """What keeps a cluster from being Ready."""
+def _state(cluster: Any) -> tuple[str, str]:
+    """(a cluster's state, what keeps it from being Ready)."""
     conditions = (cluster.status.conditions if cluster.status else None) or []
-    return screen.said("; ".join("%s: %s" % (c.reason, c.message) for c in conditions if c.status != "True"))
+    why = "; ".join("%s: %s" % (c.reason, c.message) for c in conditions if c.status != "True")
+    state = cluster.status.state.value if cluster.status else ""
+    return state or "Unknown", "" if state == "Ready" else screen.said(why)
 
 
 def ray(client: Any, run: Run, method: str, path: str, **body: Any) -> Any:
@@ -256,18 +322,36 @@ def stage(client: Any, run: Run, plan: Plan) -> None:
 
 
 def details(client: Any, run: Run, name: str) -> Any:
-    return ask_lepton("read job " + name, client, lambda: ray(client, run, "GET", "/api/jobs/" + name))
+    """What the dashboard says of a job. Raises Refusal."""
+    found = ask_lepton("read job " + name, client, lambda: ray(client, run, "GET", "/api/jobs/" + name))
+    if not isinstance(found, dict) or "status" not in found or found.get("submission_id", name) != name:
+        raise Refusal("the dashboard of Ray cluster %s answers, but not about job %s" % (run.record["cluster"], name),
+                      "look at the cluster in the console", 5)
+    return found
 
 
 def ask(client: Any, run: Run) -> Status:
+    """The state of the driver; where the dashboard does not know it, what the cluster says of itself."""
+    name, submitted = run.record["cluster"], run.record.get("submitted", True)
     try:
-        found = details(client, run, run.id)
+        cluster = None if submitted else read_cluster(client, name)
+        if cluster is None or _state(cluster)[0] == "Ready":
+            found = details(client, run, run.id)
+            word = screen.said(str(found["status"]))
+            return Status(STATES.get(word, "waiting"), word)
+    except Refusal as refusal:
+        if refusal.http != 404:
+            raise
+    try:
+        state, why = _state(cluster or read_cluster(client, name))
     except Refusal as refusal:
         if refusal.http == 404:
             return Status("cancelled", GONE, gone=True)
         raise
-    word = screen.said(str(found["status"]))
-    return Status(STATES.get(word, "waiting"), word)
+    if submitted and state == "Ready":
+        return Status("failed", "Ray cluster %s no longer knows the job, as after a new start of its head" % name,
+                      gone=True)
+    return Status("waiting", "Ray cluster %s is %s%s" % (name, state, why and ": " + why))
 
 
 def open_log(client: Any, run: Run, rank: int, on: bool) -> Iterator[str] | None:
@@ -281,4 +365,4 @@ def open_log(client: Any, run: Run, rank: int, on: bool) -> Iterator[str] | None
             shown = len(text)
             time.sleep(0 if over else POLL_S)
 
-    return None if rank else read()
+    return None if rank or ask(client, run).state == "waiting" else read()

@@ -80,8 +80,12 @@ _LEPTON_RAY_GROUP: Shape = {
     "min_replicas": int,
     "envs": [LEPTON_ENV],
     "mounts": [LEPTON_MOUNT],
-    "queue_config": LEPTON_JOB_SPEC["queue_config"],
-    "reservation_config": LEPTON_JOB_SPEC["reservation_config"],
+    **{key: LEPTON_JOB_SPEC[key] for key in ("queue_config", "reservation_config", "user_security_context",
+                                             "segment_config", "container")},
+    **dict.fromkeys(("host_network", "enable_rdma", "is_adaptive", "accelerator_pass_all"), bool),
+    **dict.fromkeys(("ephemeral_storage_in_gb", "max_replicas", "memory", "accelerator_memory"), int),
+    **dict.fromkeys(("cpu", "accelerator_fraction", "accelerator_num"), float),
+    "accelerator_type": str,
 }
 
 LEPTON_RAYCLUSTER: Shape = {
@@ -93,6 +97,7 @@ LEPTON_RAYCLUSTER: Shape = {
         "suspend": bool,
         "head_group_spec": _LEPTON_RAY_GROUP,
         "worker_group_specs": [{**_LEPTON_RAY_GROUP, "group_name": str}],
+        "autoscaler": {"ray_worker_idle_timeout": int},
     },
 }
 
