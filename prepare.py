@@ -20,6 +20,7 @@ import profiles
 import recipes
 import runs
 import screen
+import start
 import transport
 from transport import Refusal
 
@@ -99,12 +100,17 @@ class Launch:
         finally:
             ahead.join()  # a local launch forks, and no thread may hold a lock then
         settings = self.job.settings
-        self.tree, ready = ahead.take(self.recipe, settings, self.config, self._named())
-        self.plan = transport.plan_for(
-            self.profile.executor, self.tree, dict(self.job.description), compression=settings.get("compression", ""),
-            chunk_bytes=settings.get("chunk_bytes", 0), env=sent, ready=ready,
-            limits=transport.limits_for(self.profile.executor, dict(self.job.description),
-                                        settings.get("dgxcloud_max_args_chars", 0)))
+        named = self._named()
+        for also in (named, tuple(path for path in named if path != start.LOCK)):
+            self.tree, ready = ahead.take(self.recipe, settings, self.config, also)
+            self.plan = transport.plan_for(
+                self.profile.executor, self.tree, dict(self.job.description), ready=ready, env=sent,
+                compression=settings.get("compression", ""), chunk_bytes=settings.get("chunk_bytes", 0),
+                limits=transport.limits_for(self.profile.executor, dict(self.job.description),
+                                            settings.get("dgxcloud_max_args_chars", 0)))
+            if self.plan.fits or start.LOCK not in named:
+                break
+        self.no_lock = also != named
         self.origin = self._origin()
         self.took = time.time() - begun  # seconds
 
@@ -124,20 +130,22 @@ class Launch:
         lost = jobs.not_kept(settings, executor)
         self.outputs = None if lost else root
         notes += filter(None, [lost or jobs.starts_in_image(settings, executor)])
-        command, tool, about = recipes.command(recipe, settings, list(options.args), executor in profiles.CLOUDS)
+        cluster = jobs.ray_cluster(recipe, settings, executor)
+        begin = start.start(recipe, settings, list(options.args), executor, cluster)
         secrets, about_secrets = jobs.check_secrets(settings.get("secrets", {}), executor, settings["env_vars"])
         repositories, about_clones = jobs.clones(settings, executor)
         notes += jobs.not_sent(executor, {*settings["env_vars"], *secrets})
-        notes += [*about, *about_secrets, *about_clones, *self.config.notes]
+        notes += [*begin.notes, *about_secrets, *about_clones, *self.config.notes]
         run_id = runs.new_run_id()
         description = jobs.Description(
             run=run_id, recipe=recipe.name, script=recipe.script, launch=recipe.launch, nodes=settings["nodes"],
             run_root=root, config=self.config.text,
-            pip=settings.get("pip_extras") or [], setup=jobs.setup_commands(settings), command=command, tool=tool,
+            pip=settings.get("pip_extras") or [], setup=jobs.setup_commands(settings) + begin.setup,
+            command=begin.command, tool=begin.tool,
             workdir=settings.get("workdir"),
             clones=repositories, folders=list(jobs.persistent_caches(settings).values()),
             retries=settings.get("retries", 0), patience=settings["rendezvous_timeout"],
-            cluster=jobs.ray_cluster(recipe, settings, executor))
+            cluster=cluster)
         description |= jobs.environment(settings, self.config.run, recipe.name, executor, root, recipe.launch)
         description |= jobs.unpacking(settings)
         screen.masked(description["env"])
@@ -159,7 +167,9 @@ class Launch:
     def _named(self) -> tuple[str, ...]:
         """The paths of the source tree that config, commands and variables name, and that ship only for that: those of
         other families, and what lies outside of src."""
-        sent, found = self.job.description, set()
+        sent = self.job.description
+        settings = self.job.settings
+        found = set(start.project_files(self.recipe, settings, jobs.setup_commands(settings)))
         text = "\n".join([sent["config"], sent["command"], *sent["setup"], *sent["env"].values()])
         for word in {*re.split(r"[\s,:;='\"]+", text), *re.split(r": |- |['\"\n]+", text)}:  # blanks may be in a name
             path = os.path.normpath(word.removeprefix("/nemo_run/code/"))
@@ -173,11 +183,13 @@ class Launch:
         """What the user should know about the launch."""
         near = ["this is the starter's %s, and %s has one of its family, too: --repo-root says which is meant" % (
             self.job.name, tree) for tree in recipes.others_near(self.recipe)]
-        found = ["the config contains what looks like a credential, and is sent as it is"]
-        outside = [entry.path for entry in self.tree.entries if not entry.path.startswith("src/")]
-        return [*near, *self.job.notes, *found * bool(transport.credential_in(self.config.text.encode())),
-                *["also sent, as config or command name them: " + ", ".join(outside)] * bool(outside),
-                *_left_out(self.tree)]
+        secret = transport.credential_in(self.config.text.encode())
+        found = ["the config contains what looks like a credential, and is sent as it is"] * bool(secret)
+        found += ["%s is too big for this job, so uv finds versions of its own" % start.LOCK] * self.no_lock
+        outside = [entry.path for entry in self.tree.entries
+                   if not entry.path.startswith("src/") and entry.path != start.PROJECT]
+        found += ["also sent, as config or command name them: " + ", ".join(outside)] * bool(outside)
+        return [*near, *self.job.notes, *found, *_left_out(self.tree)]
 
     def check(self, attached: bool) -> None:
         """Raises Refusal for what can be refused without contacting the platform."""
@@ -218,7 +230,9 @@ class _Ahead(threading.Thread):
     def __init__(self, root: Path, recipe: recipes.Recipe, profile: profiles.Profile) -> None:
         super().__init__(daemon=True)
         self.root, self.executor = root, profile.executor
-        self.inputs = self.inputs_of(recipe, profile.settings, ())
+        settings = profile.settings
+        self.inputs = self.inputs_of(recipe, settings, start.project_files(
+            recipe, settings, jobs.setup_commands(settings)))
         self.found: tuple[transport.Tree, transport.Packed] | None = None
         self.start()
 

@@ -1,4 +1,4 @@
-"""Find a recipe by the name in its runspec header, and make the command that starts it.
+"""Find a recipe by the name in its runspec header.
 
 A recipe is a script under <repo_root>/src/*/recipes or src/*/steps with a PEP 723 block that contains [tool.runspec]:
 its name ("nano3/sft"), image, launch mode, configs and resources.
@@ -8,9 +8,7 @@ import difflib
 import glob
 import os
 import re
-import shlex
 import stat
-import string
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,6 +36,7 @@ class Recipe:
     nodes: int
     gpus_per_node: int | str  # "gpu": as many as the pod has
     env: dict[str, Any]  # NAME -> string, number or boolean
+    needs: tuple[str, ...] = ()  # the packages that its block names as dependencies, which uv installs
 
     @property
     def family(self) -> str:
@@ -173,12 +172,13 @@ def read_header(root: Path, path: Path, text: bytes = b"") -> Recipe | None:
     toml = "\n".join(line[2:] if line.startswith("# ") else line.lstrip("#")
                    for line in match.group(1).decode("utf-8", "replace").split("\n"))
     try:
-        tool = tomllib.loads(toml).get("tool")
+        block = tomllib.loads(toml)
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits is a ValueError that is not TOML's own
         at = re.search(r" \(at line (\d+), column \d+\)$", str(error))
         raise Refusal("%s:%d: the runspec header is not TOML: %s" % (
             script, first + int(at.group(1)) if at else first, str(error)[: at.start() if at else None]),
             "fix the block between `# /// script` and `# ///`") from None
+    tool, needs = block.get("tool"), block.get("dependencies")
     spec = tool.get("runspec") if isinstance(tool, dict) else None
     if not isinstance(spec, dict):
         return None
@@ -190,7 +190,8 @@ def read_header(root: Path, path: Path, text: bytes = b"") -> Recipe | None:
     run, config, resources = spec.get("run", {}), spec.get("config", {}), spec.get("resources", {})
     return Recipe(spec["name"], root, script, spec.get("image"), run.get("launch", "torchrun"), run.get("cmd"),
                   run.get("workdir"), path.parent / config.get("dir", "./config"), config.get("default", "default"),
-                  resources.get("nodes", 1), resources.get("gpus_per_node", 8), spec.get("env", {}))
+                  resources.get("nodes", 1), resources.get("gpus_per_node", 8), spec.get("env", {}),
+                  tuple(map(str, needs)) if isinstance(needs, list) else ())
 
 
 def _beginning(path: Path, script: str) -> bytes:
@@ -251,39 +252,3 @@ def variable(name: Any, value: Any) -> bool:
     """Whether an environment variable can have that name and value."""
     return bool(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name))) and isinstance(value, (str, int, float)) \
         and "\0" not in str(value)
-
-
-SCRIPT_AT, CONFIG_AT = '"$AIRLIFT_CODE"/', '"$AIRLIFT_CONFIG"'
-
-
-def command(recipe: Recipe, settings: dict[str, Any], args: list[str], cloud: bool) -> tuple[str, str, list[str]]:
-    """(the command line for bash in the pod, the program it starts with, notes): by run_command, else by the header's
-    cmd, else by launch mode. Raises Refusal."""
-    script = SCRIPT_AT + shlex.quote(recipe.script)
-    notes: list[str] = []
-    template = settings.get("run_command") or recipe.cmd
-    if template:
-        text = _fill(template, script, CONFIG_AT)
-        workdir = settings.get("workdir") or recipe.workdir
-        if cloud and not settings.get("run_command") and not workdir and template.split()[:2] == ["uv", "run"]:
-            notes.append("`%s` needs a project and the network, so the pod runs plain python instead" % template)
-            text = "python %s --config %s" % (script, CONFIG_AT)
-    elif recipe.launch == "torchrun":
-        text = ("torchrun --nnodes %s --node-rank \"$NODE_RANK\" --nproc-per-node %s --rdzv-backend static"
-                " --rdzv-endpoint \"$MASTER_ADDR:$MASTER_PORT\" --rdzv-conf timeout=%d %s --config %s"
-                % (settings["nodes"], settings["nproc"], settings["rendezvous_timeout"], script, CONFIG_AT))
-    else:
-        text = "python %s --config %s" % (script, CONFIG_AT)
-    tool = re.match(r"[\w./-]+(?=\s|$)", text)
-    return " ".join([text, *map(shlex.quote, args)]), tool.group(0) if tool else "", notes
-
-
-def _fill(template: str, script: str, config: str) -> str:
-    try:
-        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-        if names - {"script", "config"}:
-            raise ValueError("it names {%s}" % sorted(names - {"script", "config"})[0])
-        return template.format(script=script, config=config)
-    except (ValueError, LookupError) as error:  # LookupError: {script:{width}}
-        raise Refusal("the command %r cannot be filled in: %s" % (template, error),
-                      "only {script} and {config} are filled in; double other braces") from None

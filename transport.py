@@ -45,7 +45,7 @@ MAX_STRING = 131_072  # bytes of one NAME=VALUE or argv string with its NUL: MAX
 MAX_EXEC = 2_097_152  # bytes of argv and environment of one execve: a quarter of the stack, here 8 MiB (fs/exec.c)
 EXEC_RESERVE = 131_072  # bytes left free for what platform, image and shell add to a pod's environment (our choice)
 MAX_FILE = 67_108_864  # bytes of one file of the tree: no source is larger, and it is read into memory (our choice)
-MAX_NAMED = 1_048_576  # bytes of a file outside of src that a config names: above, it is data (our choice)
+MAX_NAMED = 4_194_304  # bytes of a file outside of src that a config names: above, it is data (our choice)
 MAX_PATH = 1_024  # bytes of one path in the tree, so that it fits below any folder of a pod: Linux ends at 4,096
 MIN_CHUNK = 1_024  # characters: with fewer, the pod's chunks need more than the three digits the bootstrap reads
 POINTER = 8  # bytes the kernel counts for each string, besides the string

@@ -12,13 +12,13 @@ FLAT = (*sorted(path.name for path in REPO.glob("*.py")), "pod", "backends", "pr
 
 
 def header(name="nano3/sft", *, launch=None, cmd=None, workdir=None, image=None, nodes=None, gpus=None, config_dir=None,
-           default=None, env=None, extra=""):
+           default=None, env=None, dependencies=None, extra=""):
     """A script's runspec block; only what is given stands in it. `extra` is TOML put at its end."""
     tables = {"": {"schema": "1", "name": name, "image": image},
               ".run": {"launch": launch, "cmd": cmd, "workdir": workdir},
               ".config": {"dir": config_dir, "default": default},
               ".resources": {"nodes": nodes, "gpus_per_node": gpus}, ".env": env or {}}
-    lines = ['requires-python = ">=3.10"']
+    lines = ['requires-python = ">=3.10"', *["dependencies = " + json.dumps(dependencies)] * bool(dependencies)]
     for table, fields in tables.items():
         given = {key: value for key, value in fields.items() if value is not None}
         if given:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import tempfile
 from pathlib import Path
 
@@ -274,99 +273,6 @@ def test_any_bytes_are_a_recipe_or_none_or_a_refusal(tmp_path, lines):
 def test_any_toml_is_a_recipe_or_a_refusal(tmp_path, spec):
     lines = ["[tool.runspec]"] + ["%s = %s" % (json.dumps(k), toml(v)) for k, v in ({"name": "a/b"} | spec).items()]
     check_any(tmp_path, "".join("# %s\n" % line for line in ["/// script", *lines, "///"]).encode())
-
-
-# ---------------------------------------------------------------- commands
-
-SETTINGS = {"nodes": 2, "nproc": 4, "rendezvous_timeout": 1800}
-
-
-@pytest.fixture
-def shell(tmp_path):
-    """Runs a command as the pod would: in bash, with places that have blanks, and tools that show their words."""
-    tools = tmp_path / "tools"
-    for tool in ("torchrun", "python", "uv", "my-tool"):
-        write(tools / tool, "#!/bin/sh\nprintf '%s\\0' " + tool + ' "$@"\n').chmod(0o755)
-    env = {"PATH": "%s:/usr/bin:/bin" % tools, "AIRLIFT_CODE": "/code root", "AIRLIFT_CONFIG": "/a b/config.yaml",
-           "NODE_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29400"}
-
-    def run(command):
-        done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, timeout=20)
-        assert done.stderr == ""
-        return done.stdout.split("\0")[:-1]
-
-    return run
-
-
-def made(tmp_path, args=(), cloud=False, settings=None, **fields):
-    recipe(tmp_path, **fields)
-    found = recipes.find(tmp_path, "nano3/sft")
-    workdir = {"workdir": found.workdir} if found.workdir else {}
-    return recipes.command(found, SETTINGS | workdir | (settings or {}), list(args), cloud)
-
-
-SCRIPT = "/code root/src/nemotron/recipes/nano3/sft/train.py"
-CONFIG = ["--config", "/a b/config.yaml"]
-
-
-def test_torchrun(tmp_path, shell):
-    command, tool, notes = made(tmp_path)
-    assert shell(command) == [
-        "torchrun", "--nnodes", "2", "--node-rank", "1", "--nproc-per-node", "4", "--rdzv-backend", "static",
-        "--rdzv-endpoint", "host:29400", "--rdzv-conf", "timeout=1800", SCRIPT, *CONFIG]
-    assert (tool, notes) == ("torchrun", [])
-
-
-@pytest.mark.parametrize("launch", ["direct", "python", "ray"])
-def test_other_modes_start_python(tmp_path, shell, launch):
-    command, tool, _ = made(tmp_path, launch=launch)
-    assert shell(command) == ["python", SCRIPT, *CONFIG]
-    assert tool == "python"
-
-
-ARGS = ["a=1", "two words", "it's", '"q"', "$HOME", "`id`", "", "*", "\\", "a\nb", "é", "--flag", ";", "&&"]
-
-
-@pytest.mark.parametrize("fields", [{}, {"launch": "direct"}, {"cmd": "my-tool {script}"}])
-def test_arguments_arrive_as_they_are(tmp_path, shell, fields):
-    assert shell(made(tmp_path, ARGS, **fields)[0])[-len(ARGS):] == ARGS
-
-
-def test_cmd_and_run_command_are_filled_in(tmp_path, shell):
-    command, tool, _ = made(tmp_path, cmd="my-tool {script} --config {config} '{{x}}' ${{HOME:-none}}")
-    assert shell(command) == ["my-tool", SCRIPT, *CONFIG, "{x}", "none"]
-    assert tool == "my-tool"
-    command, tool, _ = made(tmp_path, cmd="uv run {script}", settings={"run_command": "A=1 my-tool {config}"})
-    assert shell(command) == ["my-tool", "/a b/config.yaml"]
-    assert tool == ""  # what comes first is not a tool
-
-
-def test_a_script_with_a_blank_in_its_path(tmp_path, shell):
-    recipe(tmp_path, "nano3/sft", path="src/my pkg/recipes/nano3/it's $x.py", launch="direct")
-    found = recipes.find(tmp_path, "nano3/sft")
-    assert shell(recipes.command(found, SETTINGS, [], False)[0])[1] == "/code root/src/my pkg/recipes/nano3/it's $x.py"
-
-
-@pytest.mark.parametrize("template", ["{scrpt}", "{}", "{0}", "{script.x}", "{script[0]}", "{script", "}", "{script:d}",
-                                      "{script!z}", "{script:{width}}", "${HOME}", "awk '{print}'"])
-def test_a_template_that_cannot_be_filled_in(tmp_path, template):
-    found = refusal(made, tmp_path, settings={"run_command": "run " + template})
-    assert found.what.startswith("the command %r cannot be filled in: " % ("run " + template))
-    assert found.fix == "only {script} and {config} are filled in; double other braces"
-
-
-def test_uv_run_needs_a_project(tmp_path, shell):
-    cmd = "uv run --extra xenna python {script} --config {config}"
-    command, tool, notes = made(tmp_path, ["x=1"], cloud=True, cmd=cmd)
-    assert shell(command) == ["python", SCRIPT, *CONFIG, "x=1"]
-    assert tool == "python"
-    assert notes == ["`%s` needs a project and the network, so the pod runs plain python instead" % cmd]
-    here = ["uv", "run", "--extra", "xenna", "python", SCRIPT, *CONFIG]
-    assert shell(made(tmp_path, cmd=cmd)[0]) == here  # not a cloud
-    assert shell(made(tmp_path, cloud=True, cmd=cmd, workdir="/opt/nemo-rl")[0]) == here  # a project in the image
-    assert shell(made(tmp_path, cloud=True, cmd=cmd, settings={"workdir": "/opt/x"})[0]) == here
-    assert shell(made(tmp_path, cloud=True, cmd="ray", settings={"run_command": cmd})[0]) == here  # asked for
-    assert made(tmp_path, cloud=True, cmd=cmd, workdir="/opt/nemo-rl")[1:] == ("uv", [])
 
 
 @pytest.mark.skipif("NEMOTRON_ROOT" not in os.environ, reason="needs a Nemotron checkout in NEMOTRON_ROOT")
