@@ -2,7 +2,8 @@
 
 A recipe may want `uv run`, which installs what it needs first. That can be done where the pod has uv and reaches an
 index, which only the pod knows: before the recipe, uv prepares its environment there, and where it cannot, `uv` becomes
-a function of the shell that starts plain python, which then needs an image with everything in it. Four kinds:
+a function of the shell that starts plain python, which then needs an image with everything in it. (On a cloud the
+command is plain python, and `python` becomes a function where uv can.) Four kinds:
 
   - `uv run ...` by the header: with the project beside src, whose pyproject.toml ships, and uv.lock if it fits
   - `uv run --no-project ...`: with the dependencies that the script's own block names (PEP 723)
@@ -18,6 +19,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from profiles import CLOUDS
 from recipes import Recipe
 from transport import Refusal
 
@@ -41,7 +43,9 @@ def start(recipe: Recipe, settings: dict[str, Any], args: list[str], executor: s
     way = None if settings.get("run_command") else _by_uv(recipe, settings, cluster)
     if way and not recipe.cmd:
         script = '"$AIRLIFT_START"'
-    if template:
+    if way and way.swapped and executor in CLOUDS:
+        text, way = "python %s --config %s" % (script, CONFIG_AT), way._replace(plain=":", used=way.swapped)
+    elif template:
         text = _fill(template, script, CONFIG_AT)
     elif recipe.launch == "torchrun":
         text = ("torchrun --nnodes %s --node-rank \"$NODE_RANK\" --nproc-per-node %s --rdzv-backend static"
@@ -49,10 +53,10 @@ def start(recipe: Recipe, settings: dict[str, Any], args: list[str], executor: s
                 % (settings["nodes"], settings["nproc"], settings["rendezvous_timeout"], script, CONFIG_AT))
     else:
         text = "python %s --config %s" % (script, CONFIG_AT)
-    tool = re.match(r"[\w./-]+(?=\s|$)", text)
+    tool = "".join(re.findall(r"^[\w./-]+(?=\s|$)", text))
     setup, notes = ([way.setup()], [way.note(executor)]) if way else ([], [])
-    return Start(" ".join([text, *map(shlex.quote, args)]),
-                 tool.group(0) if tool and not (way and recipe.cmd) else "", setup, notes)
+    setup = [each for each in setup if each != ":"]
+    return Start(" ".join([text, *map(shlex.quote, args)]), tool if tool != "uv" or not way else "", setup, notes)
 
 
 class _Way(NamedTuple):
@@ -64,12 +68,13 @@ class _Way(NamedTuple):
     plain: str  # what it runs for plain python
     used: str = ":"  # and for uv
     never: str = ""  # why plain python is certain
+    swapped: str = ""  # what it runs for uv where the command is plain python, as on a cloud it is unless uv can
 
     def setup(self) -> str:
         """What decides in the pod."""
         if self.never:
             return self.plain
-        why = "there is no uv in this pod", "uv cannot install here what %s names, see above" % self.source
+        why = "there is no uv in this pod", "uv cannot install %s here, see above" % self.source
         none, cannot = ("{ echo %s; %s; }" % (shlex.quote("airlift: %s: plain python starts the recipe" % each),
                                               self.plain) for each in why)
         ready = "elif ! %s; then %s; " % (self.ready, cannot) if self.ready else ""
@@ -77,11 +82,14 @@ class _Way(NamedTuple):
 
     def note(self, executor: str) -> str:
         if self.never:
-            return "plain python starts the recipe, not `%s`: %s" % (self.what, self.never)
-        here = executor == "local" and not shutil.which("uv")
-        where = "has uv and can install what %s names" % self.source if self.ready else "has uv"
-        return "`%s` starts the recipe where the pod %s, else plain python, for which the image needs all of it%s" % (
-            self.what, where, "; there is no uv on this machine" * here)
+            return "`%s` needs a project and the network, and %s: plain python starts the recipe" % (
+                self.what, self.never)
+        here = executor == "local" and not shutil.which("uv", path=None)
+        if not self.ready:
+            return "`%s` starts the recipe where the pod has uv, else plain python" % self.what
+        return ("`%s` needs %s and the network: it starts the recipe where the pod's uv can install all that this "
+                "names, else plain python, for which the image must have it%s" % (
+                    self.what, self.source, "; there is no uv on this machine" * here))
 
 
 # A copy, for uv writes there, and its environment beside it; what starts the pods of a Ray cluster is in that, too.
@@ -103,18 +111,21 @@ def _by_uv(recipe: Recipe, settings: dict[str, Any], cluster: str) -> _Way | Non
         what, options, python = found.group(1), found.group(2).strip(), found.group(3)
         plain = "uv() { unset -f uv; unset UV_PROJECT; shift %d; %s\"$@\"; }; export -f uv" % (
             len(what.split()) - 1, "" if python else "python ")
+        swapped = "python() { unset -f python; %s %s\"$@\"; }; export -f python" % (what, python or "")
         if settings.get("workdir") or recipe.workdir:
             return _Way(what, "", "", plain)
         if "--no-project" in options.split():
-            source = "the script (%s)" % ", ".join(map(package, recipe.needs)) if recipe.needs else "the script"
-            return _Way(what, source, "uv sync -q --script " + own, plain)
+            source = "the script's own dependencies (%s)" % ", ".join(map(package, recipe.needs))
+            return _Way(what, source, "uv sync -q --script " + own, plain, swapped=swapped)
         if not (recipe.root / PROJECT).is_file():
-            return _Way(what, "", "", plain, never="there is no %s beside src" % PROJECT)
-        return _Way(what, PROJECT, OWN_PROJECT % options, plain, ITS_PATH, never)
+            return _Way(what, "", "", plain, never="there is no %s beside src" % PROJECT, swapped=swapped)
+        return _Way(what, "the project in " + PROJECT, OWN_PROJECT % options, plain, ITS_PATH, never,
+                    "%s; %s" % (ITS_PATH, swapped))
     if recipe.cmd is None and (recipe.root / folder / "run_uv.py").is_file() and \
             entry_point(recipe.root / folder / PROJECT) == Path(recipe.script).name:
         project, wrapper = (SCRIPT_AT + shlex.quote((folder / name).as_posix()) for name in (PROJECT, "run_uv.py"))
-        return _Way("run_uv.py", "the stage's " + PROJECT, "uv pip compile -q -o /dev/null %s >/dev/null" % project,
+        return _Way("run_uv.py", "the %s of its stage" % PROJECT,
+                    "uv pip compile -q -o /dev/null %s >/dev/null" % project,
                     "export AIRLIFT_START=" + own, "export AIRLIFT_START=" + wrapper, never)
     return None
 

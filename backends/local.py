@@ -29,7 +29,7 @@ import state
 import transport
 from backends import ENDED_ALREADY, Finding, Status, exit_status
 from backends.common.ends import Ends
-from jobs import Job, workspace
+from jobs import Job, setup_commands, workspace
 from pod.failures import Failure, say
 from pod.places import own_place
 from pod.process import become_subreaper, end_the_rest
@@ -167,9 +167,10 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     """What a pod needs here: programs, space, GPUs."""
     path = str(Path(sys.executable).parent) + os.pathsep + os.environ.get("PATH", os.defpath)
     tools = [job.description["tool"], *["ray"] * (job.description["launch"] == "ray")] if job else []
+    brought = job and (setup_commands(job.settings) or (job.description["setup"] and shutil.which("uv", path=path)))
     for tool in dict.fromkeys(["python3", "bash", *filter(None, tools)]):
         program = shutil.which(tool, path=path)
-        lacks = "warning" if tool in tools and job and job.description["setup"] else "failure"  # which may bring it
+        lacks = "warning" if tool in tools and brought else "failure"
         yield Finding(tool, "ok", program) if program else Finding(
             tool, lacks, "is not in the PATH", "install it, or run make setup", 2)
     cores, pods = len(os.sched_getaffinity(0)), job.nodes if job else 1

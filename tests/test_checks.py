@@ -245,9 +245,11 @@ def test_a_launch_that_can_be_expected_to_work(asked):
 def test_a_tool_that_is_not_here(asked, monkeypatch):
     monkeypatch.setattr(local.shutil, "which", lambda tool, path: None if tool in ("uv", "ray") else "/bin/" + tool)
     code, found, last = asked(cmd="uv run python {script} --config {config}", launch="ray")
-    assert code == 2 and found["uv"] == found["ray"] == ("failure", "is not in the PATH")
-    assert last == "a launch cannot be expected to work: uv, ray"
-    code, found, last = asked("run.env.startup_commands=[pip install uv ray]", cmd="uv run python {script}", launch="ray")
+    assert code == 2 and found["ray"] == ("failure", "is not in the PATH") and "uv" not in found, "plain python would do"
+    assert last == "a launch cannot be expected to work: ray"
+    own = "run.env.run_command=uv run x"
+    assert asked(own, launch="ray")[1]["uv"] == ("failure", "is not in the PATH")
+    code, found, last = asked(own, "run.env.startup_commands=[pip install uv ray]", launch="ray")
     assert code == 0 and found["uv"][0] == "warning" and last == "a launch may work, but look at: uv, ray"
 
 

@@ -34,6 +34,7 @@ import launch
 import prepare
 import profiles
 import recipes
+import start
 import transport
 
 ROOT = Path(os.environ.get("NEMOTRON_ROOT", "/nowhere")).resolve()
@@ -317,15 +318,45 @@ def holes(code):
                     yield path, name
 
 
-def expected(recipe, code, config, nodes):
-    """The command line that a header asks for."""
+def expected(recipe, code, config, nodes, uv=True):
+    """The command line that a header asks for, in a pod with uv, which can install all there, or without."""
     script = "%s/%s" % (code, recipe.script)
-    if recipe.cmd and (recipe.workdir or not recipe.cmd.startswith("uv run")):
+    wrapper = script.rpartition("/")[0] + "/run_uv.py"
+    script = wrapper if uv and (recipe.root / recipe.script).with_name("run_uv.py").is_file() and (
+        recipe.root / recipe.script).with_name("pyproject.toml").is_file() else script
+    if recipe.cmd and (uv or not recipe.cmd.startswith("uv run")):
         return recipe.cmd.format(script=script, config=config).split()
     if recipe.launch == "torchrun":
         return ["torchrun", "--nnodes", str(nodes), "--node-rank", "0", "--nproc-per-node", "<n>", "--rdzv-backend",
                 "static", "--rdzv-endpoint", "rank-0:<port>", "--rdzv-conf", "timeout=1800", script, "--config", config]
     return ["python", script, "--config", config]
+
+
+@pytest.mark.parametrize("uv", [True, False])
+@pytest.mark.parametrize("executor", ["local", "slurm", "lepton"])
+def test_every_header_is_started_as_it_says_with_uv_and_without(executor, uv, monkeypatch, tmp_path):
+    tools, kinds = tmp_path / "tools", Counter()
+    tools.mkdir()
+    for name in ("torchrun", "python", "ray", "bash", *["uv"] * uv):
+        (tools / name).write_text(STAND_IN.replace("/usr/bin/env python3", sys.executable))
+        (tools / name).chmod(0o755)
+    for name in ("mkdir", "ln", "rm", "cp"):
+        (tools / name).symlink_to("/bin/" + name)
+    for recipe in scanned().values():
+        words = ["--nodes", "1"] if recipe.launch == "ray" else []
+        found = planned(monkeypatch, tmp_path, executor, recipe, "family", *words)
+        sent = found.job.description
+        (tmp_path / "base").mkdir(exist_ok=True)
+        env = {"PATH": str(tools), "AIRLIFT_CODE": str(ROOT), "AIRLIFT_CONFIG": str(tmp_path / "base/config.yaml"),
+               "SEEN": str(tmp_path / "seen.json"), "NODE_RANK": "0", "MASTER_ADDR": "rank-0", "MASTER_PORT": "<port>"}
+        lines = [*("eval %s || exit 86" % start.shlex.quote(each) for each in sent["setup"]), sent["command"]]
+        done = subprocess.run(["/bin/bash", "-c", "\n".join(lines)], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, (recipe.name, done.stderr)
+        seen = json.loads((tmp_path / "seen.json").read_text())["argv"]
+        argv = ["<n>" if before == "--nproc-per-node" else word for before, word in zip(["", *seen], seen, strict=False)]
+        assert argv == expected(recipe, ROOT, env["AIRLIFT_CONFIG"], found.job.nodes, uv), recipe.name
+        kinds[argv[0] + (" run_uv" if "run_uv" in " ".join(argv) else "")] += 1
+    assert sum(kinds.values()) == len(scanned()) and (not uv or kinds["uv"] == 37), kinds
 
 
 @pytest.mark.parametrize("scope", ["family", "imports"])

@@ -38,11 +38,11 @@ def shell(tmp_path):
     return run
 
 
-def made(tmp_path, args=(), settings=None, cluster="", **fields):
+def made(tmp_path, args=(), settings=None, cluster="", executor="docker", **fields):
     recipe(tmp_path, **fields)
     found = recipes.find(tmp_path, "nano3/sft")
     workdir = {"workdir": found.workdir} if found.workdir else {}
-    return start.start(found, SETTINGS | workdir | (settings or {}), list(args), "docker", cluster)
+    return start.start(found, SETTINGS | workdir | (settings or {}), list(args), executor, cluster)
 
 
 SCRIPT = "/code root/src/nemotron/recipes/nano3/sft/train.py"
@@ -141,8 +141,12 @@ WITHOUT = "airlift: there is no uv in this pod: plain python starts the recipe\n
 
 
 def cannot(source):
-    return "airlift: uv cannot install here what %s names, see above: plain python starts the recipe\nSTARTED %s x=1 " % (
-        source, WORDS)
+    return "airlift: uv cannot install %s here, see above: plain python starts the recipe\nSTARTED %s x=1 " % (source, WORDS)
+
+
+def needs(what, source):
+    return ["`%s` needs %s and the network: it starts the recipe where the pod's uv can install all that this names, else "
+            "plain python, for which the image must have it" % (what, source)]
 
 
 def test_uv_run_with_the_project_beside_src(tmp_path, pod):
@@ -151,8 +155,7 @@ def test_uv_run_with_the_project_beside_src(tmp_path, pod):
     found = made(tmp_path, ["x=1"], cmd=CMD)
     assert (found.command, found.tool) == (
         'uv run --extra xenna python "$AIRLIFT_CODE"/%s --config "$AIRLIFT_CONFIG" x=1' % PLACE, "")
-    assert found.notes == ["`uv run --extra xenna` starts the recipe where the pod has uv and can install what pyproject.toml "
-                           "names, else plain python, for which the image needs all of it"]
+    assert found.notes == needs("uv run --extra xenna", "the project in pyproject.toml")
     said, given = pod(found)
     assert said.startswith("STARTED %s x=1 by " % WORDS)
     assert [line.replace(" -c", "").split(" import")[0] for line in given] == [
@@ -162,7 +165,12 @@ def test_uv_run_with_the_project_beside_src(tmp_path, pod):
     assert (project / "uv.lock").read_text() == "lock\n" and not (project / "uv.lock").is_symlink(), "uv may write it"
     assert pod(found, uv=False) == (WITHOUT + "/bin\n", [])
     said, given = pod(found, fails=True)
-    assert said.startswith(cannot("pyproject.toml")) and len(given) == 1
+    assert said.startswith(cannot("the project in pyproject.toml")) and len(given) == 1
+    found = made(tmp_path, ["x=1"], executor="lepton", cmd=CMD)
+    assert (found.command, found.tool) == ('python "$AIRLIFT_CODE"/%s --config "$AIRLIFT_CONFIG" x=1' % PLACE, "python")
+    assert pod(found)[1][1:] == ["run --extra xenna python %s x=1" % WORDS], "and where it can, uv all the same"
+    assert pod(found, uv=False) == (WITHOUT + "/bin\n", [])
+    assert pod(found, fails=True)[0].startswith(cannot("the project in pyproject.toml"))
 
 
 def test_the_pods_of_a_ray_cluster_start_ray_from_what_uv_has_prepared(tmp_path, pod):
@@ -179,19 +187,21 @@ def test_the_pods_of_a_ray_cluster_start_ray_from_what_uv_has_prepared(tmp_path,
         globals()["UV"] = before
     made_by_platform = made(tmp_path, cmd=CMD, launch="ray", cluster="platform")
     assert pod(made_by_platform) == ("STARTED %s by /bin\n" % WORDS, [])
-    assert made_by_platform.notes == ["plain python starts the recipe, not `uv run --extra xenna`: the nodes of a Ray cluster "
-                                      "of the platform have what the image has"]
+    assert made_by_platform.notes == ["`uv run --extra xenna` needs a project and the network, and the nodes of a Ray cluster "
+                                      "of the platform have what the image has: plain python starts the recipe"]
 
 
 def test_uv_run_without_a_project(tmp_path, pod):
     found = made(tmp_path, ["x=1"], cmd=ALONE, dependencies=["pandas>=2", "data-designer[x]"])
-    assert found.notes[0].startswith("`uv run --no-project` starts the recipe where the pod has uv and can install what the "
-                                     "script (pandas, data-designer) names, else plain python")
+    source = "the script's own dependencies (pandas, data-designer)"
+    assert found.notes == needs("uv run --no-project", source)
     said, given = pod(found)
     assert said.startswith("STARTED %s x=1 by " % WORDS)
     assert given == ["sync -q --script /" + PLACE, "run --no-project %s x=1" % WORDS]
     assert pod(found, uv=False) == (WITHOUT + "/bin\n", [])
-    assert pod(found, fails=True)[0].startswith(cannot("the script (pandas, data-designer)"))
+    assert pod(found, fails=True)[0].startswith(cannot(source))
+    found = made(tmp_path, ["x=1"], executor="dgxcloud", cmd=ALONE, dependencies=["pandas>=2", "data-designer[x]"])
+    assert pod(found)[1] == ["sync -q --script /" + PLACE, "run --no-project %s x=1" % WORDS]
     assert start.project_files(recipes.find(tmp_path, "nano3/sft"), {}, []) == ()
 
 
@@ -201,14 +211,18 @@ def test_uv_run_with_the_images_project(tmp_path, pod):
     write(tmp_path / "uv.lock", "")
     assert pod(found)[1] == ["run python %s x=1" % WORDS]
     assert pod(found, uv=False) == (WITHOUT + "/bin\n", [])
-    assert found.notes == ["`uv run` starts the recipe where the pod has uv, else plain python, for which the image needs all of it"]
+    assert found.notes == ["`uv run` starts the recipe where the pod has uv, else plain python"]
+    assert made(tmp_path, ["x=1"], executor="lepton", cmd="uv run python {script} --config {config}", workdir="/opt") == found
     assert start.project_files(recipes.find(tmp_path, "nano3/sft"), {}, []) == ("pyproject.toml",)
 
 
 def test_uv_run_where_there_is_no_project(tmp_path, pod):
     found = made(tmp_path, ["x=1"], cmd=CMD)
-    assert found.notes == ["plain python starts the recipe, not `uv run --extra xenna`: there is no pyproject.toml beside src"]
+    assert found.notes == ["`uv run --extra xenna` needs a project and the network, and there is no pyproject.toml beside src: "
+                           "plain python starts the recipe"]
     assert pod(found) == ("STARTED %s x=1 by /bin\n" % WORDS, [])
+    found = made(tmp_path, ["x=1"], executor="lepton", cmd=CMD)
+    assert found.tool == "python" and found.setup == [] and pod(found) == ("STARTED %s x=1 by /bin\n" % WORDS, [])
 
 
 @pytest.mark.parametrize("launch", ["direct", "torchrun"])
@@ -218,14 +232,13 @@ def test_a_stage_with_a_project_of_its_own(tmp_path, pod, launch):
     write(folder / "run_uv.py", "")
     found = made(tmp_path, ["x=1"], launch=launch)
     assert found.tool == ("python" if launch == "direct" else "torchrun")
-    assert found.notes[0].startswith("`run_uv.py` starts the recipe where the pod has uv and can install what the stage's "
-                                     "pyproject.toml names, else plain python")
+    assert found.notes == needs("run_uv.py", "the pyproject.toml of its stage")
     if launch == "direct":
         said, given = pod(found)
         assert said.startswith("STARTED %s x=1 by " % WORDS.replace("train.py", "run_uv.py"))
         assert given == ["pip compile -q -o /dev/null /%s/pyproject.toml" % os.path.dirname(PLACE)]
         assert pod(found, uv=False) == (WITHOUT + "/bin\n", [])
-        assert pod(found, fails=True)[0].startswith(cannot("the stage's pyproject.toml"))
+        assert pod(found, fails=True)[0].startswith(cannot("the pyproject.toml of its stage"))
     write(folder / "pyproject.toml", '[tool.nemotron]\nentry-point = "other.py"\n')
     assert made(tmp_path, launch=launch).setup == []
 
