@@ -35,6 +35,8 @@ class Description(TypedDict, total=False):
     env: dict[str, str]  # the recipe's, by the user's word
     defaults: dict[str, str]  # what else it gets, where neither the user nor the pod's own environment has it
     pip: list[str]  # what pip installs first: the profile's own word that the network may be used
+    install: list[str]  # what it installs from wheels alone, without a network
+    links: list[str]  # folders with wheels: of the tree, or as the pods see them
     setup: list[str]  # commands that run before it, in its shell
     command: str  # what bash runs
     tool: str  # the program that it begins with, "" if not known

@@ -3,6 +3,7 @@
 Nothing here contacts a platform. All stages of a pipeline are prepared before the first one is submitted.
 """
 
+import dataclasses
 import os
 import re
 import threading
@@ -22,6 +23,7 @@ import runs
 import screen
 import start
 import transport
+import wheels
 from transport import Refusal
 
 HERE = Path(__file__).resolve().parent
@@ -102,7 +104,7 @@ class Launch:
         settings = self.job.settings
         named = self._named()
         for also in (named, tuple(path for path in named if path != start.LOCK)):
-            self.tree, ready = ahead.take(self.recipe, settings, self.config, also)
+            self.tree, ready = ahead.take(self.recipe, settings, self.config, also, self.wheels.files)
             self.plan = transport.plan_for(
                 self.profile.executor, self.tree, dict(self.job.description), ready=ready, env=sent,
                 compression=settings.get("compression", ""), chunk_bytes=settings.get("chunk_bytes", 0),
@@ -131,16 +133,19 @@ class Launch:
         self.outputs = None if lost else root
         notes += filter(None, [lost or jobs.starts_in_image(settings, executor)])
         cluster = jobs.ray_cluster(recipe, settings, executor)
+        self.wheels = wheels.wheels(settings)
         begin = start.start(recipe, settings, list(options.args), executor, cluster)
         secrets, about_secrets = jobs.check_secrets(settings.get("secrets", {}), executor, settings["env_vars"])
         repositories, about_clones = jobs.clones(settings, executor)
         notes += jobs.not_sent(executor, {*settings["env_vars"], *secrets})
-        notes += [*begin.notes, *about_secrets, *about_clones, *self.config.notes]
+        carried = ["wheels that are sent: " + ", ".join(map(os.path.basename, self.wheels.files))]
+        notes += [*begin.notes, *carried * bool(self.wheels.files), *about_secrets, *about_clones, *self.config.notes]
         run_id = runs.new_run_id()
         description = jobs.Description(
             run=run_id, recipe=recipe.name, script=recipe.script, launch=recipe.launch, nodes=settings["nodes"],
             run_root=root, config=self.config.text,
-            pip=settings.get("pip_extras") or [], setup=jobs.setup_commands(settings) + begin.setup,
+            pip=self.wheels.extras, install=self.wheels.install, links=self.wheels.links,
+            setup=jobs.setup_commands(settings) + begin.setup,
             command=begin.command, tool=begin.tool,
             workdir=settings.get("workdir"),
             clones=repositories, folders=list(jobs.persistent_caches(settings).values()),
@@ -187,7 +192,7 @@ class Launch:
         found = ["the config contains what looks like a credential, and is sent as it is"] * bool(secret)
         found += ["%s is too big for this job, so uv finds versions of its own" % start.LOCK] * self.no_lock
         outside = [entry.path for entry in self.tree.entries
-                   if not entry.path.startswith("src/") and entry.path != start.PROJECT]
+                   if not entry.path.startswith(("src/", wheels.FOLDER + "/")) and entry.path != start.PROJECT]
         found += ["also sent, as config or command name them: " + ", ".join(outside)] * bool(outside)
         return [*near, *self.job.notes, *found, *_left_out(self.tree)]
 
@@ -229,21 +234,21 @@ class _Ahead(threading.Thread):
 
     def __init__(self, root: Path, recipe: recipes.Recipe, profile: profiles.Profile) -> None:
         super().__init__(daemon=True)
-        self.root, self.executor = root, profile.executor
-        settings = profile.settings
+        self.root, self.executor, settings = root, profile.executor, profile.settings
         self.inputs = self.inputs_of(recipe, settings, start.project_files(
             recipe, settings, jobs.setup_commands(settings)))
         self.found: tuple[transport.Tree, transport.Packed] | None = None
         self.start()
 
     @staticmethod
-    def inputs_of(recipe: recipes.Recipe, settings: dict[str, Any], also: tuple[str, ...]) -> tuple[Any, ...]:
+    def inputs_of(recipe: recipes.Recipe, settings: dict[str, Any], also: tuple[str, ...], wheels: tuple[str, ...] = ()
+                  ) -> tuple[Any, ...]:
         """What the tree depends on; `also` are paths that ship since they are named."""
         return (recipe.script, tuple(settings.get("exclude", ())), tuple(settings.get("include", ())), also,
-                settings["scope"], settings.get("compression", ""))
+                settings["scope"], settings.get("compression", ""), wheels)
 
     def run(self) -> None:
-        *what, scope, compression = self.inputs
+        *what, scope, compression, _ = self.inputs
         if scope == "family":
             try:
                 tree = transport.collect(self.root, *what)
@@ -251,13 +256,15 @@ class _Ahead(threading.Thread):
             except Exception:  # noqa: S110 - take() runs into it again, and reports it
                 pass
 
-    def take(self, recipe: recipes.Recipe, settings: dict[str, Any], config: configs.Config, also: tuple[str, ...]
-             ) -> tuple[transport.Tree, transport.Packed | None]:
+    def take(self, recipe: recipes.Recipe, settings: dict[str, Any], config: configs.Config, also: tuple[str, ...],
+             carried: tuple[str, ...]) -> tuple[transport.Tree, transport.Packed | None]:
         """The tree by the recipe and settings as they are now, and the same packed, if that has been done."""
-        inputs = script, exclude, include, also, scope, _ = self.inputs_of(recipe, settings, also)
+        inputs = script, exclude, include, also, scope, *_ = self.inputs_of(recipe, settings, also, carried)
         if self.found and inputs == self.inputs:
             return self.found
         if scope == "family":
-            return transport.collect(self.root, script, exclude, include, also), None
-        places = recipe.config_dir, config.path
-        return closure.collect(self.root, script, exclude, places, config.text, include, also), None
+            tree = transport.collect(self.root, script, exclude, include, also)
+        else:
+            places = recipe.config_dir, config.path
+            tree = closure.collect(self.root, script, exclude, places, config.text, include, also)
+        return dataclasses.replace(tree, entries=(*tree.entries, *wheels.entries(carried))), None

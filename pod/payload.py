@@ -97,6 +97,7 @@ def checked(job: dict) -> dict:
         "env": table(job.get("env")) and table(job.get("defaults", {})) and all(
             name and "=" not in name for name in [*job["env"], *job.get("defaults", {})]),
         "setup": texts(job.get("setup")), "pip": texts(job.get("pip", [])), "folders": texts(job.get("folders", [])),
+        "install": texts(job.get("install", [])), "links": texts(job.get("links", [])),
         "clones": isinstance(job.get("clones", []), list) and all(
             table(clone) and sorted(clone) == ["ref", "target", "url"] for clone in job.get("clones", [])),
         "secrets": texts(job.get("secrets", [])),

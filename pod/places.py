@@ -94,7 +94,8 @@ class Places:
         the same path."""
         if not self.kept:
             return
-        others = [os.path.relpath(os.path.join(place, name), self.code) for top in os.listdir(self.code) if top != "src"
+        tops = [top for top in os.listdir(self.code) if top not in ("src", "wheels")]
+        others = [os.path.relpath(os.path.join(place, name), self.code) for top in tops
                   for place, _, names in os.walk(os.path.join(self.code, top)) for name in names]
         for name in ["src", *others]:
             link, new = os.path.join(self.work, name), os.path.join(self.work, ".src-" + os.urandom(4).hex())

@@ -68,12 +68,22 @@ def assigned(env: dict[str, str]) -> str:
     return " ".join("%s=%s" % (name, shlex.quote(value)) for name, value in env.items())
 
 
-def pip_command(extras: list[str]) -> list[str]:
-    """What installs pip_extras, if any. What may hold a password comes through a pipe, as a requirements file."""
+# An image may have pip, or only uv.
+INSTALL = ("airlift_pip() { if ! command -v uv >/dev/null || python3 -m pip --version >/dev/null 2>&1; then "
+           "python3 -m pip install --quiet \"$@\"; "
+           "else uv pip install --quiet --python \"$(command -v python3)\" \"$@\"; fi; }")
+
+
+def install_commands(job: dict) -> list[str]:
+    """What installs packages, if any: first from wheels alone. What may hold a password comes through a pipe, as a
+    requirements file."""
+    folders = [('"$AIRLIFT_CODE"/' if not folder.startswith("/") else "") + shlex.quote(folder)
+               for folder in job.get("links", [])]
+    links = ["--find-links " + folder for folder in folders]
     words: list[str] = []
     lines: list[str] = []
     env: dict[str, str] = {}
-    for extra in extras:
+    for extra in job.get("pip", []):
         if hide(extra) == extra:
             words.append(extra)
             continue
@@ -83,8 +93,10 @@ def pip_command(extras: list[str]) -> list[str]:
         env.update(login)
         lines.append(option + clean)
     pipe = ["-r <(printf '%%s\\n' %s)" % " ".join(map(shlex.quote, lines))] * bool(lines)
-    pip = [*filter(None, [assigned(env)]), "python3 -m pip install --quiet", *map(shlex.quote, words), *pipe]
-    return [" ".join(pip)] * bool(extras)
+    install = ["airlift_pip --no-index", *links, *map(shlex.quote, job.get("install", []))]
+    pip = [*filter(None, [assigned(env)]), "airlift_pip", *links, *map(shlex.quote, words), *pipe]
+    found = [" ".join(install)] * bool(job.get("install")) + [" ".join(pip)] * bool(job.get("pip"))
+    return ["%s; %s" % (INSTALL, each) for each in found]
 
 
 HEED = """trap : HUP USR1 USR2; trap AIRLIFT_TERM=143 TERM; trap AIRLIFT_TERM=130 INT
@@ -103,7 +115,7 @@ def script_for(job: dict, workdir: str, ready: int) -> str:
         words = dict(clone, url=url, shown=hide(clone["url"]))
         lines.append(CLONE_SCRIPT.format(code=CLONE, env="export GIT_TERMINAL_PROMPT=0 " + assigned(login),
                                          **{name: shlex.quote(value) for name, value in words.items()}))
-    for number, command in enumerate(pip_command(job.get("pip", [])) + job["setup"], 1):
+    for number, command in enumerate(install_commands(job) + job["setup"], 1):
         lines.append("eval %s || { echo 'airlift: startup command %d failed with exit code '$? >&2; exit %d; }"
                      % (shlex.quote(command), number, SETUP))
     if job.get("tool"):

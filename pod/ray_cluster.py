@@ -125,7 +125,7 @@ def place(base: str, setup: bool) -> int:
     places = Places(job, env, base)
     places.put(tar, job)
     say("sha256 %s in %s" % (hashlib.sha256(tar).hexdigest(), base))
-    if not setup or not (job["setup"] or job.get("pip") or job.get("clones")):
+    if not setup or not (job["setup"] or job.get("pip") or job.get("install") or job.get("clones")):
         return 0
     _, ready = os.pipe()
     script = script_for(dict(job, command="true", tool=""), places.work, ready).encode("utf-8", "surrogateescape")

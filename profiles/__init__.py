@@ -60,6 +60,7 @@ KEYS: dict[str, Key] = {
     "secrets": Key("env table", "NAME = a secret of the platform (lepton:…, runai:…), \"env\" or \"login\""),
     "startup_commands": Key("str list", "shell commands that run before the recipe, in the same shell"),
     "pip_extras": Key("str list", "packages that pip installs in the pod before the recipe; this needs the network"),
+    "wheels": Key("str list", "wheels that are sent, as *.whl, and folders of wheels that the pods see; see Packages"),
     "run_command": Key("str", "the command that starts the recipe; {script} and {config} are filled in"),
     "workspace": Key("str", "the folder where outputs are kept, as the pod sees it"),
     "run_dir": Key("str", "the folder for outputs, in place of <workspace>/<family>"),
@@ -171,7 +172,7 @@ CHOICES = {"compression": ("xz", "gz"), "unpack": ("local", "shared"), "scope": 
 PROFILES_ONLY = ("base_url", "kube_apiserver_url", "client_id", "client_secret", "project_name", "ca_bundle", "tunnel",
                  "host", "user", "port", "identity", "remote_job_dir", "setup_lines", "git_mirrors", "secrets",
                  "image_pull_secrets", "existing_ray_cluster", "custom_spec", "runtime", "ipc_mode", "lustre_mount",
-                 "pvcs", "sbatch", "srun", "include")
+                 "pvcs", "sbatch", "srun", "include", "wheels")
 UNREAD_KEYS = ("client_secret", "custom_spec", "git_mirrors", "setup_lines")  # may hold secrets; no config reads them
 # Text for a shell or a platform, which may use ${ itself; in any other key a ${ that is left over is a mistake.
 FREE_TEXT = ("startup_commands", "pre_launch_commands", "setup_lines", "run_command", "env_vars", "custom_spec")
@@ -371,7 +372,13 @@ def anchor(table: dict[str, Any], executor: str, base: Path | None = None, *keys
     """Make relative paths of this machine absolute: they begin at launch.py's folder, or at env.toml's."""
     for key in keys or PATHS:
         if key in table and (key != "workspace" or executor == "local"):
-            table[key] = os.path.normpath((base or FOLDER.parent) / os.path.expanduser(table[key]))
+            table[key] = _here(table[key], base)
+    if isinstance(table.get("wheels"), list):
+        table["wheels"] = [_here(word, base) if str(word).endswith(".whl") else word for word in table["wheels"]]
+
+
+def _here(path: str, base: Path | None) -> str:
+    return os.path.normpath((base or FOLDER.parent) / os.path.expanduser(path))
 
 
 def _layers(name: str, seen: tuple[str, ...]) -> Layers:

@@ -78,7 +78,7 @@ VALUES = {
     "secrets": {"MY_DB_PASS": "env"}, "image_pull_secrets": ["x"], "existing_ray_cluster": "evil",
     "custom_spec": {"hostNetwork": True}, "runtime": "evil", "ipc_mode": "host", "lustre_mount": "/:/host",
     "pvcs": [{"claimName": "x", "path": "/x"}], "sbatch": {"uid": "0"}, "srun": {"task-prolog": "/evil"},
-    "include": [".env"],
+    "include": [".env"], "wheels": ["/home/*/private.whl"],
 }
 
 

@@ -2,9 +2,11 @@
 
 import os
 import subprocess
+from random import Random
 
 import pytest
 import support
+from cloud import cloud
 from layout import recipe, write
 
 import recipes
@@ -260,6 +262,19 @@ def test_what_ships_of_a_project(tmp_path):
     assert start.project_files(found, {"run_command": "python {script}"}, ["uv sync"]) == whole
     write(tmp_path / "pyproject.toml", "no toml")
     assert start.project_files(found, {}, []) == ("pyproject.toml", "uv.lock")
+
+
+def test_a_lock_that_does_not_fit_stays_here_and_is_named(tmp_path, monkeypatch, capsys):
+    for here in cloud("lepton", tmp_path, monkeypatch, capsys):
+        here.recipe("", cmd=CMD)
+        write(here.root / "pyproject.toml", "[project]\n")
+        for size, sent in ((1000, True), (1_300_000, False)):
+            write(here.root / "uv.lock", Random(1).randbytes(size).hex())
+            dry = here.launch("--dry-run")
+            assert ("also sent, as config or command name them: uv.lock" in dry.out) == sent, dry.out
+            assert ("uv.lock is too big for this job, so uv finds versions of its own" in dry.out) != sent
+            files = here.main("files", "nano3", "sft", "lepton", "--repo-root", here.root).out
+            assert "pyproject.toml" in files and ("uv.lock" in files) == sent
 
 
 def test_a_pod_without_uv_runs_the_recipe_all_the_same(tmp_path):

@@ -22,6 +22,7 @@ POLL_S, SLOWER_AFTER_S = 2.0, 120.0  # seconds between two requests for the stat
 PATIENCE_S = 600.0  # how long the platform may be out of reach while a job is followed
 QUIET_S, SO_FAR_S = 1.5, 20.0  # a log that never ends has been read after that silence, or that time
 LONGEST = 1 << 20  # characters of a line that are kept until its end comes; a longer one is passed on in parts
+AT_ONCE = 256  # logs that are shown at most: each is a thread and a connection
 OTHERS_S = 30.0  # for reading the logs of all ranks after a failure
 IMAGE_TROUBLE = re.compile("ErrImagePull|ImagePullBackOff|InvalidImageName|[Ff]ailed to pull image|[Bb]ack-off pulling")
 BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, Refusal)
@@ -48,7 +49,7 @@ class Follower:
 
     def follow(self) -> Status:
         """To the end of the job. Raises Refusal for an image that cannot be pulled: some platforms retry for ever."""
-        readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in self.run.ranks]
+        readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in self._shown()]
         for reader in readers:
             reader.start()
         try:
@@ -69,7 +70,7 @@ class Follower:
     def logs(self) -> None:
         """Print the logs so far. Raises Refusal if there are none."""
         status, found = self.ask(), False
-        for rank in self.run.ranks:
+        for rank in self._shown():
             for line in lines(self.open_log(rank, status.state in FINAL) or ()):
                 found = True
                 self._show(rank, line)
@@ -79,6 +80,12 @@ class Follower:
         if not found:
             raise Refusal("run %s has no log yet: it is %s (%s)" % (self.run.id, status.state, status.detail),
                           "python launch.py logs -f %s waits for it" % self.run.id)
+
+    def _shown(self) -> list[int]:
+        ranks = self.run.ranks
+        if len(ranks) > AT_ONCE:
+            self._say("of %d logs, the first %d are shown; --rank N shows another" % (len(ranks), AT_ONCE))
+        return ranks[:AT_ONCE]
 
     def explain(self, status: Status) -> Status:
         """The Status with the exit code that the pods printed, or else with what is known about the failure."""

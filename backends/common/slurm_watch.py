@@ -109,20 +109,17 @@ def forget(folder: str) -> str:
     return "rm -f %s/secrets.json" % shlex.quote(folder)
 
 
-# Each log that has grown: a line "NAME BYTES", then that many bytes.
+# Each log that has grown: a line "NAME BYTES", then that many bytes. What has been read of each comes on standard
+# input, as "NAME BYTES", so that a round costs one pass over the logs, and a process only for those that have grown.
 GROWN = """\
 cd %(folder)s 2>/dev/null || exit 0
-for log in %(logs)s; do
-  [ -f "$log" ] || continue
-  from=0
-  case $log in
-%(known)s
-  esac
-  size=$(wc -c <"$log")
-  [ $size -le $((from + %(most)d)) ] || size=$((from + %(most)d))
-  [ $size -gt $from ] || continue
-  echo "$log $((size - from))"
-  tail -c +$((from + 1)) "$log" | head -c $((size - from))
+{ cat; wc -c %(logs)s /dev/null 2>/dev/null; } | awk -v most=%(most)d '
+  $0 == "" { sizes = 1; next }
+  !sizes { read[$1] = $2; next }
+  $2 ~ /^log-/ && $1 > read[$2] + 0 { more = $1 - read[$2]; print $2, read[$2] + 0, (more > most ? most : more) }' |
+while read -r log from count; do
+  echo "$log $count"
+  if [ $from -eq 0 ]; then head -c $count "$log"; else tail -c +$((from + 1)) "$log" | head -c $count; fi
 done
 """
 
@@ -218,11 +215,11 @@ class Watch:
     def print_grown(self) -> int:
         """Print what is new; returns the number of bytes."""
         job = shlex.quote(job_id(self.host, self.run))
-        known = "\n".join("  %s) from=%d ;;" % (shlex.quote(name), offset) for name, offset in self.offsets.items())
         every = len(self.run.ranks) == self.run.nodes > 1
         logs = " ".join("log-*_%s_%s_*.out" % (job, rank) for rank in ("*" if every else map(int, self.run.ranks)))
-        where = {"folder": shlex.quote(self.run.record["folder"]), "logs": logs, "known": known, "most": MOST}
-        done = self.host.run(GROWN % where)
+        known = "".join("%s %d\n" % item for item in self.offsets.items()) + "\n"
+        done = self.host.run(GROWN % {"folder": shlex.quote(self.run.record["folder"]), "logs": logs, "most": MOST},
+                             data=known.encode())
         data = done.stdout
         while data:
             header, _, data = data.partition(b"\n")
