@@ -120,6 +120,12 @@ def exit_status(folder: Path) -> Status | None:
     return Status(state, "exit code %d" % code, code)
 
 
+def require_about(what: str, name: str, said: object) -> None:
+    """Raises Refusal for an answer that is about something else than `name`, as a proxy that mixes them up gives it."""
+    if str(said or name) != name:
+        raise Refusal("the answer about %s %s is about another" % (what, name), "try again, or look in the console", 5)
+
+
 ENDED_ALREADY = "it had already ended (%s); nothing was done"  # the answer of cancel, with the detail
 
 

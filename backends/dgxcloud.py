@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import profiles
 import screen
-from backends import GONE, Finding, Status, stop_and_wait
+from backends import GONE, Finding, Status, require_about, stop_and_wait
 from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.checks import finding
 from jobs import BY_VALUE, Job, is_mounted, require_image, workspace
@@ -217,6 +217,7 @@ def _status(client: "Client", run: Run) -> Status:
         if refusal.http == 404:
             return Status("cancelled", GONE, gone=True)
         raise
+    require_about("workload", run.record["id"], answer.get("workloadId"))
     phase = answer.get("actualPhase") or answer.get("phase")
     if not phase:
         raise Refusal("run:AI gave no phase for workload " + run.record["name"], "try again, or look in the console", 5)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypedDict
 
-from backends import GONE, Finding, Status, stop_and_wait
+from backends import GONE, Finding, Status, require_about, stop_and_wait
 from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.checks import finding
 from backends.common.lepton_client import ask_lepton, connect, node_group, reconnect, require_known, valid
@@ -220,6 +220,7 @@ def _status(client: Any, run: Run) -> Status:
         if refusal.http == 404:
             return Status("cancelled", GONE, gone=True)
         raise
+    require_about("job", run.record["job"], job.metadata.id_)
     if not job.status or not job.status.state:
         raise Refusal("Lepton gave no state for job " + run.record["job"], "try again, or look in the console", 5)
     word, ready, succeeded = job.status.state.value, job.status.ready or 0, job.status.succeeded or 0

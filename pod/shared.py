@@ -65,7 +65,7 @@ class SharedTree:
         self.ready = "%s.ready-%s" % (self.attempt, env.get("AIRLIFT_TREE_CHUNKS", "1"))  # as a file, it is one
         self.use = "%s.%d.%s" % (self.attempt, rank, os.urandom(8).hex())
         self.keep, self.patience = job["keep"], job["patience"]
-        self.pause = max(1.0, job.get("nodes", 1) / 1000)  # seconds between two looks, at most: the storage serves all pods
+        self.pause = max(1.0, job.get("nodes", 1) / 1000)  # seconds between two looks: the storage serves all pods
         self.used: str | None = None
 
     def path(self, *parts: str) -> str:

@@ -146,3 +146,11 @@ def test_a_run_of_an_executor_that_is_gone_is_two_lines(monkeypatch: Any, tmp_pa
     run.save()
     assert launch.main(["status", "t23456"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_an_answer_about_another_job_is_none():
+    backends.require_about("job", "mine", "mine")
+    backends.require_about("job", "mine", None)  # not every installation says it
+    with pytest.raises(Refusal) as caught:
+        backends.require_about("job", "mine", "yours")
+    assert (caught.value.code, caught.value.what) == (5, "the answer about job mine is about another")

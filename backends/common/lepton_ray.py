@@ -27,7 +27,7 @@ from functools import partial
 from typing import Any, TypedDict
 
 import screen
-from backends import FINAL, GONE, Status
+from backends import FINAL, GONE, Status, require_about
 from backends.common import import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.follow import IMAGE_TROUBLE, POLL_S, Follower
 from backends.common.lepton_client import ask_lepton, require_known, valid
@@ -256,7 +256,9 @@ def await_ready(client: Any, name: str, patience: float) -> None:
 
 
 def read_cluster(client: Any, name: str) -> Any:
-    return ask_lepton("read Ray cluster " + name, client, lambda: client.raycluster.get(name))
+    found = ask_lepton("read Ray cluster " + name, client, lambda: client.raycluster.get(name))
+    require_about("Ray cluster", name, found.metadata and found.metadata.id_)
+    return found
 
 
 def _state(cluster: Any) -> tuple[str, str]:
@@ -324,9 +326,7 @@ def stage(client: Any, run: Run, plan: Plan) -> None:
 def details(client: Any, run: Run, name: str) -> Any:
     """What the dashboard says of a job. Raises Refusal."""
     found = ask_lepton("read job " + name, client, lambda: ray(client, run, "GET", "/api/jobs/" + name))
-    if not isinstance(found, dict) or "status" not in found or found.get("submission_id", name) != name:
-        raise Refusal("the dashboard of Ray cluster %s answers, but not about job %s" % (run.record["cluster"], name),
-                      "look at the cluster in the console", 5)
+    require_about("job", name, found.get("submission_id"))
     return found
 
 
