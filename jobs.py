@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 
 import screen
 from configs import places
+from pod.rank import RAY_LIMITS
 from profiles import CLOUDS, KEYS, PROFILES_ONLY, UNUSED, Profile, anchor, defaults, merge, must_be, resolve
 from recipes import Recipe, nearest
 from transport import Refusal
@@ -378,18 +379,13 @@ def unpacking(settings: dict[str, Any]) -> Description:
     return Description(unpack="shared", shared=posixpath.join(base, ".airlift"), keep=settings["keep"])
 
 
-# What ray.util.state may list: NVIDIA's pipelines (cosmos-xenna) ask for 40,000 actors, and Ray's own limit is 10,000.
-RAY_LIMITS = dict.fromkeys(("RAY_MAX_LIMIT_FROM_API_SERVER", "RAY_MAX_LIMIT_FROM_DATA_SOURCE"), "40000")
-
-
-def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str, root: str | None,
-                launch: str = "") -> Description:
+def environment(settings: dict[str, Any], run: dict[str, Any], name: str, executor: str, root: str | None
+                ) -> Description:
     """The part of the description with the recipe's environment: what run.wandb and env_vars name; and as defaults,
     what follows from workspace, run root, caches and the recipe's name."""
     env: dict[str, str] = {}
     base = workspace(settings)
-    ours = persistent_caches(settings) | sandbox(settings) | ({"WANDB_DIR": root} if root else {}) | (
-        RAY_LIMITS if launch == "ray" else {})
+    ours = persistent_caches(settings) | sandbox(settings) | ({"WANDB_DIR": root} if root else {})
     if base and executor != "local":
         ours["HF_HOME"] = posixpath.join(base, "hf")
     wandb = run.get("wandb")
@@ -407,10 +403,11 @@ def environment(settings: dict[str, Any], run: dict[str, Any], name: str, execut
 
 
 def node_env(job: Job) -> dict[str, str]:
-    """What the nodes of a Ray cluster that a platform makes must have from their start, for Ray itself and for tasks on
-    all of them; the driver brings the rest (pod/ray_cluster.py). Lepton reserves the names LEPTON_..."""
-    made = job.description.get("cluster") == "platform" and not job.settings.get("existing_ray_cluster")
-    found = RAY_LIMITS | job.description["env"] if made else {}
+    """What the nodes of a Ray cluster that a platform makes have from their start, for Ray itself and for tasks on all
+    of them; what only a pod knows comes with the driver (pod/ray_cluster.py). Lepton reserves the names LEPTON_..."""
+    sent = job.description
+    made = sent.get("cluster") == "platform" and not job.settings.get("existing_ray_cluster")
+    found = RAY_LIMITS | sent["defaults"] | sent["env"] if made else {}
     return {name: value for name, value in found.items() if not name.startswith("LEPTON_") and name not in job.secrets}
 
 

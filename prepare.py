@@ -151,7 +151,7 @@ class Launch:
             clones=repositories, folders=list(jobs.persistent_caches(settings).values()),
             retries=settings.get("retries", 0), patience=settings["rendezvous_timeout"],
             cluster=cluster)
-        description |= jobs.environment(settings, self.config.run, recipe.name, executor, root, recipe.launch)
+        description |= jobs.environment(settings, self.config.run, recipe.name, executor, root)
         description |= jobs.unpacking(settings)
         screen.masked(description["env"])
         if description["cluster"] == "pods":

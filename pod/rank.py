@@ -7,6 +7,9 @@ import socket
 
 from pod.failures import RANK, Failure
 
+# What ray.util.state may list: NVIDIA's pipelines (cosmos-xenna) ask for 40,000 actors, and Ray's own limit is 10,000.
+RAY_LIMITS = dict.fromkeys(("RAY_MAX_LIMIT_FROM_API_SERVER", "RAY_MAX_LIMIT_FROM_DATA_SOURCE"), "40000")
+
 
 def find_rank(env: dict[str, str], hostname: str, nodes: int) -> int:
     """This pod's rank, 0 to nodes-1, counted over all replica types. The variables must agree where they are set; with

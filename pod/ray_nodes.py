@@ -33,7 +33,7 @@ from pod.payload import read_file, whole
 from pod.peers import Line, Pods, keyed, proven_head
 from pod.places import Places, no_place, private
 from pod.process import HEED, Child, become_subreaper, children_of
-from pod.rank import free_port
+from pod.rank import RAY_LIMITS, free_port
 
 
 class RayNode:
@@ -46,6 +46,7 @@ class RayNode:
         self.env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(self.env):
             self.env.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": keyed(self.secret, "ray")})
+        self.env = dict(RAY_LIMITS, **self.env)
         self.env.setdefault("RAY_enable_metrics_collection", "0")  # its port answers everybody
         self.address, self.port = self.env["MASTER_ADDR"], int(self.env["MASTER_PORT"])
         self.daemons: dict[int, str] = {}  # pid -> name

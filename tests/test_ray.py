@@ -531,6 +531,11 @@ def test_the_environment_counts_twice(lepton):
     lepton.pad(600_000)
     result = lepton.launch("--nodes", 2, stage="rl")
     assert result.code == 3 and "API object needs 1,6" in result.err and lepton.server.requests == []
+    lepton.pad(300_000)
+    assert lepton.launch("--nodes", 2, "--dry-run", "run.env.env_vars.BIG=" + "x" * 100_000, stage="rl").out.count("does not fit") == 0
+    many = ["run.env.env_vars.BIG%d=%s" % (number, "x" * 100_000) for number in range(4)]
+    result = lepton.launch("--nodes", 2, *many, stage="rl")
+    assert result.code == 3 and "API object needs 1,6" in result.err, result.err
     assert lepton.launch("--nodes", 1, "--dry-run", stage="rl").code == 0
 
 
