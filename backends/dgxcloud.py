@@ -5,9 +5,10 @@ does the operator tell each pod its rank. Retries are off unless the profile set
 backoffLimit 0, cleanPodPolicy Running, no elastic policy), so that a dead rank ends the job.
 
 The control plane has no API for logs. They are read from the Kubernetes API (kube_apiserver_url) with the same token,
-or from the cluster API of self-hosted installations.
+or from the API that each cluster of a self-hosted installation serves at its own address.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -19,14 +20,13 @@ import profiles
 import screen
 from backends import GONE, Finding, Status, require_about, stop_and_wait
 from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
-from backends.common.checks import finding
 from jobs import BY_VALUE, Job, is_mounted, require_image, workspace
 from runs import Run
 from transport import Plan, Refusal
 
 if TYPE_CHECKING:
     from backends.common.follow import Follower
-    from backends.common.runai_client import Client
+    from backends.common.runai_client import Client, Project
 
 CAN = {"detach", "ray"}
 NAME_LIMIT = 34  # characters of a workload's name (nemo-run 0.11.1 cuts here)
@@ -43,6 +43,8 @@ class Record(TypedDict, total=False):
 
     kind: str  # "trainings" or "distributed": a part of its URL
     project: str
+    cluster: str  # its id
+    namespace: str  # the project's
     name: str
     log: str  # the file that each pod logs to, with %d for the rank; "" for none
     id: str  # run:AI's, once it is known
@@ -53,16 +55,16 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     from backends.common.runai_client import Client
     settings = job.settings
     client = Client(settings)
-    project, cluster = client.project(settings["project_name"])
+    project = client.project(settings["project_name"])
     name = job_name(job.name, job.run_id, NAME_LIMIT)
-    body = request(job, plan, name, project, cluster)
+    body = request(job, plan, name, project.id, project.cluster)
     size = len(json.dumps(body)) * (2 if job.nodes > 1 else 1)  # the operator's object holds master and workers
     require_object("workload", size, "dgxcloud", ", or make custom_spec smaller")
     nemo = import_nemo()
     root = job.description["run_root"]
     log = os.path.join(root.replace("%", "%%"), "runs", job.run_id, "rank-%d.log") if root else ""
     run.keep(Record(kind="distributed" if job.nodes > 1 else "trainings", project=settings["project_name"], name=name,
-                    log=log))
+                    cluster=project.cluster, namespace=project.namespace, log=log))
     secrets = sent_by_value(job, plan)
     nemo.submit(name, nemo.dgxcloud_executor(job), job.run_id, lambda: (create(client, run, body, secrets), "Creating"))
 
@@ -115,8 +117,10 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     yield found
     if client is None:
         return
-    yield finding("project", lambda: "%s, id %s" % (settings["project_name"], client.project(
-        settings["project_name"])[0]))
+    project, found = checks.attempt("project", lambda: client.project(settings["project_name"]),
+                                    lambda project: "%s, id %s, namespace %s" % (
+                                        settings["project_name"], project.id, project.namespace))
+    yield found
     yield checks.image_finding(settings, job)
     claims = [str(pvc.get("claimName")) for pvc in settings.get("pvcs") or []]
     yield from checks.listed("claim", claims, lambda: [
@@ -130,19 +134,20 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
         str((entry.get("meta") or {}).get("name")) for entry in client.call(
             "GET", "/asset/credentials", "list the credentials").get("entries", [])],
         "create it, or correct [secrets]; a user's own credentials are not listed", False)
-    yield _log_access(client)
+    if project:
+        yield _log_access(client, project)
 
 
-def _log_access(client: "Client") -> Finding:
-    """Whether one of the two APIs for logs answers."""
-    urls = {"the Kubernetes API": client.kube + "/version" if client.kube else "",
-            "the cluster API": client.origin + "/cluster-api/status"}
-    for name, url in urls.items():
-        try:
-            if url and client.send("GET", url, "check the access to logs").status_code < 400:
+def _log_access(client: "Client", project: "Project") -> Finding:
+    """Whether one of the two APIs for logs would give one: the way that open_log() goes, to a pod that is not there."""
+    no_pod = KUBE_LOG % (client.kube, project.namespace, "airlift-check")
+    ways = {"the Kubernetes API": lambda: bool(client.kube) and client.send("GET", no_pod, "check").status_code == 404,
+            "the cluster API": lambda: client.send("GET", client.cluster_api(project.cluster) + "/cluster-api/status",
+                                                   "check").status_code < 400}
+    for name, answers in ways.items():
+        with contextlib.suppress(Refusal):
+            if answers():
                 return Finding("logs", "ok", "from %s" % name)
-        except Refusal:
-            continue
     return Finding("logs", "warning", "neither the Kubernetes API nor the cluster API answers",
                    "set kube_apiserver_url; without it, logs are only in the workspace")
 
@@ -232,15 +237,20 @@ def trouble(client: "Client", run: Run) -> str:
     return "; ".join(dict.fromkeys("%s: %s" % (event.get("reason"), event.get("message")) for event in warnings))
 
 
+KUBE_LOG = "%s/api/v1/namespaces/%s/pods/%s/log"
+
+
 def open_log(client: "Client", run: Run, rank: int, follow: bool = True) -> Iterator[str] | None:
     """The log of one rank from its beginning, so far or as it grows; None while the pod has none. Raises Refusal (exit
     code 4) if no API gives it."""
     from backends.common.http import decoded
-    name, single = run.record["name"], run.record["kind"] == "trainings"
+    record, single = run.record, run.record["kind"] == "trainings"
     why = "no kube_apiserver_url in the profile"
     if client.kube:
-        pod = name + ("-0-0" if single else "-master-0" if rank == 0 else "-worker-%d" % (rank - 1))
-        url = "%s/api/v1/namespaces/runai-%s/pods/%s/log" % (client.kube, run.record["project"], pod)
+        pod = pod_of(client, run, rank)
+        if pod is None:
+            return None
+        url = KUBE_LOG % (client.kube, record.get("namespace") or "runai-" + record["project"], pod)
         query = {"follow": "true" if follow else "false"} | ({} if single else {"container": "pytorch"})
         response = client.send("GET", url, "read the log", query=query, stream=True)
         if response.status_code < 400:
@@ -250,14 +260,28 @@ def open_log(client: "Client", run: Run, rank: int, follow: bool = True) -> Iter
         why = "the Kubernetes API answered %d" % response.status_code
     if rank == 0:  # the cluster API has the log of the first pod only
         url = "%s/cluster-api/api/v1/%s/workloads/training/%s/%s/logs/download" % (
-            client.origin, run.record["project"], "runai" if single else "pytorch", name)
+            client.cluster_api(record.get("cluster", "")), record["project"], "runai" if single else "pytorch",
+            record["name"])
         response = client.send("GET", url, "read the log", stream=True)
         if response.status_code < 400:
             return decoded(response)
         why += ", the cluster API %d" % response.status_code
     raise Refusal("run:AI gives no access to the logs (%s)" % why,
-                  "read the pod's own log at %s" % (run.record["log"] % rank) if run.record["log"] else
+                  "read the pod's own log at %s" % (record["log"] % rank) if record["log"] else
                   "set kube_apiserver_url; there is no workspace where the pods keep logs", 4)
+
+
+def pod_of(client: "Client", run: Run, rank: int) -> str | None:
+    """The name of a rank's pod; None while there is none. Where the control plane lists no pods, as the operator names
+    them."""
+    single, name = run.record["kind"] == "trainings", run.record["name"]
+    end = "" if single else "-master-0" if rank == 0 else "-worker-%d" % (rank - 1)
+    try:
+        return next((pod for pod in client.pods(run.record["id"]) if pod.endswith(end)), None)
+    except Refusal as refusal:
+        if refusal.http not in (403, 404, 405):
+            raise
+        return name + (end or "-0-0")
 
 
 def log_lines(run: Run) -> Iterator[str]:

@@ -120,6 +120,28 @@ def test_logs_by_the_routes_there_are(here, kube, cluster):
     assert (result.code, "hello" in result.out) == (0, True) if kube or cluster else "own log at /shared" in result.err
 
 
+@pytest.mark.parametrize("kube", [True, False])
+def test_a_project_with_a_namespace_of_its_own(here, kube):
+    """Which the control plane tells, as it does the address of the project's cluster, and the names of pods."""
+    here.server.namespaces["team-a"] = "research"
+    here.server.kube_logs, here.server.cluster_logs = kube, not kube
+    here.recipe("import time\nprint('hello', flush=True)\ntime.sleep(0.6)")
+    checked = here.main("check", "nano3", "sft", "dgxcloud", "--repo-root", here.root).out
+    assert "namespace research" in checked and "from the %s API" % ("Kubernetes" if kube else "cluster") in checked, checked
+    result = here.launch("--nodes", "2", "--all-ranks")
+    assert result.code == 0 and "[0] hello" in result.out and ("[1] hello" in result.out) == kube, result.out
+    asked = {request.path for request in here.server.requests}
+    assert "/workloads/%s/pods" % here.job.id in asked or not kube
+    assert not [path for path in asked if "runai-team-a" in path]
+
+
+def test_a_control_plane_that_lists_neither_pods_nor_clusters(here):
+    here.server.fault("status", status=404, path="/pods$", times=99)
+    here.recipe("import time\nprint('hello', flush=True)\ntime.sleep(0.6)")
+    result = here.launch("--nodes", "2", "--all-ranks")
+    assert result.code == 0 and "[0] hello" in result.out and "[1] hello" in result.out, result.out
+
+
 def test_the_code_of_a_rank_that_was_ended_is_not_told_for_that_of_one_whose_log_is_closed_to_us(here):
     """The cluster's API has rank 0's log only, and rank 1 has failed."""
     here.server.kube_logs, here.server.cluster_logs = False, True

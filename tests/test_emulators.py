@@ -516,8 +516,11 @@ def test_runai_training_and_its_log(runai: RunaiEmulator, client: Client) -> Non
     path = f"/cluster-api/api/v1/team-a/workloads/training/runai/{job.name}/logs/download"
     assert client("GET", path, base=runai.origin).status_code == 404
     runai.cluster_logs = True
-    assert client("GET", path, base=runai.origin).text == log
-    assert client("GET", "/cluster-api/status", base=runai.origin).text == "OK"
+    assert client("GET", path, base=runai.origin).status_code == 404, "that is the control plane's address"
+    domain = next(each["domain"] for each in client("GET", "/clusters").json() if each["uuid"] == runai.cluster_id)
+    assert client("GET", path, base="http://" + domain).text == log
+    assert client("GET", "/cluster-api/status", base="http://" + domain).text == "OK"
+    assert [pod["name"] for pod in client("GET", f"/workloads/{job.id}/pods").json()["pods"]] == [job.name + "-0-0"]
 
 
 @pytest.mark.parametrize(("policy", "starts"), [({}, 7), (ONCE, 1), ({"backoffLimit": 1}, 2)])

@@ -2,7 +2,8 @@
 
 import time
 import urllib.parse
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import requests
 
@@ -10,7 +11,15 @@ import screen
 from backends.common import http
 from transport import Refusal
 
-PAGES = 1_000  # of 50 projects each: far more than any installation has
+PAGES = 1_000  # of 50 entries each: far more than any installation has
+
+
+class Project(NamedTuple):
+    """A project, as the control plane knows it."""
+
+    id: str
+    cluster: str  # its id
+    namespace: str  # runai-<name>, unless another was chosen
 
 
 class Client:
@@ -38,7 +47,7 @@ class Client:
             raise http.refused("run:AI", response, doing, (self.secret, *secrets))
         try:
             answer = response.json() if response.content else {}
-            if isinstance(answer, dict):
+            if isinstance(answer, dict) or (isinstance(answer, list) and path == "/clusters"):
                 return answer
         except (ValueError, RecursionError):
             pass
@@ -79,26 +88,44 @@ class Client:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise Refusal("run:AI at %s gave no token" % self.base, "check base_url: it ends in /api/v1", 5) from None
 
-    def project(self, name: str) -> tuple[str, str]:
-        """(project id, cluster id). Raises Refusal (exit code 4) that names the existing projects."""
+    def project(self, name: str) -> "Project":
+        """Raises Refusal (exit code 4) that names the existing projects."""
         known: list[str] = []
-        offset, deadline = 0, time.monotonic() + http.ANSWER_S
-        for _ in range(PAGES):
-            page = self.call("GET", "/org-unit/projects", "list the projects", offset=str(offset), limit="50")
-            projects = page.get("projects", [])[:50]
-            for project in projects:
-                if project["name"] == name:
-                    return str(project["id"]), str(project["clusterId"])
-            known += [str(project["name"]) for project in projects if len(known) < 100]
-            offset += len(projects)
-            if not projects or not page.get("next"):
-                break
-            if time.monotonic() > deadline:
-                raise http.endless(self.origin, "has not listed its projects after %.0f s" % http.ANSWER_S)
-        else:
-            raise http.endless(self.origin, "lists more than %d projects" % (50 * PAGES))
+        for project in self.pages("/org-unit/projects", "projects", "list the projects"):
+            if project["name"] == name:
+                status = project.get("status") if isinstance(project.get("status"), dict) else {}
+                return Project(str(project["id"]), str(project["clusterId"]),
+                               str(status.get("namespace") or "runai-" + name))
+            known += [str(project["name"])] * (len(known) < 100)
         raise Refusal("run:AI has no project %r that this client may see" % name,
                       "it sees %s; set project_name in the profile" % (", ".join(known) or "none"), 4)
+
+    def pages(self, path: str, key: str, doing: str) -> Iterator[Any]:
+        """The entries of a list, page by page. Raises Refusal."""
+        offset, deadline = 0, time.monotonic() + http.ANSWER_S
+        for _ in range(PAGES):
+            page = self.call("GET", path, doing, offset=str(offset), limit="50")
+            entries = page.get(key, [])[:50]
+            yield from entries
+            offset += len(entries)
+            if not entries or not page.get("next"):
+                return
+            if time.monotonic() > deadline:
+                raise http.endless(self.origin, "has not listed its %s after %.0f s" % (key, http.ANSWER_S))
+        raise http.endless(self.origin, "lists more than %d %s" % (50 * PAGES, key))
+
+    def pods(self, workload: str) -> list[str]:
+        """The names of a workload's pods. Raises Refusal."""
+        return [str(pod["name"]) for pod in self.pages("/workloads/%s/pods" % workload, "pods", "list the pods")]
+
+    def cluster_api(self, cluster: str) -> str:
+        """Where a cluster serves its own API: by the domain that the control plane gives for it, with the scheme that
+        this has itself, else beside it. Raises Refusal."""
+        found = self.call("GET", "/clusters", "list the clusters")
+        entries = found.get("clusters", []) if isinstance(found, dict) else found
+        domain = next((str(each.get("domain") or "") for each in entries if each.get("uuid") == cluster), "")
+        scheme, host = self.origin.split("//")
+        return "%s//%s" % (scheme, domain.rpartition("://")[2].strip("/") or host)
 
     def find(self, name: str) -> str | None:
         """The id of a workload, by its name; None if there is none."""

@@ -47,7 +47,7 @@ LIST_QUERY = ("filterBy", "sortBy", "sortOrder", "offset", "limit", "search")
 class RunaiEmulator(Plane):
     """The control plane; see the top of this file, and plane.Plane for the parameters that both planes have.
 
-    projects: {name: GPU quota}; claims: names of PVCs that exist; credentials (the user's), secrets and config_maps
+    projects: {name: GPU quota}; namespaces: {name: its namespace, if not runai-<name>}; claims: names of PVCs that exist; credentials (the user's), secrets and config_maps
     (Kubernetes'): {name: {key: value}}; token_seconds: how long a token is valid; splitter: how `command` and `args`
     are cut into words, "shell" or "blanks"; kube_logs, cluster_logs: which of the log routes are there.
     """
@@ -59,6 +59,7 @@ class RunaiEmulator(Plane):
         root: Path | str | None = None,
         *,
         projects: Mapping[str, int] | None = None,
+        namespaces: Mapping[str, str] | None = None,
         claims: Collection[str] = ("workspace",),
         credentials: Mapping[str, Mapping[str, str]] | None = None,
         secrets: Mapping[str, Mapping[str, str]] | None = None,
@@ -77,6 +78,8 @@ class RunaiEmulator(Plane):
         quotas = {"team-a": 1024, "team-without-quota": 0} if projects is None else projects
         self.projects = {str(4500 + number): name for number, name in enumerate(quotas)}
         self.quotas = dict(quotas)
+        self.namespaces = {name: f"runai-{name}" for name in quotas} | dict(namespaces or {})
+        self.cluster_origin = self.also_at("127.0.0.2")
         self.claims = {name: self.volume(name) for name in claims}
         self.credentials = dict(credentials or {})
         self.secrets = dict(secrets or {})
@@ -108,11 +111,13 @@ class RunaiEmulator(Plane):
         return [
             Route("POST", "/token", self._token, public=True),
             Route("GET", "/org-unit/projects", self._list_projects, LIST_QUERY),
+            Route("GET", "/clusters", self._list_clusters, ("verbosity", "includeRequestedForDelete")),
             Route("GET", "/asset/datasource/pvc", self._list_claims, ("name", "limit", "offset")),
             Route("GET", "/asset/credentials", self._list_credentials, ("name", "limit", "offset")),
             *(Route("POST", f"/workloads/{kind}", self._create) for kind in RUNAI_REQUESTS),
             Route("GET", "/workloads", self._list, (*LIST_QUERY, "deleted")),
             Route("GET", "/workloads/{id}/events", self._events, ("offset", "limit", "sortOrder")),
+            Route("GET", "/workloads/{id}/pods", self._pods, ("completed", "filterBy", "offset", "limit")),
             Route("GET", one, self._get),
             Route("DELETE", one, self._delete),
             Route("POST", one + "/suspend", self._suspend),
@@ -163,9 +168,26 @@ class RunaiEmulator(Plane):
                 raise Refusal(400, f"filterBy {condition!r} is not emulated: only name==…")
             found = [(number, name) for number, name in found if name == value]
         page = found[offset : offset + min(limit, 50)]
-        projects = [{"id": number, "name": name, "clusterId": self.cluster_id} for number, name in page]
+        projects = [{"id": number, "name": name, "clusterId": self.cluster_id,
+                     "status": {"namespace": self.namespaces.get(name, "runai-" + name)}} for number, name in page]
         more = offset + len(page) if offset + len(page) < len(found) else None
         return Reply(body={"projects": projects, **({} if more is None else {"next": more})})
+
+    def _list_clusters(self, request: Request) -> Reply:
+        other = {"uuid": str(uuid.uuid4()), "tenantId": 1, "name": "another", "domain": "another.invalid"}
+        domain = self.cluster_origin.partition("//")[2]
+        return Reply(body=[other, {"uuid": self.cluster_id, "tenantId": 1, "name": "cluster", "domain": domain}])
+
+    def _pods(self, request: Request) -> Reply:
+        with self.lock:
+            job = self._find(request)
+            pods = [{"name": job.pod_name(replica), "id": job.uids[replica.rank], "workloadId": job.id, "tenantId": 1,
+                     "clusterId": self.cluster_id, "priorityClassName": "train",
+                     "containers": [{"name": job.container, "image": job.image}]}
+                    for replica in reversed(job.replicas) if replica.runs and job.phase not in ("stopped", "deleted")]
+        offset = request.number("offset", 0)
+        page = pods[offset : offset + request.number("limit", 50, 1)]
+        return Reply(body={"pods": page, "next": offset + len(page) if offset + len(page) < len(pods) else None})
 
     def _list_claims(self, request: Request) -> Reply:
         return Reply(body={"entries": [{"meta": {"name": name}, "spec": {"claimName": name}} for name in self.claims]})

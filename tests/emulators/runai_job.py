@@ -51,7 +51,7 @@ class RunaiJob(Job):
         replicas += [Replica("worker", index, index + len(replicas)) for index in range(workers)]
         super().__init__(plane, name, self.spec["image"], replicas, len(replicas))
         self.project = plane.projects[request["projectId"]]
-        self.namespace = f"runai-{self.project}"
+        self.namespace = plane.namespaces.get(self.project, "runai-" + self.project)
         self.framework = "pytorch" if kind == "distributed" else "runai"
         self.container = "pytorch" if kind == "distributed" else name
         self.cluster_type = "workspace" if kind == "workspaces" else "training"

@@ -1,8 +1,9 @@
 """The two ways to a pod's log on run:AI, each of which a site may lack; the control plane has no log route.
 
-Kubernetes       GET {kube_apiserver_url}/api/v1/namespaces/runai-<project>/pods/<pod>/log?container=pytorch
+Kubernetes       GET {kube_apiserver_url}/api/v1/namespaces/<the project's>/pods/<pod>/log?container=pytorch
                  container may be left out; follow, previous, tailLines. Switched off: 403, as for lack of a right.
-the cluster API  GET /cluster-api/api/v1/<project>/workloads/training/pytorch/<name>/logs/download
+the cluster API  at the cluster's own address, the `domain` of GET /clusters, not at the control plane's:
+                 GET /cluster-api/api/v1/<project>/workloads/training/pytorch/<name>/logs/download
                  (training/runai for a standard training, workspace/runai), and /cluster-api/status. Its query
                  parameters are not known here: none is taken, and it gives the first pod's. Switched off: 404.
 """
@@ -34,6 +35,11 @@ def log_routes(plane: RunaiEmulator) -> list[Route]:
         Route("GET", CLUSTER + "/status", lambda r: cluster_status(plane, r)),
         Route("GET", CLUSTER_LOG, lambda r: cluster_log(plane, r)),
     ]
+
+
+def on_cluster(plane: RunaiEmulator, request: Request) -> bool:
+    host = {name.lower(): value for name, value in request.headers.items()}.get("host", "")
+    return plane.cluster_origin.endswith("//" + host)
 
 
 def kube_log(plane: RunaiEmulator, request: Request) -> Reply:
@@ -86,14 +92,14 @@ def kube_version(plane: RunaiEmulator, request: Request) -> Reply:
 
 def cluster_status(plane: RunaiEmulator, request: Request) -> Reply:
     """Is the cluster API there?"""
-    if not plane.cluster_logs:
+    if not plane.cluster_logs or not on_cluster(plane, request):
         raise Refusal(404, "404 page not found")
     return Reply(stream=iter([b"OK"]))
 
 
 def cluster_log(plane: RunaiEmulator, request: Request) -> Reply:
     """What the workload's first pod has printed."""
-    if not plane.cluster_logs:
+    if not plane.cluster_logs or not on_cluster(plane, request):
         raise Refusal(404, "404 page not found")
     wanted = request.params
     for job in plane.jobs.values():

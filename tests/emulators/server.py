@@ -134,17 +134,24 @@ class HttpServer:
         self.port: int = self._httpd.server_address[1]
         self.origin = f"http://127.0.0.1:{self.port}"
         self.url = self.origin + self.base
-        self._thread = threading.Thread(target=self._httpd.serve_forever, args=(0.02,), daemon=True)
+        self._listeners = [self._httpd]
+
+    def also_at(self, host: str) -> str:
+        """Answer at another address, too. Its origin."""
+        self._listeners.append(_Listener((host, 0), self))
+        return "http://%s:%d" % self._listeners[-1].server_address[:2]
 
     def start(self) -> None:
         """Begin to answer."""
-        self._thread.start()
+        for listener in self._listeners:
+            threading.Thread(target=listener.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         """Stop answering; every open connection ends."""
         self.closing.set()
-        self._httpd.shutdown()
-        self._httpd.server_close()
+        for listener in self._listeners:
+            listener.shutdown()
+            listener.server_close()
         for connection in list(self.connections):
             try:
                 connection.shutdown(socket.SHUT_RDWR)
