@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypedDict
 
+import screen
 from backends import GONE, Finding, Status, require_about, stop_and_wait
 from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.checks import finding
-from backends.common.lepton_client import ask_lepton, connect, node_group, reconnect, require_known, valid
+from backends.common.lepton_client import ask_lepton, connect, node_group, read, reconnect, require_known, valid
 from jobs import BY_VALUE, Job, require_image
 from runs import Run
 from transport import Plan, Refusal
@@ -22,7 +23,8 @@ NAME_LIMIT = 36  # characters of a job's name (leptonai 0.47.1, job_validation.p
 STATES = {
     "Starting": "waiting", "Queueing": "waiting", "Awaiting": "waiting", "PendingRetry": "waiting",
     "Restarting": "waiting", "UNK": "waiting", "Running": "running", "Completed": "done", "Archived": "done",
-    "Failed": "failed", "Stopping": "running", "Stopped": "cancelled", "Deleting": "cancelled", "Deleted": "cancelled",
+    "Failed": "failed", "Stopping": "running", "Terminating": "running", "Stopped": "cancelled",
+    "Deleting": "cancelled", "Deleted": "cancelled",
 }
 
 
@@ -215,15 +217,18 @@ def create(client: Any, body: Any, name: str, secrets: tuple[str, ...]) -> str:
 
 def _status(client: Any, run: Run) -> Status:
     try:
-        job = ask_lepton("read job " + run.record["job"], client, lambda: client.job.get(run.record["job"]))
+        job = read("read job " + run.record["job"], client, "/jobs/" + run.record["job"],
+                   job_query_mode="alive_and_archive")
     except Refusal as refusal:
         if refusal.http == 404:
             return Status("cancelled", GONE, gone=True)
         raise
-    require_about("job", run.record["job"], job.metadata.id_)
-    if not job.status or not job.status.state:
+    require_about("job", run.record["job"], (job.get("metadata") or {}).get("id"))
+    found = job.get("status") or {}
+    word, ready, succeeded = screen.said(str(found.get("state") or "")), found.get("ready") or 0, \
+        found.get("succeeded") or 0
+    if not word:
         raise Refusal("Lepton gave no state for job " + run.record["job"], "try again, or look in the console", 5)
-    word, ready, succeeded = job.status.state.value, job.status.ready or 0, job.status.succeeded or 0
     state = STATES.get(word, "waiting")
     if word == "Running" and ready + succeeded < run.nodes:
         return Status("waiting", "%s, %d of %d pods ready" % (word, ready, run.nodes))

@@ -167,4 +167,18 @@ def test_retries_end(here):
 def test_states_of_the_platform_that_are_not_known():
     from leptonai.api.v1.types.job import LeptonJobState
 
-    assert {state.value for state in LeptonJobState} == set(backends.lepton.STATES)
+    assert {state.value for state in LeptonJobState} | {"Terminating"} == set(backends.lepton.STATES)
+
+
+@pytest.mark.parametrize(("word", "state"), [("Terminating", "running"), ("Brand new", "waiting"), (None, None)])
+def test_a_state_of_a_newer_platform_is_shown_by_its_own_word(here, monkeypatch, word, state):
+    """Also one that the SDK would make another."""
+    begun = here.launch("--detach")
+    document = type(here.job).document
+    monkeypatch.setattr(type(here.job), "document", lambda job: document(job) | {"status": {"state": word}})
+    said = here.main("status", begun.run, "--json")
+    if word is None:
+        assert said.code == 5 and "Lepton gave no state for job" in said.err
+    else:
+        row = json.loads(said.out)[0]
+        assert (row["state"], row["detail"]) == (state, word)

@@ -63,6 +63,23 @@ def ask_lepton(doing: str, client: Any, call: Callable[[], Any], sent: str = "",
         raise http.unreachable("Lepton", client.url, error, sent) from None
 
 
+def read(doing: str, client: Any, path: str, **query: str) -> dict[str, Any]:
+    """The JSON of a GET as it is: the SDK's models make a state that they do not know another one. Raises Refusal."""
+    found = ask_lepton(doing, client, lambda: checked(client._get(path, params=query)).json())
+    if not isinstance(found, dict):
+        raise Refusal("Lepton at %s did not answer with a JSON object to: %s" % (client.url, doing),
+                      "check the workspace's address", 5)
+    return found
+
+
+def checked(response: Any) -> Any:
+    """The response. Raises the SDK's error for one of 400 or more."""
+    from leptonai.api.v1.api_resource import ClientError, ServerError
+    if response.status_code >= 400:
+        raise (ClientError if response.status_code < 500 else ServerError)(response)
+    return response
+
+
 def valid(what: str, make: Callable[[], Any]) -> Any:
     """The SDK's object that `make` returns. Raises Refusal for a field that the API does not allow."""
     from pydantic import ValidationError

@@ -30,7 +30,7 @@ import screen
 from backends import FINAL, GONE, Status, require_about
 from backends.common import import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.follow import IMAGE_TROUBLE, POLL_S, Follower
-from backends.common.lepton_client import ask_lepton, require_known, valid
+from backends.common.lepton_client import ask_lepton, checked, read, require_known, valid
 from jobs import Job
 from runs import Run
 from transport import Plan, Refusal
@@ -255,28 +255,26 @@ def await_ready(client: Any, name: str, patience: float) -> None:
         time.sleep(POLL_S)
 
 
-def read_cluster(client: Any, name: str) -> Any:
-    found = ask_lepton("read Ray cluster " + name, client, lambda: client.raycluster.get(name))
-    require_about("Ray cluster", name, found.metadata and found.metadata.id_)
+def read_cluster(client: Any, name: str) -> dict[str, Any]:
+    found = read("read Ray cluster " + name, client, "/rayclusters/" + name)
+    require_about("Ray cluster", name, (found.get("metadata") or {}).get("id"))
     return found
 
 
-def _state(cluster: Any) -> tuple[str, str]:
+def _state(cluster: dict[str, Any]) -> tuple[str, str]:
     """(a cluster's state, what keeps it from being Ready)."""
-    conditions = (cluster.status.conditions if cluster.status else None) or []
-    why = "; ".join("%s: %s" % (c.reason, c.message) for c in conditions if c.status != "True")
-    state = cluster.status.state.value if cluster.status else ""
-    return state or "Unknown", "" if state == "Ready" else screen.said(why)
+    status = cluster.get("status") or {}
+    why = "; ".join("%s: %s" % (each.get("reason"), each.get("message")) for each in status.get("conditions") or []
+                    if each.get("status") != "True")
+    state = screen.said(str(status.get("state") or "Unknown"))
+    return state, "" if state == "Ready" else screen.said(why)
 
 
 def ray(client: Any, run: Run, method: str, path: str, **body: Any) -> Any:
     """An answer of the dashboard's API. Raises the SDK's error for an answer of 400 or more, and those of requests."""
-    from leptonai.api.v1.api_resource import ClientError, ServerError
     url = "%s/rayclusters/%s/dashboard%s" % (client.url, run.record["cluster"], path)
     headers = {"Authorization": "Bearer " + (client.token() or ""), "origin": client.get_dashboard_base_url() or ""}
-    response = client._session.request(method, url, headers=headers, **body)
-    if response.status_code >= 400:
-        raise (ClientError if response.status_code < 500 else ServerError)(response)
+    response = checked(client._session.request(method, url, headers=headers, **body))
     return response.json() if response.content else {}
 
 
