@@ -43,8 +43,9 @@ def start(recipe: Recipe, settings: dict[str, Any], args: list[str], executor: s
     way = None if settings.get("run_command") else _by_uv(recipe, settings, cluster)
     if way and not recipe.cmd:
         script = '"$AIRLIFT_START"'
-    if way and way.swapped and executor in CLOUDS:
-        text, way = "python %s --config %s" % (script, CONFIG_AT), way._replace(plain=":", used=way.swapped)
+    if way and template and way.swapped and executor in CLOUDS:
+        text = _fill("python " + template[template.index("{script}"):], script, CONFIG_AT)
+        way = way._replace(plain=":", used=way.swapped)
     elif template:
         text = _fill(template, script, CONFIG_AT)
     elif recipe.launch == "torchrun":
@@ -54,7 +55,9 @@ def start(recipe: Recipe, settings: dict[str, Any], args: list[str], executor: s
     else:
         text = "python %s --config %s" % (script, CONFIG_AT)
     tool = "".join(re.findall(r"^[\w./-]+(?=\s|$)", text))
-    setup, notes = ([way.setup()], [way.note(executor)]) if way else ([], [])
+    absent = executor == "local" and not settings.get("startup_commands") and not shutil.which(
+        "uv", path=settings.get("env_vars", {}).get("PATH"))
+    setup, notes = ([way.setup()], [way.note(absent)]) if way else ([], [])
     setup = [each for each in setup if each != ":"]
     return Start(" ".join([text, *map(shlex.quote, args)]), tool if tool != "uv" or not way else "", setup, notes)
 
@@ -80,16 +83,16 @@ class _Way(NamedTuple):
         ready = "elif ! %s; then %s; " % (self.ready, cannot) if self.ready else ""
         return "if ! command -v uv >/dev/null; then %s; %selse %s; fi" % (none, ready, self.used)
 
-    def note(self, executor: str) -> str:
+    def note(self, absent: bool) -> str:
+        """For the dry run; `absent`: this machine is to start it, and has no uv."""
         if self.never:
             return "`%s` needs a project and the network, and %s: plain python starts the recipe" % (
                 self.what, self.never)
-        here = executor == "local" and not shutil.which("uv", path=None)
         if not self.ready:
             return "`%s` starts the recipe where the pod has uv, else plain python" % self.what
         return ("`%s` needs %s and the network: it starts the recipe where the pod's uv can install all that this "
                 "names, else plain python, for which the image must have it%s" % (
-                    self.what, self.source, "; there is no uv on this machine" * here))
+                    self.what, self.source, "; there is no uv on this machine" * absent))
 
 
 # A copy, for uv writes there, and its environment beside it; what starts the pods of a Ray cluster is in that, too.

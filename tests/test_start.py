@@ -171,6 +171,8 @@ def test_uv_run_with_the_project_beside_src(tmp_path, pod):
     found = made(tmp_path, ["x=1"], executor="lepton", cmd=CMD)
     assert (found.command, found.tool) == ('python "$AIRLIFT_CODE"/%s --config "$AIRLIFT_CONFIG" x=1' % PLACE, "python")
     assert pod(found)[1][1:] == ["run --extra xenna python %s x=1" % WORDS], "and where it can, uv all the same"
+    assert made(tmp_path, executor="lepton", cmd=CMD + " --more").command.endswith(' --config "$AIRLIFT_CONFIG" --more')
+    found = made(tmp_path, ["x=1"], executor="lepton", cmd=CMD)
     assert pod(found, uv=False) == (WITHOUT + "/bin\n", [])
     assert pod(found, fails=True)[0].startswith(cannot("the project in pyproject.toml"))
 
@@ -243,6 +245,15 @@ def test_a_stage_with_a_project_of_its_own(tmp_path, pod, launch):
         assert pod(found, fails=True)[0].startswith(cannot("the pyproject.toml of its stage"))
     write(folder / "pyproject.toml", '[tool.nemotron]\nentry-point = "other.py"\n')
     assert made(tmp_path, launch=launch).setup == []
+
+
+def test_this_machine_says_whether_it_has_uv(tmp_path):
+    write(tmp_path / "pyproject.toml", "")
+    write(tmp_path / "tools/uv", "#!/bin/sh\n").chmod(0o755)
+    for own, said in (({"env_vars": {"PATH": "/nowhere"}}, True), ({"env_vars": {"PATH": str(tmp_path / "tools")}}, False),
+                      ({"env_vars": {"PATH": "/nowhere"}, "startup_commands": ["pip install uv"]}, False)):
+        note = made(tmp_path, executor="local", cmd=CMD, settings=own).notes[0]
+        assert note.endswith("; there is no uv on this machine") == said
 
 
 def test_what_a_person_says_is_run_as_it_is(tmp_path, pod):
