@@ -486,7 +486,7 @@ def test_the_reward_rises_on_two_nodes_by_the_launcher_alone(two_nodes: Any, pre
         "[two.env_vars]\n" + "".join(f'{name} = "{value}"\n' for name, value in variables.items())
     )
     env = os.environ | {"AIRLIFT_HOME": str(tmp_path / "home"), "NEMOTRON_ENV_FILE": str(tmp_path / "env.toml")}
-    done = launcher(ROOT, "super3", "data/prep/rl,rl", "two", env=env, timeout=300)
+    done = launcher(ROOT, "super3", "data/prep/rl,rl", "two", "train.steps=30", env=env, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 rollout actors on 2 nodes" in done.stdout
     metrics = read_metrics(tmp_path / "out/super3/rl")
