@@ -103,14 +103,14 @@ class Launch:
             ahead.join()  # a local launch forks, and no thread may hold a lock then
         settings = self.job.settings
         named = self._named()
-        for also in (named, tuple(path for path in named if path != start.LOCK)):
+        for also in (named, tuple(path for path in named if path != transport.LOCK)):
             self.tree, ready = ahead.take(self.recipe, settings, self.config, also, self.wheels.files)
             self.plan = transport.plan_for(
                 self.profile.executor, self.tree, dict(self.job.description), ready=ready, env=sent,
                 compression=settings.get("compression", ""), chunk_bytes=settings.get("chunk_bytes", 0),
                 limits=transport.limits_for(self.profile.executor, dict(self.job.description),
                                             settings.get("dgxcloud_max_args_chars", 0)))
-            if self.plan.fits or start.LOCK not in named:
+            if self.plan.fits or transport.LOCK not in named:
                 break
         self.no_lock = also != named
         self.origin = self._origin()
@@ -190,7 +190,7 @@ class Launch:
             self.job.name, tree) for tree in recipes.others_near(self.recipe)]
         secret = transport.credential_in(self.config.text.encode())
         found = ["the config contains what looks like a credential, and is sent as it is"] * bool(secret)
-        found += ["%s is too big for this job, so uv finds versions of its own" % start.LOCK] * self.no_lock
+        found += ["%s is too big for this job, so uv finds versions of its own" % transport.LOCK] * self.no_lock
         outside = [entry.path for entry in self.tree.entries
                    if not entry.path.startswith(("src/", wheels.FOLDER + "/")) and entry.path != start.PROJECT]
         found += ["also sent, as config or command name them: " + ", ".join(outside)] * bool(outside)
@@ -241,11 +241,11 @@ class _Ahead(threading.Thread):
         self.start()
 
     @staticmethod
-    def inputs_of(recipe: recipes.Recipe, settings: dict[str, Any], also: tuple[str, ...], wheels: tuple[str, ...] = ()
+    def inputs_of(recipe: recipes.Recipe, settings: dict[str, Any], also: tuple[str, ...], carried: tuple[str, ...] = ()
                   ) -> tuple[Any, ...]:
         """What the tree depends on; `also` are paths that ship since they are named."""
         return (recipe.script, tuple(settings.get("exclude", ())), tuple(settings.get("include", ())), also,
-                settings["scope"], settings.get("compression", ""), wheels)
+                settings["scope"], settings.get("compression", ""), carried)
 
     def run(self) -> None:
         *what, scope, compression, _ = self.inputs

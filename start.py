@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 from profiles import CLOUDS
 from recipes import Recipe
-from transport import Refusal
+from transport import LOCK, Refusal
 
 SCRIPT_AT, CONFIG_AT = '"$AIRLIFT_CODE"/', '"$AIRLIFT_CONFIG"'
-PROJECT, LOCK = "pyproject.toml", "uv.lock"
+PROJECT = "pyproject.toml"
 
 
 class Start(NamedTuple):

@@ -45,7 +45,8 @@ MAX_STRING = 131_072  # bytes of one NAME=VALUE or argv string with its NUL: MAX
 MAX_EXEC = 2_097_152  # bytes of argv and environment of one execve: a quarter of the stack, here 8 MiB (fs/exec.c)
 EXEC_RESERVE = 131_072  # bytes left free for what platform, image and shell add to a pod's environment (our choice)
 MAX_FILE = 67_108_864  # bytes of one file of the tree: no source is larger, and it is read into memory (our choice)
-MAX_NAMED = 4_194_304  # bytes of a file outside of src that a config names: above, it is data (our choice)
+MAX_NAMED = 1_048_576  # bytes of a file outside of src that a config names: above, it is data (our choice)
+LOCK, MAX_LOCK = "uv.lock", 4_194_304  # the one that may be larger: Nemotron's has 1.2 MB (our choice)
 MAX_PATH = 1_024  # bytes of one path in the tree, so that it fits below any folder of a pod: Linux ends at 4,096
 MIN_CHUNK = 1_024  # characters: with fewer, the pod's chunks need more than the three digits the bootstrap reads
 POINTER = 8  # bytes the kernel counts for each string, besides the string
@@ -262,8 +263,9 @@ class _Walk:
         real = os.path.realpath(os.path.join(root, path))
         above = [path[:match.start()] for match in re.finditer("/|$", path)]
         reason = next(filter(None, (self._reason(each, os.path.join(root, each)) for each in above)), "")
-        if not real.startswith(root + "/") or not os.path.isfile(real) or os.path.getsize(real) > MAX_NAMED:
-            reason = reason or "outside of src, and no file of up to " + human(MAX_NAMED)
+        most = MAX_LOCK if path == LOCK else MAX_NAMED
+        if not real.startswith(root + "/") or not os.path.isfile(real) or os.path.getsize(real) > most:
+            reason = reason or "outside of src, and no file of up to " + human(most)
         if reason:
             self.left_out.append((path, reason))
             return

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import layout, support
-from tests.cloud import cloud
+from tests.cloud import PLATFORMS, cloud
 from tests.emulators import no_pods_because
 from tests.slurm import Cluster, why_not
 from tests.slurm.person import Person
@@ -33,7 +33,7 @@ def checkout(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture(params=["lepton", "slurm"])  # run:AI runs the same pods: tests/test_plan.py
+@pytest.fixture(params=[*PLATFORMS, "slurm"])
 def platform(
     request: pytest.FixtureRequest, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[tuple[Launch, Path]]:

@@ -167,6 +167,29 @@ def test_every_profile_of_the_folder_is_a_template_that_can_be_tried(tmp_path: P
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_one_command_runs_the_main_job_in_a_clean_clone(tmp_path: Path) -> None:
+    """That it sets up everything as well, .ci/run shows: it begins with this command, before there is anything, and
+    leaves what it said in a file."""
+    said = os.environ.get("MAIN_JOB_SAID")
+    text = Path(said).read_text() if said else in_a_clean_clone(tmp_path / "clone", tmp_path / "home")
+    digests = re.findall(r"^\[(\d)\] airlift: rank \d of 2, sha256 ([0-9a-f]{64})", text, re.MULTILINE)
+    assert sorted(rank for rank, _ in digests) == ["0", "1"]
+    assert len({digest for _, digest in digests}) == 1
+    losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)  [\d,]+ tokens", text)]
+    assert losses and losses[-1] < losses[0] / 2
+
+
+def in_a_clean_clone(clone: Path, home: Path) -> str:
+    home.mkdir()
+    subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True)
+    (clone / ".venv").symlink_to(ROOT / ".venv")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "AIRLIFT"))}
+    done = subprocess.run(["make", "run"], cwd=clone, env=env | {"HOME": str(home)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 def test_the_table_of_keys_is_made_from_the_code() -> None:
     assert README.split("<!-- keys -->\n")[1].split("<!-- /keys -->")[0] == profiles.table()
     for key in profiles.REFUSED:

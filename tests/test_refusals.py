@@ -773,7 +773,7 @@ NOTES = [
       for kind in ("FIFO", "SOCKET", "DEVICE")],
     ({Y: "blend: data/b.json", "data/b.json": "{}"}, "also sent, as config or command name them: data/b.json"),
     ({Y: "blend: data/b.parquet", "data/b.parquet": "x"}, "left out, data or model file: 1, like data/b.parquet"),
-    ({Y: "blend: ./data", "data/b.json": "x"}, "left out, outside of src, and no file of up to 4.0 MiB: 1, like data"),
+    ({Y: "blend: ./data", "data/b.json": "x"}, "left out, outside of src, and no file of up to 1.0 MiB: 1, like data"),
     ({"src/pkg/a.safetensors": "x", "src/pkg/b.parquet": "x"},
      "left out, data or model file: 2, like src/pkg/a.safetensors"),
     ({"src/pkg/notes.txt": "x", ".airliftignore": "notes.txt"},

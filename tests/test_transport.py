@@ -272,7 +272,7 @@ def test_what_a_config_names_outside_of_src(repo: Path, tmp_path: Path) -> None:
     found = collect(repo, SCRIPT, ("old",), also=also)
     assert {entry.path: (entry.data, entry.link) for entry in found.entries if entry.path != SCRIPT} == {
         "conf/blend.json": (b"{}", False), "README.md": (b"x", False), "conf/link.json": (b"{}", False)}
-    limit = "outside of src, and no file of up to 4.0 MiB"
+    limit = "outside of src, and no file of up to 1.0 MiB"
     assert dict(found.left_out) == {
         ".git/config": "version control", ".env": "credential", "conf/away.json": limit, "conf/up.json": limit,
         "w.safetensors": "data or model file", "conf/odd.txt": "credential", "old/x.json": "excluded by old",

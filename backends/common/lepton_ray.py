@@ -67,9 +67,8 @@ def submit(run: Run, job: Job, plan: Plan, client: Any, plain: Callable[[str], A
     existing = settings.get("existing_ray_cluster")
     name = existing or job_name(job.name, job.run_id, NAME_LIMIT)
     body = None if existing else request(job, name, plain(name))
-    record = Record(cluster=name, made=not existing, url=client.url, ca_bundle=settings.get("ca_bundle"),
-                    submitted=False)
-    run.keep(record)
+    run.keep(Record(cluster=name, made=not existing, url=client.url, ca_bundle=settings.get("ca_bundle"),
+                    submitted=False))
     LAUNCHED.add(run.id)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _ended)
@@ -82,7 +81,7 @@ def submit(run: Run, job: Job, plan: Plan, client: Any, plain: Callable[[str], A
             stage(client, run, plan)
             argv = ["python3", STAGED % job.run_id + "/pod.py", "driver", STAGED % job.run_id + "/chunks.json"]
         submit_job(client, run, run.id, shlex.join(argv), {})
-        run.keep(record | {"submitted": True})
+        run.keep({"submitted": True})
         nemo = import_nemo()
         title = job_name(job.name, job.run_id, NAME_LIMIT)
         nemo.submit(title, nemo.lepton_executor(job), job.run_id, lambda: (run.id, "Running"))
@@ -119,8 +118,9 @@ def _over(found: Status | None) -> bool:
 
 def cancel(run: Run, client: Any) -> str:
     """Raises Refusal. That a cluster is deleted needs no dashboard."""
-    before = Status("unknown") if run.record["made"] else ask(client, run)
-    done = _removed(client, run)
+    if run.record["made"]:
+        return _removed(client, run)
+    before, done = ask(client, run), _removed(client, run)
     return "it had already ended (%s); %s" % (before.detail, done) if before.state in FINAL else done
 
 
@@ -321,10 +321,10 @@ def stage(client: Any, run: Run, plan: Plan) -> None:
                       "see the job's log there", 4)
 
 
-def details(client: Any, run: Run, name: str) -> Any:
+def details(client: Any, run: Run, name: str) -> dict[str, Any]:
     """What the dashboard says of a job. Raises Refusal."""
     found = ask_lepton("read job " + name, client, lambda: ray(client, run, "GET", "/api/jobs/" + name))
-    require_about("job", name, found.get("submission_id"))
+    require_about("job", name, found.get("submission_id") if isinstance(found, dict) else "no job")
     return found
 
 
@@ -335,7 +335,7 @@ def ask(client: Any, run: Run) -> Status:
         cluster = None if submitted else read_cluster(client, name)
         if cluster is None or _state(cluster)[0] == "Ready":
             found = details(client, run, run.id)
-            word = screen.said(str(found["status"]))
+            word = screen.said(str(found.get("status")))
             return Status(STATES.get(word, "waiting"), word)
     except Refusal as refusal:
         if refusal.http != 404:

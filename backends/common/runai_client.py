@@ -1,5 +1,6 @@
 """The client of run:AI's control plane: its REST API, a token that is renewed, and its errors in plain English."""
 
+import math
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from backends.common import http
 from transport import Refusal
 
 PAGES = 1_000  # of 50 entries each: far more than any installation has
+FRESH_S = 1.0  # seconds that a list of pods serves: the ranks that are followed ask for theirs at the same time
 
 
 class Project(NamedTuple):
@@ -33,6 +35,7 @@ class Client:
         self.session = http.harden(requests.Session(), settings.get("ca_bundle"))
         self.session.mount(self.base + "/token", http.Adapter(settings.get("ca_bundle"), http.REPEATABLE | {"POST"}))
         self.token = ""
+        self.listed, self.names, self.apis = -math.inf, list[str](), dict[str, str]()  # see pods() and cluster_api()
         screen.conceal(self.secret)
 
     def signed_in(self) -> "Client":
@@ -115,17 +118,23 @@ class Client:
         raise http.endless(self.origin, "lists more than %d %s" % (50 * PAGES, key))
 
     def pods(self, workload: str) -> list[str]:
-        """The names of a workload's pods. Raises Refusal."""
-        return [str(pod["name"]) for pod in self.pages("/workloads/%s/pods" % workload, "pods", "list the pods")]
+        """The names of a workload's pods, asked for once in FRESH_S for all ranks. Raises Refusal."""
+        if time.monotonic() > self.listed + FRESH_S:
+            self.names = [str(pod["name"]) for pod in self.pages("/workloads/%s/pods" % workload, "pods",
+                                                                 "list the pods")]
+            self.listed = time.monotonic()
+        return self.names
 
     def cluster_api(self, cluster: str) -> str:
         """Where a cluster serves its own API: by the domain that the control plane gives for it, with the scheme that
         this has itself, else beside it. Raises Refusal."""
-        found = self.call("GET", "/clusters", "list the clusters")
-        entries = found.get("clusters", []) if isinstance(found, dict) else found
-        domain = next((str(each.get("domain") or "") for each in entries if each.get("uuid") == cluster), "")
-        scheme, host = self.origin.split("//")
-        return "%s//%s" % (scheme, domain.rpartition("://")[2].strip("/") or host)
+        if cluster not in self.apis:
+            found = self.call("GET", "/clusters", "list the clusters")
+            entries = found.get("clusters", []) if isinstance(found, dict) else found
+            domain = next((str(each.get("domain") or "") for each in entries if each.get("uuid") == cluster), "")
+            scheme, host = self.origin.split("//")
+            self.apis[cluster] = "%s//%s" % (scheme, domain.rpartition("://")[2].strip("/") or host)
+        return self.apis[cluster]
 
     def find(self, name: str) -> str | None:
         """The id of a workload, by its name; None if there is none."""

@@ -47,8 +47,8 @@ LIST_QUERY = ("filterBy", "sortBy", "sortOrder", "offset", "limit", "search")
 class RunaiEmulator(Plane):
     """The control plane; see the top of this file, and plane.Plane for the parameters that both planes have.
 
-    projects: {name: GPU quota}; namespaces: {name: its namespace, if not runai-<name>}; claims: names of PVCs that exist; credentials (the user's), secrets and config_maps
-    (Kubernetes'): {name: {key: value}}; token_seconds: how long a token is valid; splitter: how `command` and `args`
+    projects: {name: GPU quota}; namespaces: {project: its namespace, where it is not runai-<project>}; claims: names
+    of PVCs that exist; credentials (the user's), secrets and config_maps (Kubernetes'): {name: {key: value}}; token_seconds: how long a token is valid; splitter: how `command` and `args`
     are cut into words, "shell" or "blanks"; kube_logs, cluster_logs: which of the log routes are there.
     """
 
@@ -78,7 +78,7 @@ class RunaiEmulator(Plane):
         quotas = {"team-a": 1024, "team-without-quota": 0} if projects is None else projects
         self.projects = {str(4500 + number): name for number, name in enumerate(quotas)}
         self.quotas = dict(quotas)
-        self.namespaces = {name: f"runai-{name}" for name in quotas} | dict(namespaces or {})
+        self.namespaces = dict(namespaces or {})
         self.cluster_origin = self.also_at("127.0.0.2")
         self.claims = {name: self.volume(name) for name in claims}
         self.credentials = dict(credentials or {})
