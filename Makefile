@@ -35,8 +35,9 @@ $(VENV)/recipes: requirements-recipes.txt requirements-torch.txt | $(VENV)/bin/p
 	$(PIP) -r requirements-torch.txt
 	@touch $@
 
-$(VENV)/dev: requirements-dev.txt | $(VENV)/bin/python
+$(VENV)/dev: requirements-dev.txt requirements-newer.txt | $(VENV)/bin/python
 	$(PIP) --require-hashes -r requirements-dev.txt
+	$(PIP) --require-hashes --no-deps --upgrade --target $(VENV)/newer -r requirements-newer.txt
 	@touch $@
 
 run: setup

@@ -106,6 +106,9 @@ def settings_for(recipe: Recipe, profile: Profile, nodes: int | None, yaml: dict
                   for volume in settings["pvcs"] if "existingPvc" not in volume]
         settings["pvcs"] = [{"existingPvc": True} | volume for volume in settings["pvcs"]]
     settings |= {key: _count(key, settings[key]) for key in COUNTS if key in settings}
+    if profile.executor == "dgxcloud" and settings.get("segments"):  # KAI Scheduler's pytorch_grouper.go, November 2026
+        notes.append("run:AI counts segments without the first pod: ranks 1 to %d are the first" % (
+            settings["nodes"] // settings["segments"]))
     anchor(settings, profile.executor)
     if str(settings.get("remote_job_dir", "")).startswith("~/"):
         outputs = " and outputs" * (workspace(settings) == settings["remote_job_dir"])

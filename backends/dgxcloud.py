@@ -20,6 +20,7 @@ import profiles
 import screen
 from backends import GONE, Finding, Status, require_about, stop_and_wait
 from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
+from backends.common.placing import labels, per_segment
 from jobs import BY_VALUE, Job, is_mounted, require_image, workspace
 from runs import Run
 from transport import Plan, Refusal
@@ -128,12 +129,14 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
             "GET", "/asset/datasource/pvc", "list the data sources").get("entries", [])],
         "check that the claim exists in the project's namespace: not every claim is a data source", False)
     yield checks.workspace_finding(settings)
+    pulls = settings.get("image_pull_secrets", [])
     wanted = [source.partition(":")[2].partition("/")[0] for source in settings.get("secrets", {}).values()
-              if source not in BY_VALUE]
+              if source not in BY_VALUE] + [name.partition(":")[2] for name in pulls if name.startswith("runai:")]
     yield from checks.listed("credential", wanted, lambda: [
         str((entry.get("meta") or {}).get("name")) for entry in client.call(
             "GET", "/asset/credentials", "list the credentials").get("entries", [])],
-        "create it, or correct [secrets]; a user's own credentials are not listed", False)
+        "create it, or correct the profile; a user's own credentials are not listed", False)
+    yield from checks.pull_secrets([name for name in pulls if not name.startswith("runai:")])
     if project:
         yield _log_access(client, project)
 
@@ -190,8 +193,15 @@ def check(job: Job, plan: Plan) -> None:
     framework = job.settings["distributed_framework"]
     if job.nodes > 1 and framework != "PyTorch":
         raise Refusal("distributed_framework is %r" % framework, "only PyTorch tells each pod its rank; remove the key")
-    if job.settings.get("custom_spec"):
-        request(job, plan, job.run_id, "", "")
+    if "preemptible" in job.settings and "preemptibility" in job.settings:
+        raise Refusal("both preemptible and preemptibility are set", "keep one of them")
+    odd = [name for name in job.settings.get("security", {}) if name not in SECURITY]
+    if odd:
+        raise Refusal("security has no field " + odd[0], "its fields are " + ", ".join(SECURITY))
+    lacking = [entry for entry in job.settings.get("tolerations", []) if not entry.get("key")]
+    if lacking:
+        raise Refusal("a toleration lacks key: %s" % lacking[0], 'like: { key = "gpu", operator = "Exists" }')
+    request(job, plan, job.run_id, "", "")
 
 
 def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict[str, Any]:
@@ -203,7 +213,7 @@ def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict
             env.append({"name": key, "userCredential": {"name": credential, "key": field}})
     spec: dict[str, Any] = {
         "command": plan.argv[0], "args": " ".join(plan.argv[1:]), "image": job.image,
-        "compute": {"gpuDevicesRequest": job.gpus_per_node, "largeShmRequest": True},
+        "compute": {"gpuDevicesRequest": job.gpus_per_node, "largeShmRequest": True} | resources(job),
         "storage": {"pvc": job.settings.get("pvcs") or []}, "environmentVariables": env,
         "restartPolicy": "Never", "backoffLimit": job.settings.get("retries", 0),
     }
@@ -211,8 +221,49 @@ def request(job: Job, plan: Plan, name: str, project: str, cluster: str) -> dict
     if job.nodes > 1:
         spec |= {"distributedFramework": "PyTorch", "numWorkers": job.nodes - 1, "cleanPodPolicy": "Running"}
         body["masterSpecSameAsWorker"] = True
+    spec |= placement(job, plan)
     custom = job.settings.get("custom_spec", {})
     return body | {"spec": with_custom(spec, custom, ("command", "args", "numWorkers"))}
+
+
+def resources(job: Job) -> dict[str, Any]:
+    others = [{"resource": name, "quantity": str(count)}
+              for name, count in job.settings.get("extended_resources", {}).items()]
+    return {"extendedResources": others} if others else {}
+
+
+SAME = {"priority": "priorityClass", "preemptibility": "preemptibility", "node_pools": "nodePools",
+        "node_type": "nodeType", "tolerations": "tolerations"}  # keys of a profile that are fields of the API
+
+
+SECURITY = ("allowPrivilegeEscalation", "capabilities", "hostIpc", "hostNetwork", "readOnlyRootFilesystem", "runAsGid",
+            "runAsNonRoot", "runAsUid", "seccompProfileType", "supplementalGroups", "uidGidSource")
+
+
+def placement(job: Job, plan: Plan) -> dict[str, Any]:
+    """The fields that say where and how the pods run, and how they are found."""
+    settings = job.settings
+    spec = {field: settings[key] for key, field in SAME.items() if settings.get(key)}
+    if "preemptible" in settings:
+        spec["preemptibility"] = "preemptible" if settings["preemptible"] else "non-preemptible"
+    marks, notes = labels(job, plan), {name: str(value) for name, value in settings.get("annotations", {}).items()}
+    if settings.get("mnnvl"):
+        marks["run.ai/MNNVL"] = settings["mnnvl"].capitalize()
+    if settings.get("topology"):
+        notes["kai.scheduler/topology-required-placement"] = settings["topology"]
+    size = per_segment(job)
+    if size:
+        notes["kai.scheduler/segment-size"] = str(size)
+    spec |= {field: [{"name": name, "value": value} for name, value in table.items()]
+             for field, table in (("labels", marks), ("annotations", notes)) if table}
+    pulls = [name.partition("runai:")[2] or name for name in settings.get("image_pull_secrets", [])]
+    if pulls:
+        spec["imagePullSecrets"] = [{"name": name} | ({"userCredential": True} if name not in settings[
+            "image_pull_secrets"] else {}) for name in pulls]
+    security = settings.get("security", {}) | ({"hostNetwork": True} if settings.get("host_network") else {})
+    if security:
+        spec["security"] = security
+    return spec
 
 
 def _status(client: "Client", run: Run) -> Status:
@@ -231,10 +282,17 @@ def _status(client: "Client", run: Run) -> Status:
 
 
 def trouble(client: "Client", run: Run) -> str:
-    """The workload's warnings, newest first. Raises Refusal if this installation has no API for events."""
-    page = client.call("GET", "/workloads/%s/events" % run.record["id"], "read the events", limit="20")
-    warnings = [event for event in page.get("events", []) if event.get("type") == "Warning"]
-    return "; ".join(dict.fromkeys("%s: %s" % (event.get("reason"), event.get("message")) for event in warnings))
+    """What keeps the workload from starting: its scheduler's words, then its warnings, newest first."""
+    said, path = [], "/workloads/" + run.record["id"]
+    with contextlib.suppress(Refusal):  # an older installation may have either of the two
+        found = client.call("GET", path, "read what it waits for")
+        said = [found.get("phaseMessage")] + [
+            each.get("userMessage") or each.get("reason") for each in found.get("pendingSchedulingMessages") or []]
+    with contextlib.suppress(Refusal):
+        page = client.call("GET", path + "/events", "read the events", limit="20")
+        said += ["%s: %s" % (event.get("reason"), event.get("message")) for event in page.get("events", [])
+                 if event.get("type") == "Warning"]
+    return "; ".join(dict.fromkeys(str(each) for each in said if each))
 
 
 KUBE_LOG = "%s/api/v1/namespaces/%s/pods/%s/log"

@@ -4,28 +4,38 @@ The SDK finds credentials and address: LEPTON_WORKSPACE_ID, LEPTON_WORKSPACE_TOK
 of `lep login`. Retries are off unless the profile sets them, so that a dead rank ends the job.
 """
 
+import math
+import posixpath
 import re
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypedDict
 
+import profiles
 import screen
-from backends import GONE, Finding, Status, require_about, stop_and_wait
+from backends import FINAL, GONE, Finding, Status, require_about, stop_and_wait
 from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
 from backends.common.checks import finding
 from backends.common.lepton_client import ask_lepton, connect, node_group, read, reconnect, require_known, valid
+from backends.common.placing import labels, per_segment
 from jobs import BY_VALUE, Job, require_image
 from runs import Run
 from transport import Plan, Refusal
 
 CAN = {"detach", "ray"}
-NAME_LIMIT = 36  # characters of a job's name (leptonai 0.47.1, job_validation.py)
+NAME_LIMIT = 36  # characters of a job's name (this and RESERVED: leptonai 0.47.1, job_validation.py)
+RESERVED = frozenset((  # where nothing can be mounted; below them it can
+    "/", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/media", "/opt", "/proc", "/proc/bus", "/proc/sys", "/run",
+    "/sbin", "/srv", "/sys", "/sys/fs/cgroup", "/sys/kernel/security", "/usr", "/usr/bin", "/usr/lib", "/usr/local",
+    "/usr/sbin", "/var"))
 STATES = {
     "Starting": "waiting", "Queueing": "waiting", "Awaiting": "waiting", "PendingRetry": "waiting",
     "Restarting": "waiting", "UNK": "waiting", "Running": "running", "Completed": "done", "Archived": "done",
     "Failed": "failed", "Stopping": "running", "Terminating": "running", "Stopped": "cancelled",
     "Deleting": "cancelled", "Deleted": "cancelled",
 }
+FLAGS = {"preemptible": "can_be_preempted", "can_preempt": "can_preempt"}
 
 
 class Record(TypedDict):
@@ -34,6 +44,8 @@ class Record(TypedDict):
     job: str  # its name, which is its id
     url: str  # of the workspace's API
     ca_bundle: str | None
+    group: str  # the node group's id
+    reservation: str | None
 
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
@@ -49,7 +61,8 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     size = len(body.model_dump_json(exclude_none=True, by_alias=True))
     require_object("job", size, "lepton", ", or make custom_spec smaller")
     nemo = import_nemo()
-    run.keep(Record(job=name, url=client.url, ca_bundle=settings.get("ca_bundle")))
+    run.keep(Record(job=name, url=client.url, ca_bundle=settings.get("ca_bundle"), group=group,
+                    reservation=settings.get("node_reservation")))
     secrets = sent_by_value(job, plan)
     nemo.submit(name, nemo.lepton_executor(job), job.run_id, lambda: (create(client, body, name, secrets), "Starting"))
 
@@ -122,7 +135,11 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     yield found
     if group is None:
         return
-    yield _nodes(client, group.metadata.id_, job.nodes if job else settings.get("nodes", 1))
+    wanted = job.nodes if job else settings.get("nodes", 1)
+    yield from checks.guarded("nodes", lambda: _nodes(client, group.metadata.id_, wanted))
+    if settings.get("node_reservation"):
+        yield from checks.guarded("reservation", lambda: _reservation(
+            client, group.metadata.id_, settings["node_reservation"], wanted))
     shapes = [settings[key] for key in ("resource_shape", "head_resource_shape") if settings.get(key)]
     yield from checks.listed("resource shape", shapes, lambda: [
         str(shape.metadata.id_ or shape.spec.name) for shape in ask_lepton(
@@ -142,19 +159,43 @@ def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
     yield from checks.listed("secret", secrets, lambda: [
         secret.name for secret in ask_lepton("list the secrets", client, client.secret.list_all)],
         "create it in the workspace, or correct [secrets]")
-    for name in settings.get("image_pull_secrets", []):
-        yield Finding("pull secret", "warning", "%s: cannot be checked with the SDK" % name, "look in the console")
+    yield from checks.pull_secrets(settings.get("image_pull_secrets", []))
 
 
 def _nodes(client: Any, group: str, wanted: int) -> Finding:
-    """Whether a node group has enough nodes for the job, and enough that are ready now."""
+    """Whether a node group has enough nodes for the job, and enough that are ready and idle now."""
     nodes = ask_lepton("list the nodes", client, lambda: client.nodegroup.list_nodes(group))
     ready = [node for node in nodes if not node.spec.unschedulable and (
         not node.status or not node.status.status or "Ready" in node.status.status)]
-    said = "%d of %d are ready, the job needs %d" % (len(ready), len(nodes), wanted)
+    idle = _idle(client, group)
+    said = "%d of %d are ready, the job needs %d; %d are idle" % (len(ready), len(nodes), wanted, idle)
     if len(nodes) < wanted or not ready:
         return Finding("nodes", "failure", said, "choose another node group, or fewer nodes", 4)
-    return Finding("nodes", "ok", said) if len(ready) >= wanted else Finding("nodes", "warning", said, "it would wait")
+    enough = min(len(ready), idle) >= wanted
+    return Finding("nodes", "ok", said) if enough else Finding("nodes", "warning", said, "it would wait")
+
+
+def _idle(client: Any, group: str) -> int:
+    """The number of a group's nodes that no workload uses."""
+    return len(read("list the idle nodes", client, "/dedicated-node-groups/%s/nodes" % group, list, idle="true"))
+
+
+def _reservation(client: Any, group: str, name: str, wanted: int) -> Finding:
+    """Whether a reservation is there, has begun, is not over, and has enough nodes."""
+    known = read("list the reservations", client, "/dedicated-node-groups/%s/reservations" % group, list)
+    found = next((each for each in known if name in (each["metadata"].get("id"), each["metadata"].get("name"))), None)
+    if found is None:
+        ids = ", ".join(str(each["metadata"].get("id")) for each in known) or "none"
+        return Finding("reservation", "failure", "%s is not among %s" % (name, ids), "correct node_reservation", 4)
+    status, spec = found.get("status") or {}, found.get("spec") or {}
+    phase, rule = screen.said(str(status.get("phase") or "Unknown")), spec.get("time_rule") or {}
+    count = status.get("reserved_count") or len(status.get("reserved_nodes") or ())
+    said = "%s is %s, %d nodes; the job needs %d" % (name, phase, count, wanted)
+    if phase in ("Expired", "Rejected") or (rule.get("end_timestamp") or math.inf) < time.time():
+        return Finding("reservation", "failure", said, "name another reservation, or none", 4)
+    if phase != "Reserved" or (rule.get("start_timestamp") or 0) > time.time() or count < wanted:
+        return Finding("reservation", "warning", said, "it would wait")
+    return Finding("reservation", "ok", said)
 
 
 def check(job: Job, plan: Plan) -> None:
@@ -166,13 +207,35 @@ def check(job: Job, plan: Plan) -> None:
             if missing:
                 raise Refusal("a mount lacks %s: %s" % (", ".join(missing), mount),
                               'like: { path = "/", mount_path = "/shared", from = "node-nfs:my-storage" }')
+            if posixpath.normpath("/" + mount["mount_path"].lstrip("/")) in RESERVED:
+                raise Refusal("Lepton reserves the mount path " + mount["mount_path"], "mount it below, or elsewhere")
     for name in job.secrets:
         if name.startswith("LEPTON_"):
             raise Refusal("Lepton reserves the variable %s" % name, "use another name in [secrets]")
+    require_possible(job, plan)
     if wants_cluster(job):
         lepton_ray().check(job, lambda name: request(job, plan, name, job.settings["node_group"], {}))
-    elif job.settings.get("custom_spec"):
+    elif job.settings.get("custom_spec") or job.settings.get("security"):
         request(job, plan, job.run_id, job.settings["node_group"])
+
+
+def require_possible(job: Job, plan: Plan) -> None:
+    """Raises Refusal for keys of the profile that this kind of job does not have, or not so."""
+    settings, ray = job.settings, wants_cluster(job)
+    per_segment(job)
+    odd = [name for name in labels(job, plan) if "/" in name]
+    if odd:
+        raise Refusal("Lepton takes no / in the name of a label: " + odd[0], "use . or - there")
+    begin = profiles.moment(settings.get("start_at"))
+    if begin and begin < time.time():
+        raise Refusal("start_at = %s is over" % settings["start_at"], "remove it, or name a time to come")
+    for key in ("host_network", "rdma") if not ray else ("start_at",):
+        if settings.get(key):
+            raise Refusal("%s is only for jobs %s a Ray cluster on Lepton" % (key, "without" if ray else "on"),
+                          "move it to the [stages.…] that it is for")
+    if ray and settings.get("segments") and not settings.get("head_resource_shape"):
+        raise Refusal("a Ray cluster with segments needs a head of its own, for the others to be divided",
+                      "set head_resource_shape, like a cpu shape")
 
 
 def request(job: Job, plan: Plan, name: str, group: str, custom: dict[str, Any] | None = None) -> Any:
@@ -198,12 +261,19 @@ def request(job: Job, plan: Plan, name: str, group: str, custom: dict[str, Any] 
         spec["shared_memory_size"] = settings["shared_memory_size"]
     if settings.get("node_reservation"):
         spec["reservation_config"] = {"reservation_id": settings["node_reservation"]}
-    flags = {key: True for key in ("can_be_preempted", "can_preempt") if settings.get(key)}
-    if flags or settings.get("queue_priority"):  # the flags need a priority; the default is nemo-run's
-        spec["queue_config"] = {"priority_class": settings.get("queue_priority", "mid-4000"), **flags}
+    flags = {field: True for key, field in FLAGS.items() if settings.get(key)}
+    if flags or settings.get("priority"):  # the flags need a priority; the default is nemo-run's
+        spec["queue_config"] = {"priority_class": settings.get("priority", "mid-4000"), **flags}
+    size = per_segment(job)
+    for key, value in (("segment_config", size and {"count_per_segment": size}),
+                       ("time_schedule", {"start_at": profiles.moment(settings.get("start_at"))}),
+                       ("user_security_context", settings.get("security"))):
+        if value and value != {"start_at": None}:
+            spec[key] = value
     ours = ("container.command", "completions", "parallelism")
     spec = with_custom(spec, settings.get("custom_spec", {}) if custom is None else custom, ours)
-    body = valid("job", lambda: LeptonJob(metadata=Metadata(id=name, name=name), spec=LeptonJobUserSpec(**spec)))
+    body = valid("job", lambda: LeptonJob(spec=LeptonJobUserSpec(**spec), metadata=Metadata(
+        id=name, name=name, labels=labels(job, plan), visibility=settings.get("visibility"))))
     require_known("Lepton job", spec, body.spec)
     return body
 
@@ -238,16 +308,28 @@ def _status(client: Any, run: Run) -> Status:
 
 
 def trouble(client: Any, run: Run) -> str:
-    """The job's warnings, newest first: only its events show that an image cannot be pulled."""
+    """What keeps the job from starting: its warnings, newest first (only its events show that an image cannot be
+    pulled), else its reservation, or too few idle nodes."""
     events = ask_lepton("read the job's events", client, lambda: client.job.get_events(run.record["job"]))
-    return ", ".join(dict.fromkeys(event.reason for event in reversed(events) if event.type_ == "Warning"))
+    found = ", ".join(dict.fromkeys(event.reason for event in reversed(events) if event.type_ == "Warning"))
+    group, reservation = run.record.get("group"), run.record.get("reservation")
+    if found or not group or replicas(client, run, 0):
+        return found
+    if reservation:
+        return "reservation " + _reservation(client, group, reservation, run.nodes).said
+    idle = _idle(client, group)
+    return "" if idle >= run.nodes else "%d idle nodes in the node group, the job needs %d" % (idle, run.nodes)
 
 
 def open_log(client: Any, run: Run, rank: int, follow: bool = True) -> Iterator[str] | None:
     """The log of one rank from its beginning, so far or as it grows; None while there is none. A pod that was started
-    again is another replica, later in the list."""
+    again is another replica, later in the list. What is gone with its pod is in the workspace's log store."""
     from backends.common.follow import so_far
-    found = [log for log in (_stream(client, run, name) for name in replicas(client, run, rank)) if log]
+    from backends.common.lepton_logs import kept
+    names = replicas(client, run, rank)
+    if not names and _status(client, run).state in FINAL:  # with the pods, the list of them is gone
+        return kept(client, run, rank)
+    found = [log for log in (_stream(client, run, rank, name) for name in names) if log]
     if not follow:  # the API has no parameter for it
         found = [so_far(log) for log in found]
     return (text for log in found for text in log) if found else None
@@ -260,12 +342,15 @@ def replicas(client: Any, run: Run, rank: int) -> list[str]:
     return [name for name in names if re.match(re.escape(run.record["job"]) + "-%d(-|$)" % rank, name)]
 
 
-def _stream(client: Any, run: Run, replica: str) -> Iterator[str] | None:
+def _stream(client: Any, run: Run, rank: int, replica: str) -> Iterator[str] | None:
     from backends.common import http
+    from backends.common.lepton_logs import kept
     path = "/jobs/%s/replicas/%s/log" % (run.record["job"], replica)
     response = ask_lepton("read the log", client, lambda: client._get(path, stream=True))
-    if response.status_code in (400, 404):  # the container waits to start, or the pod is gone
+    if response.status_code == 400:  # the container waits to start
         return None
+    if response.status_code == 404:
+        return kept(client, run, rank, replica)
     if response.status_code >= 400:
         raise http.refused("Lepton", response, "read the log", (client.auth_token or "",))
     return http.decoded(response)

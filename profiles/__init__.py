@@ -12,6 +12,7 @@ shared with other tools: there, unknown keys and those of another executor are n
 """
 
 import contextlib
+import datetime
 import difflib
 import json
 import os
@@ -85,6 +86,18 @@ KEYS: dict[str, Key] = {
     "retries": Key("whole", "how often a job is started again; see Retries", ("slurm", *CLOUDS), default=0),
     "custom_spec": Key("table", "fields to merge into the platform's job specification", CLOUDS),
     "ca_bundle": Key("str", "certificate file of a private certificate authority", CLOUDS),
+    # both clouds: how a job is placed, and how it is found
+    "priority": Key("str", "the platform's own word for it: mid-4000 on Lepton, medium-high on run:AI", CLOUDS),
+    "queue_priority": Key("str", executors=CLOUDS, alias="priority"),
+    "preemptible": Key("bool", "whether jobs of higher priority may take this job's nodes", CLOUDS),
+    "can_be_preempted": Key("bool", executors=CLOUDS, alias="preemptible"),
+    "image_pull_secrets": Key("str list", "names of secrets for the image's registry; on run:AI, runai:NAME is a "
+                              "credential of yours", CLOUDS),
+    "segments": Key("int", "NVLink domains that the nodes are divided into; see Placement", CLOUDS),
+    "labels": Key("names table", "labels of the job, in addition to airlift-run and airlift-tree", CLOUDS),
+    "host_network": Key("bool", "whether pods use the network of their nodes; on Lepton only for Ray clusters", CLOUDS),
+    "security": Key("table", "the platform's security context: runAsUid, …; on Lepton no_specific_user, privileged",
+                    CLOUDS),
     # Docker
     "runtime": Key("str", "Docker's runtime, like nvidia", _DOCKER),
     "ipc_mode": Key("str", "IPC mode of the container, like host", _DOCKER),
@@ -125,12 +138,12 @@ KEYS: dict[str, Key] = {
     "existing_ray_cluster": Key("str", "a running Ray cluster for Ray recipes, in place of a new one", _LEPTON),
     "node_reservation": Key("str", "id of a node reservation", _LEPTON),
     "shared_memory_size": Key("int", "size of /dev/shm in MiB", _LEPTON),
-    "image_pull_secrets": Key("str list", "names of secrets for the image's registry", _LEPTON),
     "nemo_run_dir": Key("str", "the workspace, where `workspace` is not set", _LEPTON),
     "pre_launch_commands": Key("str list", "shell commands that run before startup_commands", _LEPTON),
-    "queue_priority": Key("str", "priority in the queue, like mid-4000", _LEPTON),
-    "can_be_preempted": Key("bool", "whether jobs of higher priority may take this job's nodes", _LEPTON),
     "can_preempt": Key("bool", "whether this job may take the nodes of jobs with lower priority", _LEPTON),
+    "start_at": Key("time", "when the job may start, at the earliest", _LEPTON),
+    "visibility": Key("str", "who sees the job in the workspace", _LEPTON),
+    "rdma": Key("bool", "whether the pods of a Ray cluster get the RDMA devices", _LEPTON),
     # DGX Cloud run:AI
     "base_url": Key("str", "URL of the control plane, ending in /api/v1", _RUNAI),
     "kube_apiserver_url": Key("str", "URL of the Kubernetes API, for logs", _RUNAI),
@@ -141,6 +154,14 @@ KEYS: dict[str, Key] = {
     "project_name": Key("str", "name of the project", _RUNAI),
     "pvc_nemo_run_dir": Key("str", "the workspace, a folder on one of the pvcs", _RUNAI),
     "pvcs": Key("table list", "volumes of the pods: claimName, path, existingPvc", _RUNAI),
+    "preemptibility": Key("str", "run:AI's own word, in place of preemptible", _RUNAI),
+    "node_pools": Key("str list", "names of node pools, the preferred one first", _RUNAI),
+    "node_type": Key("str", "the group of nodes that the pods may run on", _RUNAI),
+    "tolerations": Key("table list", "taints that are tolerated: key, operator, value, effect, seconds", _RUNAI),
+    "annotations": Key("names table", "annotations of the pods", _RUNAI),
+    "topology": Key("str", "node label of the topology level that all pods must share", _RUNAI),
+    "mnnvl": Key("str", "multi-node NVLink; the platform prefers it if left out", _RUNAI),
+    "extended_resources": Key("names table", "other resources of each pod, like \"rdma/ib\" = 1", _RUNAI),
     "distributed_framework": Key("str", "kind of distributed job; only PyTorch tells pods their rank", _RUNAI,
                                  default="PyTorch"),
     "dgxcloud_max_args_chars": Key("int", "most characters of arguments that the API takes", _RUNAI,
@@ -166,16 +187,21 @@ REQUIRED = {
     "dgxcloud": ("base_url", "client_id", "client_secret", "project_name"),
 }
 CHOICES = {"compression": ("xz", "gz"), "unpack": ("local", "shared"), "scope": ("family", "imports"),
-           "tunnel": ("local", "ssh"), "auto_mount": ("image",)}
+           "tunnel": ("local", "ssh"), "auto_mount": ("image",), "visibility": ("public", "private"),
+           "preemptibility": ("preemptible", "non-preemptible", "semi-preemptible"),
+           "mnnvl": ("none", "preferred", "required")}
 # A checkout is not trusted: who we are, whom we talk to, which secrets are sent, and what is done outside of the
 # container comes from profiles and the command line, never from a YAML.
 PROFILES_ONLY = ("base_url", "kube_apiserver_url", "client_id", "client_secret", "project_name", "ca_bundle", "tunnel",
                  "host", "user", "port", "identity", "remote_job_dir", "setup_lines", "git_mirrors", "secrets",
                  "image_pull_secrets", "existing_ray_cluster", "custom_spec", "runtime", "ipc_mode", "lustre_mount",
-                 "pvcs", "sbatch", "srun", "include", "wheels")
+                 "pvcs", "sbatch", "srun", "include", "wheels", "labels", "annotations", "tolerations", "host_network",
+                 "security", "visibility", "extended_resources")
 UNREAD_KEYS = ("client_secret", "custom_spec", "git_mirrors", "setup_lines")  # may hold secrets; no config reads them
 # Text for a shell or a platform, which may use ${ itself; in any other key a ${ that is left over is a mistake.
 FREE_TEXT = ("startup_commands", "pre_launch_commands", "setup_lines", "run_command", "env_vars", "custom_spec")
+# A name of a label, an annotation or a resource, as Kubernetes has them.
+NAMED = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 UNREAD = re.compile(r"\$\{(?!auto_mount:)[^}\s]*\}?")
 
 
@@ -465,7 +491,7 @@ def _values(table: dict[str, Any], keys: dict[str, Any], unset: list[str]) -> di
                 continue
             whole = re.fullmatch(r"[0-9]{1,9}", found)
             found = int(found) if whole else {"true": True, "false": False}.get(found.lower(), found)
-        result[key] = found
+        result[key] = found.isoformat() if isinstance(found, datetime.datetime) else found
     return result
 
 
@@ -546,6 +572,15 @@ def _checked(table: dict[str, Any], executor: str, where: str, layers: Layers, n
     return result
 
 
+def moment(value: Any) -> int | None:
+    """A time with its zone in seconds since 1970; None for anything else."""
+    try:
+        found = datetime.datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return None
+    return int(found.timestamp()) if found.tzinfo else None
+
+
 def must_be(key: str, value: Any) -> str:
     """What the value of that key must be, or "" where it is right."""
     if key in CHOICES and value not in CHOICES[key]:
@@ -563,6 +598,10 @@ def must_be(key: str, value: Any) -> str:
         "str list": ("a list of strings", is_list and all(isinstance(item, str) for item in value)),
         "table": ("a table", is_table),
         "env table": ("a table of variables" + ("; see %s: %s" % (odd, VARIABLE) if odd else ""), is_table and not odd),
+        "names table": ("a table of texts or numbers; a name has letters, digits, . _ -, and perhaps a domain/",
+                        is_table and all(NAMED.fullmatch(str(name)) and isinstance(item, (str, int))
+                                         for name, item in value.items())),
+        "time": ('a time with its zone, like "2026-12-01T08:00:00Z"', moment(value) is not None),
         "table list": ("a list of tables", is_list and all(isinstance(item, dict) for item in value)),
         "mounts": ("a list of strings or tables", is_list and all(isinstance(item, (str, dict)) for item in value)),
     }[KEYS[key].kind]

@@ -100,9 +100,9 @@ def test_variables_that_are_not_set(here):
     ({"resource_shape": "gpu.8xb200"}, "resource shape", 4, "gpu.8xb200 is not among cpu.large, cpu.small"),
     ({"mounts": [{"path": "/", "mount_path": "/shared", "from": "node-nfs:gone"}]}, "storage", 4, "gone is not among"),
     ({"nemo_run_dir": "/elsewhere"}, "workspace", 2, "/elsewhere is on none of the mounts"),
-    ({"nodes": 9}, "nodes", 4, "4 of 4 are ready, the job needs 9"),
+    ({"nodes": 9}, "nodes", 4, "4 of 4 are ready, the job needs 9; 4 are idle"),
     ({"secrets": {"T": "lepton:gone"}}, "secret", 4, "gone is not among there"),
-    ({"secrets": {"T": "lepton:there"}, "image_pull_secrets": ["reg"]}, "pull secret", 0, "reg: cannot be checked with the SDK"),
+    ({"secrets": {"T": "lepton:there"}, "image_pull_secrets": ["reg"]}, "pull secret", 0, "reg: cannot be checked"),
     ({"container_image": None}, "image", 0, "the profile has none"),
     ({"existing_ray_cluster": "gone"}, "Ray cluster", 4, "HTTP 404"),
     ({"ray_version": "2.60.0", "head_resource_shape": "cpu.huge"}, "resource shape", 4, "cpu.huge is not among"),
@@ -112,6 +112,64 @@ def test_lepton_knows(lepton, change, what, code, said):
     got, found = checked(lepton)
     assert got == code and said in found[what]["said"]
     assert found[what]["state"] == ("failure" if code else "warning")
+
+
+@EMULATED
+@pytest.mark.parametrize(("change", "code", "said"), [
+    ({}, 0, "res-1 is Reserved, 4 nodes; the job needs 2"), (None, 4, "res-1 is not among none"),
+    ({"phase": "Expired"}, 4, "res-1 is Expired"), ({"end": 1_700_000_000}, 4, "res-1 is Reserved"),
+    ({"phase": "WaitingEffective"}, 0, "res-1 is WaitingEffective"), ({"begin": 4_000_000_000}, 0, "res-1 is Reserved"),
+    ({"nodes": 1}, 0, "1 nodes; the job needs 2"), ({"nodes": 0}, 0, "0 nodes; the job needs 2"),
+    ({"phase": "Postponed"}, 0, "res-1 is Postponed"),
+])
+def test_reservations(lepton, change, code, said):
+    lepton.profile(node_reservation="res-1", nodes=2)
+    if change is None:
+        lepton.server.reservations.clear()
+    else:
+        lepton.server.reservations["res-1"].update(change)
+    got, found = checked(lepton)
+    state = "ok" if change == {} else "failure" if code else "warning"
+    assert got == code and found["reservation"]["state"] == state and said in found["reservation"]["said"]
+
+
+@EMULATED
+def test_a_lepton_where_everything_is_wrong(lepton):
+    """One finding for each, and nothing else that is not ok."""
+    nodes = next(iter(lepton.server.nodes.values()))
+    lepton.server.unschedulable.update(nodes[1:])
+    lepton.server.reservations["res-1"]["phase"] = "Expired"
+    lepton.profile(nodes=2, node_reservation="res-1", resource_shape="gpu.8xb200", container_image=None, nemo_run_dir="/no",
+                   mounts=[{"path": "/", "mount_path": "/shared", "from": "node-nfs:gone"}], secrets={"T": "lepton:gone"},
+                   image_pull_secrets=["reg"], existing_ray_cluster="gone")
+    code, found = checked(lepton)
+    assert code and {what: one["state"] for what, one in found.items() if one["state"] != "ok"} == {
+        "nodes": "warning", "reservation": "failure", "resource shape": "failure", "Ray cluster": "failure",
+        "image": "warning", "storage": "failure", "workspace": "failure", "secret": "failure", "pull secret": "warning"}
+
+
+@EMULATED
+def test_a_runai_where_everything_is_wrong(runai):
+    runai.server.kube_logs = False
+    runai.profile(container_image=None, project_name="team-z", pvc_nemo_run_dir="/no",
+                  pvcs=[{"claimName": "gone", "path": "/shared", "existingPvc": True}], secrets={"T": "runai:gone/key"},
+                  image_pull_secrets=["runai:mine", "reg"])
+    code, found = checked(runai)
+    assert code and {what: one["state"] for what, one in found.items() if one["state"] != "ok"} == {
+        "project": "failure", "image": "warning", "claim": "warning", "workspace": "failure", "credential": "warning",
+        "pull secret": "warning"}  # without a project nothing says whose logs
+    runai.profile(kube_apiserver_url=None)
+    assert checked(runai)[1]["logs"]["state"] == "warning"
+
+
+@EMULATED
+def test_nodes_that_work_already(lepton):
+    lepton.up("--nodes", "3")
+    lepton.server.requests.clear()
+    lepton.profile(nodes=2)
+    found = json.loads(lepton.main("check", "lepton", "--json").out)
+    (nodes,) = [one for one in found if one["what"] == "nodes"]
+    assert (nodes["state"], nodes["said"]) == ("warning", "4 of 4 are ready, the job needs 2; 1 are idle")
 
 
 @EMULATED

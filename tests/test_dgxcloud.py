@@ -1,4 +1,4 @@
-"""DGX Cloud on run:AI, with common/runai_client.py: what only this platform has. The rest is in test_clouds.py."""
+"""DGX Cloud on run:AI, with common/runai_client.py and placing.py: what only this platform has. The rest is in test_clouds.py."""
 
 import json
 
@@ -19,15 +19,16 @@ def here(tmp_path, monkeypatch, capsys):
     yield from cloud("dgxcloud", tmp_path, monkeypatch, capsys)
 
 
+def holds(whole, part):
+    if isinstance(part, dict):
+        return all(name in whole and holds(whole[name], item) for name, item in part.items())
+    return len(whole) == len(part) and all(map(holds, whole, part)) if isinstance(part, list) else whole == part
+
+
 @pytest.mark.parametrize(("nodes", "model"), [(1, "TrainingCreationRequest"), (3, "DistributedCreationRequest")])
 def test_the_request_is_one_of_the_official_client(here, nodes, model):
     """runapy's own models take it, and keep every field of it."""
     from runai import models
-
-    def holds(whole, part):
-        if isinstance(part, dict):
-            return all(name in whole and holds(whole[name], item) for name, item in part.items())
-        return len(whole) == len(part) and all(map(holds, whole, part)) if isinstance(part, list) else whole == part
 
     here.profile('[secrets]\nHF_TOKEN = "runai:mine/token"\n', custom_spec={"nodePools": ["a"]})
     here.server.credentials["mine"] = {"token": "x"}
@@ -42,6 +43,80 @@ def test_the_request_is_one_of_the_official_client(here, nodes, model):
         assert sent["masterSpecSameAsWorker"] is True
         assert not {"minReplicas", "maxReplicas"} & set(spec)  # no elastic policy: pods would have no rank
     assert max(len(value) for value in here.env().values() if isinstance(value, str)) <= 9216
+
+
+PLACED = {
+    "priority": "medium-high", "preemptible": False, "node_pools": ["b", "a"], "node_type": "dgx-b200", "segments": 2,
+    "image_pull_secrets": ["k8s-secret", "runai:mine"], "labels": {"team": "x"}, "annotations": {"example.com/note": "a b"},
+    "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}], "topology": "example.com/rack",
+    "mnnvl": "required", "extended_resources": {"rdma/ib": 1}, "security": {"runAsUid": 1000}, "host_network": True,
+}
+
+
+def test_the_keys_of_placement(here):
+    """Each in run:AI's own fields; runapy's models and the emulator know them all."""
+    from runai import models
+
+    here.server.secrets["k8s-secret"] = {"a": "b"}
+    here.server.credentials["mine"] = {"token": "x"}
+    here.profile(**PLACED)
+    begun = here.launch("--nodes", "4", "--detach")
+    assert begun.code == 0, begun.err
+    sent, spec = here.job.request, here.job.request["spec"]
+    assert holds(json.loads(models.DistributedCreationRequest.from_dict(sent).to_json()), sent)
+    assert (spec["priorityClass"], spec["preemptibility"], spec["nodePools"], spec["nodeType"]) == (
+        "medium-high", "non-preemptible", ["b", "a"], "dgx-b200")
+    assert spec["imagePullSecrets"] == [{"name": "k8s-secret"}, {"name": "mine", "userCredential": True}]
+    named = {field: {each["name"]: each["value"] for each in spec[field]} for field in ("labels", "annotations")}
+    digest = runs.load_run(begun.run).sha256
+    assert named == {
+        "labels": {"team": "x", "airlift-run": begun.run, "airlift-tree": digest[:32], "run.ai/MNNVL": "Required"},
+        "annotations": {"example.com/note": "a b", "kai.scheduler/topology-required-placement": "example.com/rack",
+                        "kai.scheduler/segment-size": "2"}}
+    assert spec["tolerations"] == PLACED["tolerations"]
+    assert spec["compute"]["extendedResources"] == [{"resource": "rdma/ib", "quantity": "1"}]
+    assert spec["security"] == {"runAsUid": 1000, "hostNetwork": True}
+    assert "run:AI counts segments without the first pod: ranks 1 to 2 are the first" in begun.out
+    here.job.wait("Completed")
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"segments": 3}, "4 nodes cannot be divided into 3 segments"), ({"labels": {"x": "a b"}}, "labels.x is 'a b'"),
+    ({"preemptible": True, "preemptibility": "preemptible"}, "both preemptible and preemptibility"),
+    ({"preemptibility": "sometimes"}, "preemptible or non-preemptible or semi-preemptible"),
+    ({"tolerations": [{"operator": "Exists"}]}, "a toleration lacks key"), ({"mnnvl": "Required"}, "none or preferred"),
+    ({"extended_resources": {"rdma/": 1}}, "it must be a table of texts or numbers"), ({"start_at": "x"}, "is not for executor"),
+    ({"security": {"privileged": True}}, "security has no field privileged"),
+])
+def test_keys_that_cannot_be_meant_are_refused_before_anything_is_sent(here, changes, words):
+    here.profile(**changes)
+    result = here.launch("--nodes", "4")
+    assert result.code == 2 and words in result.err and here.server.requests == [], result.err
+
+
+def test_the_fields_of_security_are_runapys():
+    from runai import models
+
+    fields = models.SupersetSpecAllOfSecurity.model_fields.items()
+    assert {field.alias or name for name, field in fields} == set(dgxcloud.SECURITY)
+
+
+def test_why_it_waits(here):
+    here.server.waits = "Not enough resources in the requested nodepool"
+    begun = here.launch("--detach")
+    why = "waiting (Pending: Not enough resources in the requested nodepool)"
+    assert "Pending: Not enough resources" in here.main("status", begun.run).out
+    with here.process("logs", "-f", begun.run) as following:
+        assert "-- " + why in following.stdout.readline()
+        here.server.waits = ""
+        following.communicate()
+    assert following.returncode == 0
+    here.profile(image_pull_secrets=["gone"])
+    begun = here.launch("--detach")
+    wait_for(lambda: "Unable to retrieve gone" in here.main("status", begun.run).out)
+    for times, path in ((1, "/events"), (2, "/workloads/[^/]*$")):  # an installation that has neither
+        here.server.fault("status", status=404, path=path, times=9 * times)
+    assert "Initializing" in here.main("status", begun.run).out
 
 
 @pytest.mark.parametrize("splitter", ["shell", "blanks"])

@@ -5,7 +5,6 @@ The leptonai SDK, nemo-run's executors and `requests` talk to them unmodified.
 
 from __future__ import annotations
 
-import enum
 import json
 import os
 import re
@@ -14,13 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import pytest
 import requests
 
@@ -32,6 +28,7 @@ from leptonai.api.v1.types.deployment import EnvValue, EnvVar, LeptonContainer, 
 from leptonai.api.v1.types.job import LeptonJob, LeptonJobUserSpec
 from leptonai.api.v2.client import APIClient
 
+from tests import newer
 from tests.emulators import Image, LeptonEmulator, RunaiEmulator, fields, no_pods_because
 from tests.emulators.rules import check, expand
 from tests.emulators.server import Refusal
@@ -40,25 +37,6 @@ pytestmark = pytest.mark.skipif(no_pods_because() is not None, reason=str(no_pod
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_RETRY = {"max_failure_retry": 0, "max_job_failure_retry": 0}
-
-
-def shape_of(annotation: Any) -> Any:
-    """A pydantic annotation as a shape of tests/emulators/fields.py."""
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return shape_of(typing.get_args(annotation)[0])
-    if origin in (typing.Union, types.UnionType):
-        shapes = [shape_of(part) for part in typing.get_args(annotation) if part is not type(None)]
-        return float if float in shapes else shapes[0]
-    if origin is list:
-        return [shape_of(typing.get_args(annotation)[0])]
-    if origin is dict:
-        return {"*": shape_of(typing.get_args(annotation)[1])}
-    if issubclass(annotation, enum.Enum):
-        return frozenset(member.value for member in annotation)
-    if issubclass(annotation, pydantic.BaseModel):
-        return {(f.alias or name): shape_of(f.annotation) for name, f in annotation.model_fields.items()}
-    return annotation
 
 
 def gone(pid: int, seconds: float = 5) -> bool:
@@ -107,8 +85,13 @@ def lepton_run(server: LeptonEmulator, name: str, *argv: str, **spec: Any) -> An
 
 
 def test_lepton_fields_are_the_sdks() -> None:
-    shape = shape_of(LeptonJob)
+    shape = newer.shape_of(LeptonJob)
     assert {name: shape[name] for name in ("metadata", "spec")} == fields.LEPTON_JOB
+
+
+def test_lepton_fields_are_the_newer_sdks_too() -> None:
+    """So that each request of these tests, which the emulator takes, is one that both know."""
+    assert newer.ask([]) == {"lacking": [], "refused": []}
 
 
 def test_lepton_job_from_create_to_completed(lepton: LeptonEmulator) -> None:
@@ -241,6 +224,9 @@ BAD_SPECS: list[tuple[dict[str, Any], str]] = [
     ({"mounts": [{"path": "/", "mount_path": "/x"}]}, r"mounts\[0\].from is required"),
     ({"mounts": [{"from": "node-nfs:other", "path": "/", "mount_path": "/x"}]}, "unknown volume"),
     ({"mounts": [{"from": "node-nfs:shared", "path": "/../..", "mount_path": "/x"}]}, "must not contain"),
+    ({"mounts": [{"from": "node-nfs:shared", "path": "/", "mount_path": "/usr//local/"}]}, "is reserved"),
+    ({"segment_config": {"count_per_segment": 2}}, "do not divide 1"),
+    ({"reservation_config": {"reservation_id": "gone"}}, 'reservation "gone" not found'),
     ({"queue_config": {"priority_class": "urgent"}}, "priority_class"),
     ({"ttl_seconds_after_finished": -1}, "must not be negative"),
 ]
@@ -464,7 +450,7 @@ ONCE = {"restartPolicy": "Never", "backoffLimit": 0, "cleanPodPolicy": "Running"
 def test_runai_fields_are_runapys() -> None:
     models = pytest.importorskip("runai.models")
     for kind, name in (("workspaces", "Workspace"), ("trainings", "Training"), ("distributed", "Distributed")):
-        assert fields.RUNAI_REQUESTS[kind] == shape_of(getattr(models, name + "CreationRequest")), kind
+        assert fields.RUNAI_REQUESTS[kind] == newer.shape_of(getattr(models, name + "CreationRequest")), kind
 
 
 def test_runai_tokens(runai: RunaiEmulator, client: Client) -> None:
@@ -631,7 +617,14 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any], dict[str, Any], int, str]] = [
     ("trainings", {"storage": {"nfs": [{"server": "x"}]}}, {}, 501, "not emulated"),
     ("distributed", {"numWorkers": 0, "distributedFramework": "PyTorch"}, {}, 400, "at least 1"),
     ("distributed", {"numWorkers": 2, "distributedFramework": "PyTorch", "minReplicas": 3}, {}, 400, "minReplicas"),
-    ("jobs", {}, {}, 404, "not found"),
+    ("jobs", {}, {}, 405, ""),
+    ("trainings", {"priorityClass": "urgent"}, {}, 400, "unknown priorityClass"),
+    ("trainings", {"nodePools": ["a", "nowhere"]}, {}, 400, "not found"),
+    ("trainings", {"labels": [{"name": "a/b/c", "value": "x"}]}, {}, 400, "not valid"),
+    ("trainings", {"labels": [{"name": "a", "value": "x y"}]}, {}, 400, "not valid"),
+    ("trainings", {"tolerations": [{"key": "a", "operator": "Exists", "value": "x"}]}, {}, 400, "a value unless"),
+    ("trainings", {"imagePullSecrets": [{"name": "no", "userCredential": True}]}, {}, 400, "no credential no"),
+    ("trainings", {"annotations": [{"name": "kai.scheduler/segment-size", "value": "x"}]}, {}, 400, "a number"),
 ]
 
 

@@ -125,7 +125,8 @@ def test_nemo_run_is_imported_where_it_is_needed_and_never_at_start_up() -> None
 
 # ---------------------------------------------------------------- the tests
 
-ELSEWHERE = {"backends.common.slurm_prepare": "repositories", "backends.common.lepton_client": "lepton", "backends.common.lepton_ray": "ray",
+ELSEWHERE = {"backends.common.slurm_prepare": "repositories", "backends.common.lepton_client": "lepton",
+             "backends.common.lepton_logs": "lepton", "backends.common.placing": "dgxcloud", "backends.common.lepton_ray": "ray",
              "backends.common.runai_client": "dgxcloud", "backends.common": "common"}
 
 

@@ -1,13 +1,21 @@
-"""DGX Cloud Lepton, with common/lepton_client.py: what only this platform has. The rest is in test_clouds.py."""
+"""DGX Cloud Lepton, with common/lepton_client.py and lepton_logs.py: what only this platform has. The rest is in test_clouds.py."""
 
+import datetime
 import json
+import time
+import types
 
 import pytest
 from cloud import EMULATED, cloud, wait_for
+from hypothesis import given
+from hypothesis import strategies as st
 
 import backends
 import backends.lepton
 import runs
+from backends.common import lepton_logs, lepton_ray
+from tests import newer
+from transport import Refusal
 
 pytestmark = EMULATED
 
@@ -32,6 +40,89 @@ def test_the_job_that_is_asked_for(here):
     assert spec["reservation_config"] == {"reservation_id": "res-1"}
     assert spec["queue_config"] == {"priority_class": "low-2000", "can_preempt": True}
     assert spec["affinity"] == {"allowed_dedicated_node_groups": list(here.server.groups)}
+
+
+def test_the_keys_of_placement(here):
+    soon = datetime.datetime.now(datetime.UTC).replace(microsecond=0) + datetime.timedelta(seconds=2)
+    here.profile('[labels]\n"team.x" = "a"\n[security]\nprivileged = true\n', segments=2, priority="high-7000",
+                 preemptible=True, visibility="private", start_at=soon.isoformat())
+    begun = here.launch("--nodes", "4", "--detach")
+    wait_for(lambda: here.job.state == "Awaiting")
+    assert "Awaiting" in here.main("status", begun.run).out
+    spec, metadata = here.job.spec, here.job.metadata
+    assert spec["segment_config"] == {"count_per_segment": 2}
+    assert spec["time_schedule"] == {"start_at": int(soon.timestamp())}
+    assert spec["queue_config"] == {"priority_class": "high-7000", "can_be_preempted": True}
+    assert spec["user_security_context"] == {"privileged": True} and metadata["visibility"] == "private"
+    digest = runs.load_run(begun.run).sha256
+    assert metadata["labels"] == {"team.x": "a", "airlift-run": begun.run, "airlift-tree": digest[:32]}
+    here.job.wait("Completed")
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"mounts": [{"path": "/", "mount_path": "/usr//local/", "from": "node-nfs:shared"}], "nemo_run_dir": None},
+     "reserves the mount path /usr//local/"),
+    ({"mounts": [{"path": "/", "mount_path": "//opt", "from": "node-nfs:shared"}], "nemo_run_dir": None},
+     "reserves the mount path //opt"),
+    ({"segments": 3}, "4 nodes cannot be divided into 3 segments"), ({"segments": 4}, "segments of two or more"),
+    ({"labels": {"x/y": "a"}}, "no / in the name of a label: x/y"), ({"labels": {"x": "a b"}}, "labels.x is 'a b'"),
+    ({"labels": {"x": "a" * 64}}, "at most 63"), ({"labels": {"-x": "a"}}, "labels is ***"),
+    ({"start_at": "2020-01-01T00:00:00Z"}, "start_at = 2020-01-01T00:00:00Z is over"),
+    ({"start_at": "tomorrow"}, "it must be a time with its zone"), ({"start_at": "2099-01-01T00:00:00"}, "with its zone"),
+    ({"host_network": True}, "host_network is only for jobs on a Ray cluster"), ({"rdma": True}, "rdma is only for jobs"),
+    ({"security": {"runAsUid": 1}}, "no field user_security_context.runAsUid"), ({"visibility": "all"}, "public or private"),
+    ({"preemptible": True, "can_be_preempted": True}, "preemptible is set twice"),
+])
+def test_keys_that_cannot_be_meant_are_refused_before_anything_is_sent(here, changes, words):
+    here.profile(**changes)
+    result = here.launch("--nodes", "4")
+    assert result.code == 2 and words in result.err and here.server.requests == [], result.err
+
+
+def test_what_a_toml_file_calls_a_time(here):
+    here.profile()
+    (here.folder / "lepton.toml").write_text((here.folder / "lepton.toml").read_text() + "start_at = 2099-01-01T01:00:00+01:00\n")
+    assert here.launch("--detach").code == 0
+    assert here.job.spec["time_schedule"] == {"start_at": 4070908800}
+
+
+def test_both_sdks_take_every_kind_of_request(here):
+    """The newer one with its own checks of a job. The emulator's tables are a part of both, so that each request of
+    these tests is: tests/test_emulators.py."""
+    soon = "2099-01-01T00:00:00Z"
+    placed = {"segments": 2, "priority": "high-7000", "preemptible": True, "visibility": "public", "shared_memory_size": 64,
+              "node_reservation": "res-1", "image_pull_secrets": ["reg"], "head_resource_shape": "cpu.small",
+              "ray_version": "2.48.0", "labels": {"a": "b"}, "security": {"privileged": True}}
+    bodies = []
+    for launch, more in (("direct", {"start_at": soon}), ("torchrun", {"start_at": soon}),
+                         ("ray", {"rdma": True, "host_network": True})):
+        here.profile(**placed, **more)
+        here.recipe("pass", launch=launch)
+        seen = []
+        here.monkeypatch.setattr(backends.lepton, "submit", lambda run, job, plan, attached, seen=seen: seen.append((job, plan)))
+        assert here.launch("--nodes", "4", "--detach").code == 0
+        job, plan = seen[0]
+        plain = backends.lepton.request(job, plan, "a-name", "group", {})
+        body = lepton_ray.request(job, "a-name", plain) if launch == "ray" else plain
+        bodies.append(json.loads(body.model_dump_json(by_alias=True, exclude_none=True)))
+    cluster = bodies[-1]["spec"]
+    assert cluster["worker_group_specs"][0]["segment_config"] == {"count_per_segment": 2}
+    for group in (cluster["head_group_spec"], cluster["worker_group_specs"][0]):
+        assert group["enable_rdma"] is group["host_network"] is group["user_security_context"]["privileged"] is True
+    assert bodies[-1]["metadata"]["labels"]["a"] == "b" and "segment_config" not in cluster["head_group_spec"]
+    assert newer.ask(bodies) == {"lacking": [], "refused": []}
+    assert newer.ask([bodies[0] | {"metadata": {"id": "made-by-lepton"}}])["refused"], "it does look"
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"start_at": "2099-01-01T00:00:00Z"}, "start_at is only for jobs without a Ray cluster"),
+    ({"segments": 2}, "needs a head of its own"),
+])
+def test_keys_that_a_ray_cluster_does_not_have(here, changes, words):
+    here.profile(ray_version="2.48.0", **changes)
+    here.recipe("pass", launch="ray")
+    result = here.launch("--nodes", "4")
+    assert result.code == 2 and words in result.err and here.server.requests == [], result.err
 
 
 def test_a_preempting_job_has_a_priority(here):
@@ -91,6 +182,78 @@ def test_another_workspace(here):
     here.monkeypatch.setenv("LEPTON_WORKSPACE_URL", "http://127.0.0.1:9/api")
     result = here.main("cancel", run)
     assert result.code == 4 and here.server.url in result.err and "127.0.0.1:9" in result.err
+
+
+@pytest.mark.parametrize(("phase", "why"), [
+    (None, "Queueing: 0 idle nodes in the node group, the job needs 2"),
+    ("WaitingEffective", "Queueing: reservation res-1 is WaitingEffective, 4 nodes; the job needs 2"),
+])
+def test_why_it_waits(here, phase, why):
+    if phase:
+        here.profile(node_reservation="res-1")
+        here.server.reservations["res-1"]["phase"] = phase
+    else:
+        here.server.unschedulable.update(*here.server.nodes.values())
+    begun = here.launch("--detach", "--nodes", "2")
+    assert why in here.main("status", begun.run).out
+    with here.process("logs", "-f", begun.run) as following:
+        assert "-- waiting (" + why in following.stdout.readline()
+        here.server.unschedulable.clear()
+        here.server.reservations["res-1"]["phase"] = "Reserved"
+        assert why not in following.communicate()[0]
+    assert following.returncode == 0
+
+
+def test_logs_outlive_the_pods(here):
+    """By the workspace's log store, in pages, for a rank whose pod has gone, and where none is listed any more."""
+    here.recipe("import os\nfor n in range(25_000): print('line', n, 'of rank', os.environ['NODE_RANK'])\n")
+    begun = here.launch("--detach", "--nodes", "2")
+    here.job.wait("Completed")
+    whole = here.main("logs", begun.run, "--rank", "1").out.splitlines()
+    assert len(whole) > 25_000
+    here.server.keeps_pods = False
+    assert here.main("logs", begun.run, "--rank", "1").out.splitlines() == whole
+    here.job.archived = True
+    here.server.fault("status", status=429, path="/logs$", times=1, retry_after=1)
+    asked = time.monotonic()
+    assert here.main("logs", begun.run, "--rank", "1").out.splitlines() == whole and time.monotonic() - asked > 1
+    assert "[1] line 24999 of rank 1" in here.main("logs", begun.run, "--all-ranks").out
+
+
+def stored(answer):
+    """A client of a log store with that answer, and a run."""
+    def get(path, params):
+        return types.SimpleNamespace(status_code=200, json=lambda: answer(params))
+    return (types.SimpleNamespace(url="http://x", auth_token="", _get=get),
+            types.SimpleNamespace(started=3601, record={"job": "j"}))
+
+
+@pytest.mark.parametrize("answer", [{}, [], {"data": {}}, {"data": {"result": [{"stream": {}, "values": [["x", "y"]]}]}},
+                                    {"data": {"result": [{"stream": [], "values": [["1", "y"]]}]}}])
+def test_a_log_store_that_answers_something_else(answer):
+    with pytest.raises(Refusal, match="did not answer with") as caught:
+        lepton_logs.kept(*stored(lambda params: answer), 0)
+    assert caught.value.code == 5
+
+
+@given(moments=st.lists(st.integers(0, 30), max_size=80), page=st.integers(3, 20))
+def test_pages_of_a_log_neither_lose_nor_repeat_a_line(moments, page):
+    """Where less than a page of lines have one time."""
+    lines = [(10**9 + moment, "line %d" % number) for number, moment in enumerate(sorted(moments))]
+    most = max((moments.count(moment) for moment in moments), default=0)
+
+    def answer(params):
+        asked = [line for line in lines if int(params["start"]) <= line[0] < int(params["end"])]
+        found = [[str(moment), text] for moment, text in reversed(asked[-page:])]
+        return {"data": {"result": [{"stream": {}, "values": found}]}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lepton_logs, "PAGE", page)
+        shown = list(lepton_logs.kept(*stored(answer), 0, "j-0-x") or ())
+    if most < page:
+        assert shown == [text + "\n" for _, text in lines]
+    else:
+        assert len(set(shown)) == len(shown)
 
 
 def test_a_queued_job_waits_and_can_be_cancelled(here):

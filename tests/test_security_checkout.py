@@ -78,7 +78,9 @@ VALUES = {
     "secrets": {"MY_DB_PASS": "env"}, "image_pull_secrets": ["x"], "existing_ray_cluster": "evil",
     "custom_spec": {"hostNetwork": True}, "runtime": "evil", "ipc_mode": "host", "lustre_mount": "/:/host",
     "pvcs": [{"claimName": "x", "path": "/x"}], "sbatch": {"uid": "0"}, "srun": {"task-prolog": "/evil"},
-    "include": [".env"], "wheels": ["/home/*/private.whl"],
+    "include": [".env"], "wheels": ["/home/*/private.whl"], "labels": {"a": "b"}, "annotations": {"a": "b"},
+    "tolerations": [{"key": "master", "operator": "Exists"}], "host_network": True, "security": {"privileged": True},
+    "visibility": "public", "extended_resources": {"evil.com/host": 1},
 }
 
 

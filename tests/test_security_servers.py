@@ -156,7 +156,7 @@ def test_nothing_that_was_sent_goes_to_another_origin(serve, monkeypatch, client
             made = sdk_client(home.url, monkeypatch)
             lepton_client.ask_lepton("create", made, lambda: made._post("/jobs", json={"env": SECRET}))
         elif client == "lepton log":
-            lepton._stream(sdk_client(home.url, monkeypatch), cluster, "j-0")
+            lepton._stream(sdk_client(home.url, monkeypatch), cluster, 0, "j-0")
         else:
             lepton_ray.stage(sdk_client(home.url, monkeypatch), cluster, SimpleNamespace(program="", env={}))
     two_lines(caught.value, "redirects to another server", home.url, thief.url)

@@ -33,6 +33,20 @@ def finding(what: str, call: Callable[[], object], text: str = "") -> Finding:
     return attempt(what, call, lambda made: made or text)[1]
 
 
+def guarded(what: str, find: Callable[[], Finding]) -> Iterator[Finding]:
+    """The finding; a warning where the platform does not tell."""
+    try:
+        yield find()
+    except Refusal as refusal:
+        yield Finding(what, "warning", "cannot be checked: " + refusal.what, refusal.fix)
+
+
+def pull_secrets(names: list[str]) -> Iterator[Finding]:
+    """No API of a cloud lists them."""
+    for name in names:
+        yield Finding("pull secret", "warning", "%s: cannot be checked" % name, "look in the console")
+
+
 def listed(what: str, wanted: list[str], ask: Callable[[], list[str]], fix: str, certain: bool = True
            ) -> Iterator[Finding]:
     """Whether each wanted name is in a platform's list; a warning if the list is not `certain` or cannot be read."""

@@ -65,7 +65,8 @@ class Follower:
         return self.explain(status)
 
     def status(self) -> Status:
-        return self.explain(self.ask())
+        status = self.ask()
+        return self.explain(reasoned(status, self._trouble() if status.state == "waiting" else ""))
 
     def logs(self) -> None:
         """Print the logs so far. Raises Refusal if there are none."""
@@ -106,7 +107,7 @@ class Follower:
         return replace(status, detail=", ".join(filter(None, (status.detail, attempt))))
 
     def _watch(self) -> Status:
-        last, warned, begun = None, False, time.monotonic()
+        last, warned, begun = ("", "", ""), False, time.monotonic()
         while True:
             try:
                 status = self.ask()
@@ -121,13 +122,14 @@ class Follower:
             else:
                 if status.state == "running":
                     self.run.running_since = self.run.running_since or time.time()
-                if status != last:
-                    self._print(screen.status_line(status, self.run) + "\n")
-                last = status
                 self.ran = self.ran or status.state in ("running", "done")
                 trouble = ""
                 if status.state in ("waiting", "failed") and not self.ran and not self.ends.codes:
                     trouble = self._trouble()
+                said = status.state, status.detail, re.sub("[0-9]+", "", trouble)  # its counts may change often
+                if said != last:
+                    self._print(screen.status_line(reasoned(status, trouble), self.run) + "\n")
+                last = said
                 if IMAGE_TROUBLE.search(trouble):
                     raise Refusal("the image cannot be pulled: " + trouble, "correct container_image or the pull "
                                   "secrets; end the job with: python launch.py cancel " + self.run.id, 4)
@@ -227,6 +229,12 @@ def unseen(came: Iterable[str], shown: "array.array[int]") -> Iterator[str]:
             shown.append(hash(fresh))
             yield fresh
         held, new = [], 0
+
+
+def reasoned(status: Status, why: str) -> Status:
+    """The Status, of a job that waits with what it waits for."""
+    waits = status.state == "waiting"
+    return replace(status, detail=": ".join(filter(None, (status.detail, why)))) if waits else status
 
 
 def lines(pieces: Iterable[str]) -> Iterator[str]:

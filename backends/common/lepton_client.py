@@ -63,12 +63,13 @@ def ask_lepton(doing: str, client: Any, call: Callable[[], Any], sent: str = "",
         raise http.unreachable("Lepton", client.url, error, sent) from None
 
 
-def read(doing: str, client: Any, path: str, **query: str) -> dict[str, Any]:
-    """The JSON of a GET as it is: the SDK's models make a state that they do not know another one. Raises Refusal."""
+def read(doing: str, client: Any, path: str, kind: type = dict, **query: str) -> Any:
+    """The JSON of a GET as it is, of that `kind`: the SDK's models make a state that they do not know another one.
+    Raises Refusal."""
     found = ask_lepton(doing, client, lambda: checked(client._get(path, params=query)).json())
-    if not isinstance(found, dict):
-        raise Refusal("Lepton at %s did not answer with a JSON object to: %s" % (client.url, doing),
-                      "check the workspace's address", 5)
+    if not isinstance(found, kind):
+        raise Refusal("Lepton at %s did not answer with a JSON %s to: %s" % (
+            client.url, "object" if kind is dict else "list", doing), "check the workspace's address", 5)
     return found
 
 
@@ -95,8 +96,8 @@ def require_known(what: str, given: dict[str, Any], made: Any) -> None:
     """Raises Refusal for fields that the SDK's object `made` of them has dropped silently."""
     lost = _dropped(given, made.model_dump(by_alias=True))
     if lost:
-        raise Refusal("a %s has no field %s" % (what, ", ".join(lost)), "remove it from custom_spec or mounts; the "
-                      "fields are " + ", ".join(type(made).model_fields))
+        raise Refusal("a %s has no field %s" % (what, ", ".join(lost)),
+                      "remove it; the fields are " + ", ".join(type(made).model_fields))
 
 
 def _dropped(given: Any, kept: Any, where: str = "") -> list[str]:

@@ -188,12 +188,13 @@ def request(job: Job, name: str, plain: Any) -> Any:
     """The LeptonRayCluster to create, like the job `plain`. A field of custom_spec that the cluster has is the
     cluster's, any other head's and workers', unless it stands in one of GROUPS. Raises Refusal, with exit code 3 if it
     is too big."""
-    from leptonai.api.v1.types.common import Metadata
     from leptonai.api.v1.types.raycluster import LeptonRayCluster, LeptonRayClusterUserSpec
     settings = job.settings
     fields = plain.spec.model_dump(exclude_none=True, by_alias=True)
     part = {key: fields[key] for key in ("affinity", "envs", "mounts", "shared_memory_size", "reservation_config",
-                                        "queue_config") if fields.get(key)}
+                                        "queue_config", "user_security_context") if fields.get(key)}
+    part |= {field: True for key, field in (("rdma", "enable_rdma"), ("host_network", "host_network"))
+             if settings.get(key)}
     custom = dict(settings.get("custom_spec", {}))
     of_cluster = {key: custom.pop(key) for key in list(custom) if key in LeptonRayClusterUserSpec.model_fields}
     heads, workers = (of_cluster.pop(key, {}) for key in GROUPS)
@@ -210,10 +211,11 @@ def request(job: Job, name: str, plain: Any) -> Any:
         | with_custom(part, heads, OURS),
         "worker_group_specs": [{"resource_shape": settings["resource_shape"], "group_name": "workers",
                                 "min_replicas": job.nodes if head else job.nodes - 1}
+                               | {key: fields[key] for key in ("segment_config",) if fields.get(key)}
                                | with_custom(part, workers, OURS)],
     }, of_cluster, ("image", "suspend", "ray_version"))
     body = valid("Ray cluster", lambda: LeptonRayCluster(
-        metadata=Metadata(id=name, name=name), spec=LeptonRayClusterUserSpec(**spec)))
+        metadata=plain.metadata.model_copy(update={"id_": name, "name": name}), spec=LeptonRayClusterUserSpec(**spec)))
     require_known("Ray cluster of Lepton", spec, body.spec)
     require_object("Ray cluster", len(body.model_dump_json(exclude_none=True, by_alias=True)), "lepton")
     return body
@@ -341,7 +343,7 @@ def ask(client: Any, run: Run) -> Status:
         if refusal.http != 404:
             raise
     try:
-        state, why = _state(cluster or read_cluster(client, name))
+        state, _ = _state(cluster or read_cluster(client, name))
     except Refusal as refusal:
         if refusal.http == 404:
             return Status("cancelled", GONE, gone=True)
@@ -349,7 +351,7 @@ def ask(client: Any, run: Run) -> Status:
     if submitted and state == "Ready":
         return Status("failed", "Ray cluster %s no longer knows the job, as after a new start of its head" % name,
                       gone=True)
-    return Status("waiting", "Ray cluster %s is %s%s" % (name, state, why and ": " + why))
+    return Status("waiting", "Ray cluster %s is %s" % (name, state))
 
 
 def open_log(client: Any, run: Run, rank: int, on: bool) -> Iterator[str] | None:

@@ -24,6 +24,7 @@ A RayCluster has a real Ray head and real workers; see lepton_ray.py.
 
 from __future__ import annotations
 
+import posixpath
 import re
 import time
 import zlib
@@ -43,6 +44,13 @@ SHAPE = re.compile(r"cpu\.[a-z0-9]+|gpu\.(\d+x)?[a-z][a-z0-9-]*")
 PRIORITY = re.compile(r"(low|mid|high)-[1-9]000")
 MODES = ("alive_only", "archive_only", "alive_and_archive")
 LIST_QUERY = ("page", "page_size", "job_query_mode", "q", "query", "status", "node_groups", "created_by")
+LOG_QUERY = ("job", "replica", "start", "end", "timestamps", "direction", "limit", "q", "job_query_mode")
+LOG_PAGE = 10_000  # lines of one answer at most
+LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+RESERVED_PATHS = frozenset((
+    "/", "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/media", "/opt", "/proc", "/proc/bus", "/proc/sys", "/run",
+    "/sbin", "/srv", "/sys", "/sys/fs/cgroup", "/sys/kernel/security", "/usr", "/usr/bin", "/usr/lib", "/usr/local",
+    "/usr/sbin", "/var"))
 DEFAULT_GROUPS: Mapping[str, Sequence[str]] = {"default-group": ("node-a", "node-b", "node-c", "node-d")}
 
 
@@ -50,7 +58,8 @@ class LeptonEmulator(RayClusters, Plane):
     """The control plane; see the top of this file, and plane.Plane for the parameters that both planes have.
 
     node_groups: {name: node ids}; volumes: {what a mount's `from` says: folder} (default: node-nfs:shared, made under
-    root); secrets: {name: value}; unschedulable: nodes that take no pods (a set, to change at any time).
+    root); secrets: {name: value}; unschedulable: nodes that take no pods (a set, to change at any time); reservations:
+    {id: {"phase": …, "nodes": …, "begin": …, "end": …}}, of any group; keeps_pods: whether ended pods stay with their logs.
     """
 
     def __init__(
@@ -58,6 +67,7 @@ class LeptonEmulator(RayClusters, Plane):
         root: Path | str | None = None,
         *,
         node_groups: Mapping[str, Sequence[str]] = DEFAULT_GROUPS,
+        reservations: Mapping[str, Mapping[str, Any]] | None = None,
         volumes: Mapping[str, Path] | None = None,
         secrets: Mapping[str, str] | None = None,
         worker_retries: int = 6,
@@ -74,6 +84,8 @@ class LeptonEmulator(RayClusters, Plane):
         self.groups = {f"{name}-{zlib.crc32(name.encode()) & 0xFFFF:04x}": name for name in node_groups}
         self.nodes = {group: list(node_groups[name]) for group, name in self.groups.items()}
         self.unschedulable: set[str] = set()
+        self.reservations = {"res-1": {"phase": "Reserved", "nodes": 4}} if reservations is None else dict(reservations)
+        self.keeps_pods = True
         self.volumes = {"node-nfs:shared": self.volume("shared")} if volumes is None else dict(volumes)
         self.secrets = dict(secrets or {})
         self.shapes = ["cpu.small", "cpu.large", "gpu.1xh100-80gb", "gpu.8xh100-80gb"]
@@ -96,6 +108,7 @@ class LeptonEmulator(RayClusters, Plane):
             Route("GET", "/dedicated-node-groups", self._list_groups),
             Route("GET", "/dedicated-node-groups/{group}", self._get_group),
             Route("GET", "/dedicated-node-groups/{group}/nodes", self._list_nodes, ("idle",)),
+            Route("GET", "/dedicated-node-groups/{group}/reservations", self._list_reservations),
             Route("GET", "/usersecrets", self._list_secrets),
             Route("GET", "/shapes", self._list_shapes, ("node_groups", "purpose")),
             Route("POST", "/jobs", self._create),
@@ -106,6 +119,7 @@ class LeptonEmulator(RayClusters, Plane):
             Route("GET", "/jobs/{id}/events", self._events),
             Route("GET", "/jobs/{id}/replicas", self._replicas, mode),
             Route("GET", "/jobs/{id}/replicas/{replica}/log", self._log),
+            Route("GET", "/logs", self._logs, LOG_QUERY),
             *self.rayclusters(),
         ]
 
@@ -119,9 +133,13 @@ class LeptonEmulator(RayClusters, Plane):
             *(Route(method, "/rayclusters/{name}/dashboard/{path*}", self.pass_on) for method in ("GET", "POST", "PUT")),
         ]
 
-    def check_name(self, name: str) -> None:
-        if not JOB_NAME.fullmatch(name):
+    def check_metadata(self, metadata: dict[str, Any]) -> None:
+        name = metadata.get("id") or ""
+        if not JOB_NAME.fullmatch(name) or name.endswith("by-lepton"):
             raise Refusal(400, f'invalid name "{name}": at most 36 of [a-z0-9-], a letter first, no "-" at the end')
+        for label in metadata.get("labels") or {}:
+            if not LABEL.fullmatch(label):
+                raise Refusal(400, f'invalid label key "{label}"')
 
     def check_group(self, group: dict[str, Any]) -> None:
         if not SHAPE.fullmatch(group.get("resource_shape", "")):
@@ -160,7 +178,20 @@ class LeptonEmulator(RayClusters, Plane):
 
     def _list_nodes(self, request: Request) -> Reply:
         nodes = self.nodes[self._known_group(request.params["group"])]
+        if request.one("idle") == "true":
+            with self.lock:
+                jobs = [job for job in self.jobs.values() if job.phase in ("starting", "running", "restarting")]
+                used = {job.node(replica) for job in jobs for replica in job.replicas}
+            nodes = [node for node in nodes if node not in used | self.unschedulable]
         return Reply(body=[self._node(request.params["group"], node) for node in nodes])
+
+    def _list_reservations(self, request: Request) -> Reply:
+        self._known_group(request.params["group"])
+        return Reply(body=[{
+            "metadata": {"id": name, "name": "the " + name},
+            "spec": {"time_rule": {"start_timestamp": each.get("begin"), "end_timestamp": each.get("end")}},
+            "status": {"phase": each["phase"], **({"reserved_count": each["nodes"]} if each.get("nodes") else {})},
+        } for name, each in self.reservations.items()])
 
     def _list_secrets(self, request: Request) -> Reply:
         return Reply(body=[{"name": name} for name in self.secrets])
@@ -199,8 +230,7 @@ class LeptonEmulator(RayClusters, Plane):
             raise Refusal(400, "metadata and spec are required")
         check(body, LEPTON_JOB, "job")
         name = body["metadata"].get("id") or ""
-        if not JOB_NAME.fullmatch(name):
-            raise Refusal(400, f'invalid job name "{name}": at most 36 of [a-z0-9-], a letter first, no "-" at the end')
+        self.check_metadata(body["metadata"])
         spec = {key: value for key, value in body["spec"].items() if value is not None}
         self._check_spec(spec)
         check_object_size(body, self.object_limit)
@@ -225,9 +255,12 @@ class LeptonEmulator(RayClusters, Plane):
         for count in ("max_failure_retry", "max_job_failure_retry", "ttl_seconds_after_finished", "shared_memory_size"):
             if spec.get(count, 0) < 0:
                 raise Refusal(400, f"{count} must not be negative")
-        for field in ("time_schedule", "segment_config"):
-            if spec.get(field):
-                raise Refusal(501, f"{field} is not emulated")
+        size = (spec.get("segment_config") or {}).get("count_per_segment", 1)
+        if size < 1 or spec.get("completions", 1) % size:
+            raise Refusal(400, f"segments of {size} workers do not divide {spec.get('completions', 1)}")
+        reservation = (spec.get("reservation_config") or {}).get("reservation_id")
+        if reservation and reservation not in self.reservations:
+            raise Refusal(400, f'reservation "{reservation}" not found')
         queue = spec.get("queue_config") or {}
         if queue.get("priority_class") and not PRIORITY.fullmatch(queue["priority_class"]):
             raise Refusal(400, f'unknown priority_class "{queue["priority_class"]}"')
@@ -270,6 +303,8 @@ class LeptonEmulator(RayClusters, Plane):
             if ".." in Path(mount.get("path") or "/").parts:
                 raise Refusal(400, f"{where}.path must not contain ..")
             target = mount["mount_path"].rstrip("/")
+            if posixpath.normpath("/" + target.lstrip("/")) in RESERVED_PATHS:
+                raise Refusal(400, f'{where}.mount_path "{target or "/"}" is reserved')
             if not target.startswith("/") or target in targets:
                 raise Refusal(400, f"{where}.mount_path must be an absolute path other than / that no other mount has")
             targets.add(target)
@@ -336,10 +371,31 @@ class LeptonEmulator(RayClusters, Plane):
             ]
         )
 
+    def _logs(self, request: Request) -> Reply:
+        """The log store: it has what pods printed also when they are gone. One stream for each pod; a line's time is
+        that of its pod's start and its number. The newest lines first, `end` not included."""
+        if not request.one("start") or not request.one("end") or request.one("direction", "backward") != "backward":
+            raise Refusal(400, "start and end are required, and only direction=backward is emulated")
+        begin, end = request.number("start", 0), request.number("end", 0)
+        with self.lock:
+            job = self.jobs.get(request.one("job"))
+            pods = [pod for replica in job.replicas for pod in replica.runs if pod.started] if job else []
+        if job is None:
+            raise Refusal(404, f'job "{request.one("job")}" not found')
+        wanted = [pod for pod in pods if request.one("replica", pod.name) == pod.name]
+        lines = [(int(job.created * 10**9) + number * 1000 + place, line, pod.name) for place, pod in enumerate(wanted)
+                 for number, line in enumerate(pod.output.splitlines())]
+        lines = sorted((line for line in lines if begin <= line[0] < end), reverse=True)
+        lines = lines[:min(request.number("limit", 5000, 1), LOG_PAGE)]
+        streams = [{"stream": {"job": job.name, "pod_name": pod.name},
+                    "values": [[str(moment), line] for moment, line, name in lines if name == pod.name]}
+                   for pod in wanted]
+        return Reply(body={"status": "success", "data": {"resultType": "streams", "result": streams}})
+
     def _replicas(self, request: Request) -> Reply:
         with self.lock:
             job = self._find(request)
-            runs = [(replica, pod) for replica in job.replicas for pod in replica.runs]
+            runs = [(replica, pod) for replica in job.replicas for pod in replica.runs if self._stays(job, pod)]
         return Reply(
             body=[
                 {
@@ -351,11 +407,16 @@ class LeptonEmulator(RayClusters, Plane):
             ]
         )
 
+    def _stays(self, job: LeptonJob, pod: Any) -> bool:
+        """Whether a pod is still there: with the job's end in the archive, its pods are gone."""
+        return not job.archived and (self.keeps_pods or pod.alive or not pod.started)
+
     def _log(self, request: Request) -> Reply:
         with self.lock:
             job = self._find(request)
             wanted = request.params["replica"]
             found = [pod for replica in job.replicas for pod in replica.runs if pod.name == wanted]
+            found = [pod for pod in found if self._stays(job, pod)]
             if not found:
                 raise Refusal(404, f'replica "{wanted}" of job "{job.name}" not found')
             if not found[0].started:

@@ -6,6 +6,7 @@ Sources: the leptonai SDK 0.27.3, and "Predefined environment variables" of NVID
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ class LeptonJob(Job):
         self.metadata = metadata
         self.spec = spec
         self.archived = False
+        self.early = False  # its start_at is to come
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -53,6 +55,8 @@ class LeptonJob(Job):
 
     @property
     def state(self) -> str:
+        if self.phase == "queued" and self.early:
+            return "Awaiting"
         return "Archived" if self.archived and self.phase != "deleted" else STATES[self.phase]
 
     def document(self) -> dict[str, Any]:
@@ -110,9 +114,12 @@ class LeptonJob(Job):
         return [node for node in wanted if node not in self.plane.unschedulable]
 
     def _begin(self) -> None:
-        if self._nodes():
+        reservation = (self.spec.get("reservation_config") or {}).get("reservation_id")
+        held = bool(reservation) and self.plane.reservations[reservation]["phase"] != "Reserved"
+        self.early = ((self.spec.get("time_schedule") or {}).get("start_at") or 0) > time.time()
+        if self._nodes() and not held and not self.early:
             super()._begin()
-        else:  # nothing to run on: it stays in the queue until there is
+        else:  # nothing to run on, or not yet: it stays in the queue until there is
             self._later(0.05, self._begin)
 
     @property

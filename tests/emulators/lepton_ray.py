@@ -136,7 +136,7 @@ class RayClusters:
         check(body, LEPTON_RAYCLUSTER, "raycluster")
         name = (body.get("metadata") or {}).get("id") or ""
         spec = body.get("spec") or {}
-        self.check_name(name)
+        self.check_metadata(body.get("metadata") or {})
         if not spec.get("ray_version") or not spec.get("head_group_spec") or not spec.get("worker_group_specs"):
             raise Refusal(400, "ray_version, head_group_spec and worker_group_specs are required")
         for group in [spec["head_group_spec"], *spec["worker_group_specs"]]:

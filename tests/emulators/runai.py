@@ -41,6 +41,9 @@ VALUE_LIMIT = 10_000  # characters of one environment value, and of args
 NAME = re.compile(r"[a-z]([a-z0-9-]{0,33}[a-z0-9])?")
 SOURCES = ("value", "secret", "configMap", "podFieldRef", "userCredential")
 POD_FIELDS = ("metadata.name", "metadata.namespace", "metadata.uid", "spec.nodeName", "status.podIP")
+PRIORITIES = ("very-low", "low", "medium-low", "medium", "medium-high", "high", "very-high")
+KEY = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+LABEL = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 LIST_QUERY = ("filterBy", "sortBy", "sortOrder", "offset", "limit", "search")
 
 
@@ -49,7 +52,8 @@ class RunaiEmulator(Plane):
 
     projects: {name: GPU quota}; namespaces: {project: its namespace, where it is not runai-<project>}; claims: names
     of PVCs that exist; credentials (the user's), secrets and config_maps (Kubernetes'): {name: {key: value}}; token_seconds: how long a token is valid; splitter: how `command` and `args`
-    are cut into words, "shell" or "blanks"; kube_logs, cluster_logs: which of the log routes are there.
+    are cut into words, "shell" or "blanks"; kube_logs, cluster_logs: which of the log routes are there; node_pools: their
+    names; waits: why the scheduler starts nothing at present, "" if it does.
     """
 
     base = "/api/v1"
@@ -90,6 +94,8 @@ class RunaiEmulator(Plane):
         self.splitter = splitter
         self.kube_logs = kube_logs
         self.cluster_logs = cluster_logs
+        self.node_pools = {"default", "a", "b"}
+        self.waits = ""
         self.tokens: dict[str, float] = {}  # token: when it expires
         self.jobs: dict[str, RunaiJob] = {}  # by workload id
 
@@ -116,6 +122,7 @@ class RunaiEmulator(Plane):
             Route("GET", "/asset/credentials", self._list_credentials, ("name", "limit", "offset")),
             *(Route("POST", f"/workloads/{kind}", self._create) for kind in RUNAI_REQUESTS),
             Route("GET", "/workloads", self._list, (*LIST_QUERY, "deleted")),
+            Route("GET", "/workloads/{id}", self._describe),
             Route("GET", "/workloads/{id}/events", self._events, ("offset", "limit", "sortOrder")),
             Route("GET", "/workloads/{id}/pods", self._pods, ("completed", "filterBy", "offset", "limit")),
             Route("GET", one, self._get),
@@ -250,6 +257,7 @@ class RunaiEmulator(Plane):
             if spec.get(field, 1) != 1:
                 raise Refusal(501, f"spec.{field} is not emulated")
         self._check_env(spec.get("environmentVariables") or [])
+        self._check_placement(spec)
         storage = spec.get("storage") or {}
         for kind in storage:
             if kind != "pvc" and storage[kind]:
@@ -260,6 +268,29 @@ class RunaiEmulator(Plane):
                 raise Refusal(400, f"{where}.path must be an absolute path")
             if pvc.get("existingPvc") and pvc.get("claimName") not in self.claims:
                 raise Refusal(400, f'{where}: PVC "{pvc.get("claimName")}" does not exist')
+
+    def _check_placement(self, spec: dict[str, Any]) -> None:
+        if spec.get("priorityClass") and spec["priorityClass"] not in PRIORITIES:
+            raise Refusal(400, f'unknown priorityClass "{spec["priorityClass"]}"')
+        for pool in spec.get("nodePools") or []:
+            if pool not in self.node_pools:
+                raise Refusal(400, f'node pool "{pool}" not found')
+        for field, values in (("labels", LABEL), ("annotations", re.compile(".*", re.S))):
+            for entry in spec.get(field) or []:
+                if not KEY.fullmatch(entry.get("name") or "") or not values.fullmatch(entry.get("value") or ""):
+                    raise Refusal(400, f"spec.{field}: {entry} is not valid")
+        notes = {entry["name"]: entry.get("value", "") for entry in spec.get("annotations") or []}
+        if not notes.get("kai.scheduler/segment-size", "1").isdecimal():
+            raise Refusal(400, "kai.scheduler/segment-size must be a number")
+        marks = {entry["name"]: entry.get("value", "") for entry in spec.get("labels") or []}
+        if marks.get("run.ai/MNNVL", "None") not in ("None", "Preferred", "Required"):
+            raise Refusal(400, "run.ai/MNNVL must be None, Preferred or Required")
+        for entry in spec.get("tolerations") or []:
+            if not entry.get("key") or (entry.get("operator") == "Exists") == bool(entry.get("value")):
+                raise Refusal(400, f"spec.tolerations: {entry} needs a key, and a value unless it is Exists")
+        for entry in spec.get("imagePullSecrets") or []:
+            if entry.get("userCredential") and entry.get("name") not in self.credentials:
+                raise Refusal(400, f"spec.imagePullSecrets: no credential {entry.get('name')}")
 
     def words(self, spec: Mapping[str, Any]) -> list[str]:
         """command and args, which are single strings, as the container's argv."""
@@ -307,6 +338,13 @@ class RunaiEmulator(Plane):
     def _get(self, request: Request) -> Reply:
         with self.lock:
             return Reply(body=self._find(request).document())
+
+    def _describe(self, request: Request) -> Reply:
+        """Of the official client's WorkloadDetailed what tells why it waits."""
+        with self.lock:
+            job = self._find(request)
+            said = {"phaseMessage": self.waits} if self.waits and job.phase == "queued" else {}
+            return Reply(body={"id": job.id, "name": job.name, "projectName": job.project, "phase": job.state, **said})
 
     def _list(self, request: Request) -> Reply:
         """Of the official client's Workload only what tells a workload by its name."""

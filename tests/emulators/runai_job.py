@@ -140,6 +140,14 @@ class RunaiJob(Job):
         return f"{self.name}-{replica.role}-{replica.index}" if self.kind == "distributed" else f"{self.name}-0-0"
 
     def _begin(self) -> None:
+        if self.plane.waits:  # it stays Pending
+            self._later(0.05, self._begin)
+            return
+        for entry in self.spec.get("imagePullSecrets") or []:
+            if not entry.get("userCredential") and entry["name"] not in self.plane.secrets:
+                self._become("starting")  # and that is how it stays
+                self.event("Warning", "FailedToRetrieveImagePullSecret", f"Unable to retrieve {entry['name']}")
+                return
         for replica in self.replicas:
             for entry in self._spec_of(replica).get("environmentVariables") or []:
                 for kind, known in (("secret", self.plane.secrets), ("configMap", self.plane.config_maps)):
