@@ -549,7 +549,8 @@ def _checked(table: dict[str, Any], executor: str, where: str, layers: Layers, n
         if key in REFUSED or key in UNUSED:
             raise Refusal("%s: %s is not supported" % (where, key), REFUSED.get(key) or UNUSED[key] + "; remove it")
         if known is None and path.parent == FOLDER:
-            raise Refusal("%s: there is no key %r" % (where, key), "did you mean %s?" % nearest(key, KEYS))
+            here = [name for name, one in KEYS.items() if not one.executors or executor in one.executors]
+            raise Refusal("%s: there is no key %r" % (where, key), "did you mean %s?" % nearest(key, here))
         if known is None:
             close = difflib.get_close_matches(key, KEYS, 1, 0.8)
             meant = "; did you mean %s?" % close[0] if close else ""

@@ -96,8 +96,9 @@ def require_known(what: str, given: dict[str, Any], made: Any) -> None:
     """Raises Refusal for fields that the SDK's object `made` of them has dropped silently."""
     lost = _dropped(given, made.model_dump(by_alias=True))
     if lost:
+        fields = ", ".join(type(made).model_fields)
         raise Refusal("a %s has no field %s" % (what, ", ".join(lost)),
-                      "remove it; the fields are " + ", ".join(type(made).model_fields))
+                      "remove it from custom_spec, security or mounts; the fields are " + fields)
 
 
 def _dropped(given: Any, kept: Any, where: str = "") -> list[str]:
