@@ -128,16 +128,6 @@ def person(podman: Podman, tmp_path: Path) -> Person:
 
 
 @slow
-def test_nano3_sft_in_a_container(person: Person) -> None:
-    words = ["nano3", "sft", "here", "--repo-root", str(layout.REPO), "train.steps=10"]
-    done = person.run(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ended with exit code 0" in done.stdout
-    assert (person.home / "work/nano3/sft/model/model.safetensors").is_file()
-    assert person.containers() == []
-
-
-@slow
 def test_the_exit_code_is_the_recipes_and_nothing_is_left(person: Person) -> None:
     person.recipe("end", 'import os, sys; print("token", len(os.environ["HF_TOKEN"])); sys.exit(7)')
     done = person.launch("end", "run.env.secrets.HF_TOKEN=env", HF_TOKEN=SECRET)

@@ -32,7 +32,7 @@ TRIED: dict[str, int] = {}
 REFUSED: dict[str, int] = {}
 
 
-def fuzz(modest, many=1500):
+def fuzz(modest, many=800):
     """A test in two sizes: `modest` inputs always, `many` where the slow tests run; AIRLIFT_FUZZ replaces both."""
     def twice(test):
         quick = settings(deadline=None, max_examples=MANY or modest, suppress_health_check=list(HealthCheck))

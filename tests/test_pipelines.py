@@ -75,6 +75,8 @@ def test_what_data_prep_writes_is_what_training_reads(platform: tuple[Launch, Pa
         assert "2 ranks on cpu" in said and "step 4/4" in said, said
         assert json.loads((root / f"data/{stage}/manifest.json").read_text())["mode"] == stage
         assert json.loads((root / stage / "model/training.json").read_text())["step"] == 4
+    assert "2 nodes" in launch("nano3", "data/prep/sft", "--nodes", "2", "-c", "tiny")
+    assert json.loads((root / "data/sft/manifest.json").read_text())["mode"] == "sft"
     for family in ("nano3", "super3"):
         launch(family, "data/prep/rl")
         manifest = json.loads((workspace / family / "data/rl/manifest.json").read_text())

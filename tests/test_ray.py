@@ -212,7 +212,7 @@ def grpo(here, body, **profile):
 
 @EMULATED
 @pytest.mark.slow
-@pytest.mark.parametrize("nodes", [1, 2, 3])
+@pytest.mark.parametrize("nodes", [1, 3])
 def test_a_workload_whose_pods_form_a_cluster(runai, nodes):
     grpo(runai, WHERE if nodes > 1 else "import os\nassert 'RAY_ADDRESS' not in os.environ\nprint('nodes: 1 said \"so\"')\n")
     result = runai.launch("--nodes", nodes, stage="rl")

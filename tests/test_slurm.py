@@ -254,8 +254,7 @@ def login(people: dict[str, Person]) -> Person:
 
 
 @slow
-@pytest.mark.parametrize("image", [NO_CONTAINER, CONTAINER])
-@pytest.mark.parametrize("tunnel", ["ssh", "local"])
+@pytest.mark.parametrize(("tunnel", "image"), [("ssh", CONTAINER), ("local", NO_CONTAINER)])
 def test_nano3_sft_on_two_nodes(people: dict[str, Person], tunnel: str, image: str) -> None:
     person = people[tunnel]
     again = any(person.base.glob("nano3/sft/checkpoints/*"))
