@@ -1,13 +1,20 @@
 """The commands other than launching. Each takes the options of the command line (launch.py), prints, and returns the
 exit code."""
 
+import contextlib
+import difflib
 import json
+import os
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import archive
 import backends
+import configs
 import prepare
 import profiles
 import recipes
@@ -133,7 +140,7 @@ NEWEST = 20  # how many runs the table shows
 def status(options: Namespace) -> int:
     """One run, or all. The exit code is the worst of those whose state cannot be read."""
     found, problems = ([find_run(options)], list[Refusal]()) if options.words else runs.all_runs()
-    rows, worst = [], 2 if problems else 0
+    rows, worst = list[dict[str, Any]](), 2 if problems else 0
     shown = found if options.json else found[:NEWEST]
     silent: dict[str, Refusal] = {}  # by profile: why its platform cannot be reached, so that it is tried only once
     for run in shown:
@@ -150,10 +157,18 @@ def status(options: Namespace) -> int:
         rows.append({"run": run.id, "recipe": run.recipe, "profile": run.profile, "nodes": run.nodes,
                      "state": state.state, "detail": state.detail, "age_s": int(time.time() - run.started),
                      "job_exit_code": state.exit_code, "after": run.after})
+    story: list[str] = []
+    with contextlib.suppress(Refusal):  # a run of an older version
+        if options.words:
+            made, config = found[0].made()
+            rows[0] |= {"sha256": found[0].sha256, "made": made, "config": config}
+            story = list(archive.story(found[0], made))
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
         print(screen.run_table(rows) if rows else "there are no runs yet")
+        for line in story:
+            print(screen.plain(line))
         if len(found) > len(shown):
             print("%d older runs: python launch.py status --json" % (len(found) - len(shown)))
     for problem in problems:
@@ -229,36 +244,132 @@ def end(run: runs.Run) -> int:
     return worst
 
 
+def fetch(options: Namespace) -> int:
+    """Write a run's tree and config to a folder that is new or empty; whole, or not at all."""
+    if len(options.words) != 2:
+        raise Refusal("fetch takes RUN and DIR", "like: python launch.py fetch abc123 there")
+    run, folder = runs.load_run(options.words[0]), Path(options.words[1]).expanduser().absolute()
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise Refusal("%s is there, and is no empty folder" % folder, "name a new one")
+    tree, (made, config) = archive.tree_of(run), run.made()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=folder.name + ".") as place:
+        whole = Path(place, "whole")
+        (whole / "tree").mkdir(parents=True)
+        archive.write_out(tree, whole / "tree")
+        (whole / "config.yaml").write_text(configs.with_run(config, made["run"]), encoding="utf-8")
+        (whole / "run.json").write_text(json.dumps(vars(run) | {"made": made}, indent=1, default=str), encoding="utf-8")
+        (whole / "README.md").write_text(archive.how_to(run, made), encoding="utf-8")
+        os.rename(whole, folder)
+    print(screen.plain("%s: tree with %d files, sha256 %s, as the pods of run %s printed it; config.yaml; run.json; "
+                       "README.md, which says how to launch it" % (folder, len(run.files()), run.sha256, run.id)))
+    return 0
+
+
+def adopt(options: Namespace) -> int:
+    """Make the run of a job that is on its platform, from what was sent to it. Nothing of it is executed."""
+    if not 1 <= len(options.words) <= 2:
+        raise Refusal("adopt takes PROFILE, and NAME of a job there", "python launch.py profiles lists the profiles")
+    profile = profiles.load(options.words[0])
+    profile.require_set()
+    backend = backends.backend(profile.executor)
+    if len(options.words) == 1:
+        rows = [[screen.said(name), screen.said(state)] for name, state in backend.jobs(profile.settings)]
+        print(screen.table([["NAME", "STATE"], *rows]) if rows else "there are no jobs of Airlift's")
+        return 0
+    run = archive.adopted(backend.adopt(profile.settings, options.words[1]), profile.name, profile.executor)
+    print(screen.plain("run %s of %s, %d files, sha256 %s: status, logs, cancel, fetch and again now know it" % (
+        run.id, run.recipe, len(run.files()), run.sha256)))
+    return 0
+
+
 DIFFERENCES = {"changed": "yellow", "only in the run": "red", "only here": "green"}
 
 
-def diff(options: Namespace) -> int:
-    """Compare the tree that a run carries with what a launch would carry now, by path and SHA-256."""
-    run = find_run(options)
-    carried, origin = run.files(), run.origin
-    assert origin  # each run that has files has one
+class Side(NamedTuple):
+    """What `diff` compares: a run, or what a launch would carry now."""
+
+    name: str
+    digest: str
+    prints: dict[str, str]  # runs.fingerprints
+    contents: dict[str, bytes] | None  # None where the tree is not kept
+    config: str | None
+    settings: dict[str, Any] | None
+
+
+def _side_of(run: runs.Run) -> Side:
+    try:
+        contents = {entry.path: entry.data for entry in archive.entries(archive.tree_of(run)).entries}
+    except Refusal as refusal:
+        screen.note(refusal.what)
+        contents = None
+    try:
+        made, config = run.made()
+    except Refusal:
+        made, config = {"settings": None}, None
+    return Side("run " + run.id, run.sha256, run.files(), contents, config, made["settings"])
+
+
+def _side_here(run: runs.Run, root: Path | None) -> Side:
+    origin = run.origin
+    if not origin:
+        raise Refusal("run %s was adopted, so nothing says where its source lies" % run.id,
+                      "compare it with another run, or fetch it")
     family, _, stage = run.recipe.partition("/")
     words = words_of([family, stage, run.profile] + origin["overrides"])
     again = Namespace(config=[origin["config"]] if origin["config"] else None, nodes=None, name=None, args=[],
-                      repo_root=options.repo_root or Path(origin["repo_root"]))
+                      repo_root=root or Path(origin["repo_root"]))
     with profiles.pinned(origin["env_file"]):
         launch = Launch(words, stage, again, True)
-    here = runs.fingerprints(launch.tree)
-    kinds = {"changed": [path for path in carried if path in here and carried[path] != here[path]],
-             "only in the run": [path for path in carried if path not in here],
-             "only here": [path for path in here if path not in carried]}
+    contents = {entry.path: entry.data for entry in launch.tree.entries}
+    return Side("here", launch.plan.digest, runs.fingerprints(launch.tree), contents,
+                screen.hide(launch.config.shown), archive.clean(launch.job.settings))
+
+
+def diff(options: Namespace) -> int:
+    """Compare the tree, config and settings of a run with what a launch would carry now, or with another run's."""
+    if not 1 <= len(options.words) <= 2:
+        raise Refusal("diff takes a run, or two", "python launch.py status lists them")
+    run, *others = [runs.load_run(word) for word in options.words]
+    one, other = _side_of(run), _side_of(others[0]) if others else _side_here(run, options.repo_root)
+    kinds = {"changed": [path for path in one.prints if path in other.prints
+                         and one.prints[path] != other.prints[path]],
+             "only in the run": [path for path in one.prints if path not in other.prints],
+             "only here": [path for path in other.prints if path not in one.prints]}
     if options.json:
         found = {kind.replace(" ", "_"): sorted(paths) for kind, paths in kinds.items()}
-        print(json.dumps(dict(run=run.id, sha256=run.sha256, sha256_here=launch.plan.digest, **found), indent=1))
+        print(json.dumps(dict(run=run.id, sha256=run.sha256, sha256_here=other.digest, **found), indent=1))
         return 0
-    print("run %s carries %d files, sha256 %s; here are %d, sha256 %s" % (
-        run.id, len(carried), run.sha256[:12], len(here), launch.plan.digest[:12]))
+    print("%s carries %d files, sha256 %s; %s are %d, sha256 %s" % (
+        one.name, len(one.prints), one.digest[:12], other.name, len(other.prints), other.digest[:12]))
     for kind, paths in kinds.items():
         for path in sorted(paths):
-            print("%s  %s" % (screen.paint("%-15s" % kind, DIFFERENCES[kind]), screen.plain(path)))
+            said = kind.replace("here", "in " + other.name) if others else kind
+            print("%s  %s" % (screen.paint("%-15s" % said, DIFFERENCES[kind]), screen.plain(path)))
     if not any(kinds.values()):
         print("the files are the same")
+    if not options.stat:
+        _print_lines(one, other, sorted(kinds["changed"]))
     return 0
+
+
+def _print_lines(one: Side, other: Side, changed: list[str]) -> None:
+    """The changed lines of the files, of the config, and of the settings."""
+    pairs = [(path, one.contents[path], other.contents[path]) for path in changed if one.contents and other.contents]
+    if one.config is not None and other.config is not None:
+        pairs.append(("the config", one.config.encode(), other.config.encode()))
+    if one.settings is not None and other.settings is not None:
+        settings = [json.dumps(side.settings, indent=1, sort_keys=True).encode() for side in (one, other)]
+        pairs.append(("the settings", settings[0], settings[1]))
+    for what, before, after in pairs:
+        if before != after and b"\0" in before + after:
+            print(screen.plain("%s: not text" % what))
+            continue
+        old, new = (data.decode("utf-8", "replace").splitlines() for data in (before, after))
+        first, second = ("%s, %s" % (what, side.name) for side in (one, other))
+        for line in difflib.unified_diff(old, new, first, second, lineterm=""):
+            colour = {"+": "green", "-": "red"}.get(line[:1], "")
+            print(screen.paint(screen.plain(line), colour) if colour else screen.plain(line))
 
 
 def beside(job: Job, profile: str) -> list[str]:

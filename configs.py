@@ -30,6 +30,7 @@ class Config:
     path: Path  # of the YAML
     text: str  # what the script reads
     run: dict[str, Any]  # its run section
+    yaml: dict[str, Any]  # the same before the profile
     notes: tuple[str, ...]
     recipe: Recipe  # with the script of run.train_script, if that is set
     shown: str  # the text with *** for what is named like a secret
@@ -93,7 +94,7 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
     loaded, notes = _load_config(omegaconf, recipe, name, path), list[str]()
     dotted = _dotted(omegaconf, loaded, overrides, notes)
     plain = omegaconf.OmegaConf.to_container(_override(omegaconf, loaded, dotted), resolve=False)
-    run = _table(plain.pop("run", None), "run", path)
+    run = yaml = _table(plain.pop("run", None), "run", path)
     forced = omegaconf.OmegaConf.to_container(dotted).get("run") or {}
     yaml_env = _table(run.get("env"), "run.env", path)
     recipe = with_script(recipe, run.get("train_script"), path)
@@ -115,7 +116,7 @@ def compile_config(recipe: Recipe, name: str | None, overrides: list[str], setti
     missing = sorted(set(re.findall(r"\$\{(run\.[^}:]+)\}", text)))
     notes += ["the config refers to ${%s}, which is not set anywhere" % reference for reference in missing]
     notes += ["run.%s has no effect; write run.env.%s" % (key, key) for key in ENV_KEYS if key in run]
-    return Config(path, text, run, tuple(notes), recipe, text if masked == plain else dump(masked),
+    return Config(path, text, run, yaml, tuple(notes), recipe, text if masked == plain else dump(masked),
                   (*_missing(plain), *_missing(env, "run.env.")), tuple(missing))
 
 
@@ -391,6 +392,24 @@ def _root_prefix(path: str, root: str) -> str:
             except (OSError, ValueError):  # it does not exist, or is not a path
                 return ""
     return ""
+
+
+def shown(text: str) -> str:
+    """A compiled config with *** for what is named like a secret. Raises Refusal for what is none."""
+    omegaconf = _omegaconf()
+    try:
+        config = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.create(text), resolve=False)
+    except Exception as error:  # whatever a YAML of anyone's brings about
+        raise Refusal("the config cannot be read: %s" % screen.one_line(str(error))[:200], "it is none") from None
+    masked = screen.masked(config)
+    return screen.hide(text if masked == config else dump(masked))
+
+
+def with_run(text: str, section: dict[str, Any]) -> str:
+    """A compiled config with a run section, as a config that compiles to the same again."""
+    omegaconf = _omegaconf()
+    config = omegaconf.OmegaConf.to_container(omegaconf.OmegaConf.create(text), resolve=False)
+    return dump(config | {"run": section | config.get("run", {})})
 
 
 def dump(value: Any) -> str:

@@ -11,6 +11,7 @@ import os
 import posixpath
 import re
 import urllib.parse
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -51,6 +52,7 @@ class Description(TypedDict, total=False):
     unpack: str  # "local" or "shared"
     shared: str  # the folder of shared trees
     keep: int  # how many of them stay
+    made: Mapping[str, Any]  # how the run came about: an archive.Made
 
 
 @dataclass(frozen=True)

@@ -46,13 +46,14 @@ import time
 import traceback
 from pathlib import Path
 
+import archive
 import backends
 import commands
 import profiles
 import runs
 import screen
 import transport
-from prepare import Launch, words_of
+from prepare import Launch, Words, words_of
 from screen import one_line
 from transport import Refusal
 
@@ -68,6 +69,11 @@ def launch(options):
         launches = [Launch(words, stage, options, dry, new) for stage in words.stages]
     if options.config and not any(one.config_name for one in launches):
         raise Refusal("no stage has the config %s" % options.config[-1], "see the folder config beside their scripts")
+    return go(launches, words.stages, options)
+
+
+def go(launches, stages, options):
+    """Show launches that are prepared, or submit them."""
     if options.json:
         shown = [screen.as_json(one, one.refusal(not options.detach)) for one in launches]
         print(json.dumps(shown[0] if len(shown) == 1 else {"stages": shown}, indent=1))
@@ -79,7 +85,28 @@ def launch(options):
         if not options.dry_run:
             commands.chosen(options, one.job.nodes)
             one.check(not options.detach)
-    return 0 if options.dry_run else run_stages(launches, words.stages, options)
+    return 0 if options.dry_run else run_stages(launches, stages, options)
+
+
+def again(options):
+    """Launch the tree and config of a run once more, on its profile or another, with KEY=VALUE on top."""
+    new, names = ([word for word in options.words if ("=" in word) == has] for has in (True, False))
+    if not 1 <= len(names) <= 2:
+        raise Refusal("again takes RUN, perhaps a profile, and KEY=VALUE", "python launch.py status lists the runs")
+    run = runs.load_run(names[0])
+    profile = names[1] if len(names) > 1 else run.profile
+    options.dry_run |= options.show_config
+    world = run.origin["env_file"] if run.origin and profile == run.profile else None
+    with archive.laid_out(run) as kept, profiles.pinned(world):
+        family, _, stage = run.recipe.partition("/")
+        options.config, options.repo_root = [str(kept.config)], kept.root
+        for option in ("nodes", "name", "args"):
+            setattr(options, option, getattr(options, option) or kept.made[option])
+        words = Words(family, [stage], profile, kept.made["overrides"] + new)
+        one = Launch(words, stage, options, options.dry_run or options.json, kept=kept)
+    if not run.origin and not (options.dry_run or options.json):  # adopted: it may be another person's
+        screen.show(one, "", False)
+    return go([one], [stage], options)
 
 
 def run_stages(launches, stages, options):
@@ -134,7 +161,7 @@ def submit(launch, options, after=None):
     """Start the job, or have it start after another run; returns (its run, the seconds that it took)."""
     job, plan, begun = launch.job, launch.plan, time.time()
     print(screen.plain("%s on %s: %s, %d files of %s, %s, sha256 %s, run %s" % (
-        job.name, launch.profile.name, screen.shape(job), plan.files, launch.root, transport.human(len(plan.tar)),
+        job.name, launch.profile.name, screen.shape(job), plan.files, launch.source, transport.human(len(plan.tar)),
         plan.digest[:12], job.run_id)))
     print(screen.plain("profile from %s" % ", ".join(launch.profile.files)))
     for note in launch.notes() + commands.beside(job, launch.profile.name):
@@ -144,7 +171,9 @@ def submit(launch, options, after=None):
     run = runs.Run(job.run_id, job.name, launch.profile.name, job.executor, job.nodes, plan.digest, begun,
                    retries=job.description["retries"], outputs=launch.outputs, origin=launch.origin,
                    ranks=list(range(job.nodes)) if every else commands.chosen(options, job.nodes),
-                   carries=runs.fingerprints(launch.tree), after=after)
+                   carries=runs.fingerprints(launch.tree), after=after, came=launch.came())
+    for problem in filter(None, [archive.keep(launch.packed)]):
+        screen.note(problem)
     try:
         backends.backend(job.executor).submit(run, job, plan, not options.detach)
     except Refusal as refusal:
@@ -174,6 +203,7 @@ OPTIONS = {
     "rank": Option(("--rank",), "N", "show the log of this rank (0)", int),
     "all_ranks": Option(("--all-ranks",), "", "show the logs of all ranks", None),
     "args": Option(("--",), "ARGS...", "arguments for the recipe's script", None),
+    "stat": Option(("--stat",), "", "name the files, without their lines", None),
     "verbose": Option(("--verbose",), "", "print each request, ssh command and slow import with its time", None),
     "debug": Option(("--debug",), "", "print the traceback of an error", None),
 }
@@ -195,7 +225,14 @@ COMMANDS = {
     "status": Command(commands.status, "[RUN]", ("json",), "show the state of your runs"),
     "logs": Command(commands.logs, "RUN", ("follow", "rank", "all_ranks"), "print the log of a run"),
     "cancel": Command(commands.cancel, "RUN", (), "end a run"),
-    "diff": Command(commands.diff, "RUN", ("repo_root", "json"), "compare the files of a run with those here"),
+    "again": Command(again, "RUN [PROFILE] [KEY=VALUE ...]", (
+        "nodes", "name", "dry_run", "show_config", "json", "detach", "rank", "all_ranks", "args"),
+        "launch the tree and config of a run once more"),
+    "fetch": Command(commands.fetch, "RUN DIR", (), "write the tree and config of a run to a new folder"),
+    "adopt": Command(commands.adopt, "PROFILE [NAME]", (),
+                     "make the run of a job that is on its platform; without NAME, list them"),
+    "diff": Command(commands.diff, "RUN [RUN]", ("repo_root", "stat", "json"),
+                    "compare a run's files, config and settings with those here, or with another run's"),
 }
 LAUNCH_HELP = """\
 STAGE is the rest of the recipe's name, like sft or data/prep/rl; stages with commas between them, like

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import archive
 import backends
+import bundle
 import closure
 import configs
 import jobs
@@ -70,8 +72,10 @@ class Launch:
     """One launch, resolved by config, nodes, repo_root and args of the options. `dry`: variables may be unset; `new`:
     overrides that are for every stage, since no stage's config has their key."""
 
-    def __init__(self, words: Words, stage: str, options: Namespace, dry: bool, new: Sequence[str] = ()) -> None:
+    def __init__(self, words: Words, stage: str, options: Namespace, dry: bool, new: Sequence[str] = (),
+                 kept: archive.Kept | None = None) -> None:
         begun = time.time()
+        self.kept = kept
         self.profile = profiles.load(words.profile, stage)
         screen.masked(self.profile.settings | dict.fromkeys(("secrets", "image_pull_secrets")))  # those are only names
         if not dry:
@@ -87,7 +91,7 @@ class Launch:
             known = configs.known_keys(recipe, self.config_name)
             self.overrides = [word for word in words.overrides
                               if word in new or re.findall(r"^\+*(run\.[^.=[]+|[^.=[]*)", word)[0] in known]
-        ahead = _Ahead(self.root, recipe, self.profile)
+        ahead = _Ahead(self.root, recipe, self.profile, kept)
         try:
             notes = list(self.profile.notes)
             self.config = self._compiled(recipe, options, notes, dry)
@@ -102,11 +106,13 @@ class Launch:
         finally:
             ahead.join()  # a local launch forks, and no thread may hold a lock then
         settings = self.job.settings
-        named = self._named()
+        named = () if kept else self._named()
         for also in (named, tuple(path for path in named if path != transport.LOCK)):
-            self.tree, ready = ahead.take(self.recipe, settings, self.config, also, self.wheels.files)
+            self.tree, self.packed = ahead.take(self.recipe, settings, self.config, also, self.wheels.files)
+            if not dry:
+                self.job.description["made"] = self._made(words, options)
             self.plan = transport.plan_for(
-                self.profile.executor, self.tree, dict(self.job.description), ready=ready, env=sent,
+                self.profile.executor, self.tree, dict(self.job.description), ready=self.packed, env=sent,
                 compression=settings.get("compression", ""), chunk_bytes=settings.get("chunk_bytes", 0),
                 limits=transport.limits_for(self.profile.executor, dict(self.job.description),
                                             settings.get("dgxcloud_max_args_chars", 0)))
@@ -161,7 +167,20 @@ class Launch:
             run_id, recipe.name, executor, settings["nodes"], settings["gpus_per_node"], settings["nproc"],
             settings.get("container_image"), settings, description, secrets, tuple(notes))
 
+    def _made(self, words: Words, options: Namespace) -> archive.Made:
+        """How the run comes about, without secrets."""
+        typed = [words.family, self.job.name.partition("/")[2], words.profile, *self.overrides]
+        git = self.kept.made.get("git") if self.kept else archive.git_state(self.root, self.tree)
+        return archive.Made(
+            words=archive.clean_words(typed), config=list(options.config or []), nodes=options.nodes, name=options.name,
+            args=archive.clean_words(options.args), run=archive.clean(self.config.yaml),
+            overrides=archive.clean_words([word for word in self.overrides if word.lstrip("+~").startswith("run.")]),
+            settings=archive.clean(self.job.settings), git=git, version=bundle.VERSION,
+            again=self.kept.run.id if self.kept else None)
+
     def _origin(self) -> runs.Origin:
+        if self.kept and self.kept.run.origin:
+            return self.kept.run.origin
         is_path = configs.is_path(self.config_name or "")
         return runs.Origin(
             repo_root=str(self.root), env_file=str(profiles.env_file() or os.devnull),
@@ -183,6 +202,15 @@ class Launch:
             elif re.search("[./]", word) and not path.startswith(("/", "..")) and path not in (".", "src"):
                 found.update([path] * os.path.lexists(self.root / path))
         return tuple(sorted(found))
+
+    @property
+    def source(self) -> str:
+        """Where the tree comes from, in words."""
+        return "run " + self.kept.run.id if self.kept else str(self.root)
+
+    def came(self) -> dict[str, Any]:
+        """What the run's file has of it."""
+        return {"made": self.job.description["made"], "config": screen.hide(self.config.shown)}
 
     def notes(self) -> list[str]:
         """What the user should know about the launch."""
@@ -232,8 +260,10 @@ class _Ahead(threading.Thread):
     """Collects and packs the tree by the profile's settings while the config is compiled, which takes as long: lzma
     runs in parallel to Python. If the config then changes what is sent, it is done again."""
 
-    def __init__(self, root: Path, recipe: recipes.Recipe, profile: profiles.Profile) -> None:
+    def __init__(self, root: Path, recipe: recipes.Recipe, profile: profiles.Profile, kept: archive.Kept | None
+                 ) -> None:
         super().__init__(daemon=True)
+        self.kept = kept
         self.root, self.executor, settings = root, profile.executor, profile.settings
         self.inputs = self.inputs_of(recipe, settings, start.project_files(
             recipe, settings, jobs.setup_commands(settings)))
@@ -249,16 +279,20 @@ class _Ahead(threading.Thread):
 
     def run(self) -> None:
         *what, scope, compression, _ = self.inputs
-        if scope == "family":
+        if scope == "family" and not self.kept:
             try:
                 tree = transport.collect(self.root, *what)
-                self.found = tree, transport.packed(tree, transport.method_for(self.executor, compression))
+                self.found = tree, archive.packed(tree, transport.method_for(self.executor, compression))
             except Exception:  # noqa: S110 - take() runs into it again, and reports it
                 pass
 
     def take(self, recipe: recipes.Recipe, settings: dict[str, Any], config: configs.Config, also: tuple[str, ...],
-             carried: tuple[str, ...]) -> tuple[transport.Tree, transport.Packed | None]:
-        """The tree by the recipe and settings as they are now, and the same packed, if that has been done."""
+             carried: tuple[str, ...]) -> tuple[transport.Tree, transport.Packed]:
+        """The tree by the recipe and settings as they are now, and the same packed."""
+        method = transport.method_for(self.executor, settings.get("compression", ""))
+        if self.kept:
+            tree = archive.entries(self.kept.tree)
+            return tree, self.kept.tree if self.kept.tree.method == method else archive.packed(tree, method)
         inputs = script, exclude, include, also, scope, *_ = self.inputs_of(recipe, settings, also, carried)
         if self.found and inputs == self.inputs:
             return self.found
@@ -267,4 +301,5 @@ class _Ahead(threading.Thread):
         else:
             places = recipe.config_dir, config.path
             tree = closure.collect(self.root, script, exclude, places, config.text, include, also)
-        return dataclasses.replace(tree, entries=(*tree.entries, *wheels.entries(carried))), None
+        tree = dataclasses.replace(tree, entries=(*tree.entries, *wheels.entries(carried)))
+        return tree, archive.packed(tree, method)

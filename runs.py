@@ -47,6 +47,7 @@ class Run:
     after: str | None = None  # the run of the stage before it, which must succeed first
     record: dict[str, Any] = field(default_factory=dict)  # the backend's own data; its class Record has the keys
     carries: dict[str, str] = field(default_factory=dict, repr=False)  # fingerprints(), saved in a file of its own
+    came: dict[str, Any] = field(default_factory=dict, repr=False)  # an archive.Made ("made") and "config"; likewise
 
     @property
     def starts(self) -> int:
@@ -59,23 +60,32 @@ class Run:
         self.save()
 
     def save(self) -> None:
-        if self.carries:
-            state.write(_path(self.id, ".files", True), zlib.compress(json.dumps(self.carries).encode(), 9))
-            self.carries = {}
-        fields = {name: value for name, value in self.__dict__.items() if name != "carries"}
+        for suffix, data in ((".files", self.carries), (".made", self.came)):
+            if data:
+                state.write(_path(self.id, suffix, True), zlib.compress(json.dumps(data).encode(), 9))
+        self.carries, self.came = {}, {}
+        fields = {name: value for name, value in self.__dict__.items() if name not in ("carries", "came")}
         state.write(_path(self.id, ".json", True), json.dumps(fields, indent=1).encode())
 
     def files(self) -> dict[str, str]:
         """The fingerprints() of the tree that the run carries. Raises Refusal where they were not kept."""
-        path = _path(self.id, ".files")
+        return self._beside(".files", "list of files")
+
+    def made(self) -> tuple[Any, str]:
+        """(how it came about, an archive.Made; its config). Raises Refusal where they were not kept."""
+        found = self._beside(".made", "record")
+        return found["made"], str(found["config"])
+
+    def _beside(self, suffix: str, what: str) -> dict[str, Any]:
+        path = _path(self.id, suffix)
         try:
             return dict(json.loads(zlib.decompress(state.read(path))))
         except (OSError, ValueError, zlib.error):
-            raise Refusal("the list of files of run %s cannot be read: %s" % (self.id, path),
+            raise Refusal("the %s of run %s cannot be read: %s" % (what, self.id, path),
                           "only runs of this version have one") from None
 
     def forget(self) -> None:
-        for suffix in (".json", ".files"):
+        for suffix in (".json", ".files", ".made"):
             _path(self.id, suffix).unlink(missing_ok=True)
 
 

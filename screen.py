@@ -186,7 +186,7 @@ def show(launch: "Launch", refused: str, config: bool = False) -> None:
     head = "%s on %s (%s)" % (job.name, launch.profile.name, job.executor)
     print("%s: %s, %s" % (paint(head, "bold"), shape(job), job.description["launch"]))
     rows = [
-        ("script", "%s/%s" % (launch.root, job.description["script"])), ("config", str(launch.config.path)),
+        ("script", "%s/%s" % (launch.source, job.description["script"])), ("config", str(launch.config.path)),
         ("profile", ", ".join(launch.profile.files)), ("image", "" if job.executor == "local" else job.image),
         ("command", job.description["command"]), ("outputs", job.description["run_root"]),
         ("ships", "%d files, %s as %s, %s, sha256 %s" % (

@@ -56,11 +56,11 @@ def require_own(path: Path, info: os.stat_result, kind: Callable[[int], bool] = 
                       "check what is in it, then: chmod -R go-w %s" % path)
 
 
-def read(path: Path) -> bytes:
-    """A file of ours. Raises OSError, and Refusal where another user could have written it."""
+def read(path: Path, most: int = MOST) -> bytes:
+    """A file of ours, its first `most` bytes. Raises OSError, and Refusal where another user could have written it."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         require_own(path, os.fstat(file.fileno()), stat.S_ISREG)
-        return file.read(MOST)
+        return file.read(most)
 
 
 def write(path: Path, data: bytes) -> None:

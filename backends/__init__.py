@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import archive
 from jobs import Job
 from runs import Run
 from transport import Plan, Refusal
@@ -68,6 +69,12 @@ class Backend(Protocol):
 
     def cancel(self, run: Run) -> str:
         """End the job. Returns a sentence that says what was done."""
+
+    def jobs(self, settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """(name, state) of each job of Airlift's on the platform."""
+
+    def adopt(self, settings: dict[str, Any], name: str) -> archive.Found:
+        """What was sent to a job, read from the platform. Raises Refusal."""
 
     def probe(self, settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
         """Check on the platform what a launch needs; without a job, for the profile alone."""

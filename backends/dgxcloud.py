@@ -12,10 +12,12 @@ import contextlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
+import archive
 import profiles
 import screen
 from backends import GONE, Finding, Status, require_about, stop_and_wait
@@ -108,6 +110,43 @@ def cancel(run: Run) -> str:
     client, name = reconnect(run), run.record["name"]
     return stop_and_wait("workload " + name, partial(_status, client, run),
                          lambda: client.call("POST", PATH % run.record + "/suspend", "suspend workload " + name))
+
+
+def jobs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """By their names: the list does not have their labels."""
+    from backends.common.runai_client import Client
+    for found in Client(settings).pages("/workloads", "workloads", "list the workloads"):
+        name, ours = str(found.get("name")), found.get("projectName") == settings["project_name"]
+        if ours and re.search("-[a-z][a-z2-9]{5}$", name):
+            yield name, str(found.get("phase") or "")
+
+
+def adopt(settings: dict[str, Any], name: str) -> archive.Found:
+    from backends.common.runai_client import Client
+    client = Client(settings)
+    project, found = client.project(settings["project_name"]), client.find(name)
+    if found is None:
+        raise Refusal("run:AI has no workload %s" % name, "python launch.py adopt PROFILE lists those of Airlift", 4)
+    for kind in ("distributed", "trainings"):
+        record = Record(kind=kind, project=settings["project_name"], name=name, cluster=project.cluster,
+                        namespace=project.namespace, log="", id=found)
+        try:
+            answer = client.call("GET", PATH % record, "read workload " + name)
+            break
+        except Refusal as refusal:
+            if refusal.http != 404 or kind == "trainings":
+                raise
+    env = {str(entry.get("name")): str(entry.get("value") or "")
+           for entry in (answer.get("spec") or {}).get("environmentVariables") or []}
+    job = archive.from_env(env, record, when(answer.get("createdAt")))
+    root = str(job.sent.get("run_root") or "").replace("%", "%%")
+    job.record["log"] = os.path.join(root, "runs", str(job.sent["run"]), "rank-%d.log") if root else ""
+    return job
+
+
+def when(text: object) -> float:
+    """A time of the API in seconds since 1970; now, where it cannot be read."""
+    return float(profiles.moment(str(text).replace("Z", "+00:00")) or time.time())
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:

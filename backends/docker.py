@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
+import archive
+import profiles
 import screen
 import state
 from backends import ENDED_ALREADY, FINAL, GONE, Finding, Status, exit_status
@@ -102,6 +104,22 @@ def cancel(run: Run) -> str:
     ask_docker(lambda: container.stop(timeout=GRACE_S))
     status(run)
     return "container %s was stopped and removed; its log is kept" % run.record["name"]
+
+
+def jobs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    client = connect()
+    for container in ask_docker(lambda: client.containers.list(all=True, filters={"name": "^airlift-"})):
+        yield container.name, container.status
+
+
+def adopt(settings: dict[str, Any], name: str) -> archive.Found:
+    """A container that has ended was removed when its end was first seen."""
+    client = connect()
+    container = ask_docker(lambda: client.containers.get(name), True)
+    if container is None:
+        raise Refusal("there is no container " + name, "python launch.py adopt PROFILE lists those that are there", 4)
+    env = dict(line.partition("=")[::2] for line in container.attrs["Config"]["Env"] or [])
+    return archive.from_env(env, Record(name=name), profiles.moment(container.attrs["Created"][:19] + "+00:00") or 0)
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:

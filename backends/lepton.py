@@ -8,10 +8,12 @@ import math
 import posixpath
 import re
 import time
+import urllib.parse
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, TypedDict
 
+import archive
 import profiles
 import screen
 from backends import FINAL, GONE, Finding, Status, require_about, stop_and_wait
@@ -112,6 +114,33 @@ def cancel(run: Run) -> str:
     job, stop = run.record["job"], {"spec": {"stopped": True}}
     return stop_and_wait("job " + job, partial(_status, client, run),
                          lambda: ask_lepton("stop job " + job, client, lambda: client.job.update(job, stop)))
+
+
+def jobs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    client = connect(settings.get("ca_bundle"))
+    for job in ask_lepton("list the jobs", client, client.job.list_all):
+        if (job.metadata.labels or {}).get("airlift-run"):
+            yield str(job.metadata.id_), job.status.state.value if job.status and job.status.state else ""
+
+
+def adopt(settings: dict[str, Any], name: str) -> archive.Found:
+    client = connect(settings.get("ca_bundle"))
+    try:
+        found = read("read job " + name, client, "/jobs/" + urllib.parse.quote(name, ""),
+                     job_query_mode="alive_and_archive")
+        spec = found.get("spec") or {}
+        group = ((spec.get("affinity") or {}).get("allowed_dedicated_node_groups") or [""])[0]
+        reservation = (spec.get("reservation_config") or {}).get("reservation_id")
+        record: Any = Record(job=name, url=client.url, ca_bundle=settings.get("ca_bundle"), group=group,
+                             reservation=reservation)
+    except Refusal as refusal:
+        if refusal.http != 404:
+            raise
+        found, record = lepton_ray().found(client, settings, name)
+        spec = (found.get("spec") or {}).get("head_group_spec") or {}
+    env = {str(entry.get("name")): str(entry.get("value") or "") for entry in spec.get("envs") or []}
+    started = (found.get("metadata") or {}).get("created_at")
+    return archive.from_env(env, record, started / 1000 if isinstance(started, (int, float)) else time.time())
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:

@@ -6,8 +6,10 @@ with its rank, ends the others when one fails, and writes the exit code of the f
 attached job dies, the supervisor gets SIGTERM; when the supervisor dies, each pod does.
 """
 
+import contextlib
 import ctypes
 import itertools
+import json
 import os
 import re
 import shutil
@@ -19,11 +21,13 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
+import archive
 import screen
 import state
 import transport
@@ -31,6 +35,7 @@ from backends import ENDED_ALREADY, Finding, Status, exit_status
 from backends.common.ends import Ends
 from jobs import Job, setup_commands, workspace
 from pod.failures import Failure, say
+from pod.payload import join
 from pod.places import own_place
 from pod.process import become_subreaper, end_the_rest
 from runs import Run
@@ -161,6 +166,40 @@ def cancel(run: Run) -> str:
     while _alive(run):
         time.sleep(0.05)
     return "ended, with all its pods" if run.nodes > 1 else "ended, with its pod"
+
+
+def jobs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in sorted(_running()):
+        yield name, "running"
+
+
+def adopt(settings: dict[str, Any], name: str) -> archive.Found:
+    """From the environment of pods that run: nothing else on this machine has what was sent."""
+    running = _running()
+    if name not in running:
+        raise Refusal("no pods of run %s run on this machine" % name,
+                      "a run that has ended here is only in Airlift's home, where it was launched", 4)
+    pid, env = running[name]
+    parent = int(Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()[1])
+    folder = state.folder("local", name)
+    (folder / "log").touch(0o600)
+    return archive.from_env(env, Record(folder=str(folder), pid=parent, born=_born(parent)), time.time())
+
+
+def _running() -> dict[str, tuple[int, dict[str, str]]]:
+    """run -> (pid, environment) of its first pod, of all pods of this user that run here."""
+    found: dict[str, tuple[int, dict[str, str]]] = {}
+    for path in sorted(Path("/proc").glob("[0-9]*/environ"), key=lambda path: int(path.parts[2])):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:  # another user's, or gone
+            continue
+        env = dict(os.fsdecode(word).partition("=")[::2] for word in words)
+        if "AIRLIFT_TREE_CHUNKS" in env:
+            with contextlib.suppress(Failure, ValueError, zlib.error):
+                sent = json.loads(zlib.decompress(join(env, "JOB")))
+                found.setdefault(str(sent["run"]), (int(path.parts[2]), env))
+    return found
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:

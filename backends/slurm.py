@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import archive
 import screen
 import state
 import transport
@@ -30,7 +31,7 @@ from backends.common.checks import finding
 from backends.common.slurm_batch import as_options, flags, given, require_options, setup_lines
 from backends.common.slurm_prepare import resolved_mounts, squashed
 from backends.common.slurm_watch import Record, Watch, job_id
-from backends.common.ssh import Host
+from backends.common.ssh import Host, last_lines
 from jobs import Description, Job, repository_of
 from runs import Run, load_run
 from transport import Plan, Refusal
@@ -187,6 +188,51 @@ def cancel(run: Run) -> str:
     job = job_id(watch.host, run)
     stop = partial(watch.host.output, "scancel " + shlex.quote(job), "cancel the job")
     return stop_and_wait("job " + job, watch.status, stop)
+
+
+THERE = "cd %s/experiments 2>/dev/null && ls -d */*_1/*/airlift.json || :"
+READ = """\
+cd %s && [ -O airlift.json ] || { echo "it is another user's" >&2; exit 1; }
+date -r airlift.json +%%s
+wc -c <airlift.json
+cat airlift.json tree.tar.*
+"""
+
+
+def jobs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """By their folders, which stay; Slurm knows the state of those that have not ended."""
+    require_plain(settings)
+    host = host_of(settings)
+    states = dict(line.partition(" ")[::2] for line in host.output(
+        "squeue -h -u \"$(id -un)\" -o '%j %T'", "ask for the jobs").splitlines())
+    for name in _folders(host, settings):
+        yield name, states.get("airlift." + name, "")
+
+
+def _folders(host: Host, settings: dict[str, Any]) -> dict[str, str]:
+    """name -> folder of each job, on the cluster."""
+    base = settings["remote_job_dir"].rstrip("/")
+    said = host.output("cd %s && pwd" % base, "use " + base).strip().split("\n")[-1]
+    listed = host.output(THERE % base, "list the jobs").split()
+    return {line.split("/")[2]: "%s/experiments/%s" % (said, line.rpartition("/")[0]) for line in listed
+            if PLAIN.fullmatch("/" + line)}
+
+
+def adopt(settings: dict[str, Any], name: str) -> archive.Found:
+    """From its folder: `name` is the job's, or the run's id that it ends in."""
+    require_plain(settings)
+    host = host_of(settings)
+    folders = _folders(host, settings)
+    found = next((each for each in folders if each == name or each.endswith("-" + name)), None)
+    if found is None:
+        raise Refusal("%s has no job %s in %s" % (host, name, settings["remote_job_dir"]),
+                      "python launch.py adopt PROFILE lists those that are there", 4)
+    done = host.run(READ % folders[found], COPY_S)
+    if done.returncode:
+        raise Refusal("%s: cannot read %s: %s" % (host, folders[found], last_lines(done.stderr)), "look at it there", 4)
+    began, size, data = done.stdout.split(b"\n", 2)
+    record = Record(host=dict(host.__dict__), name="airlift." + found, folder=folders[found], secrets=False)
+    return archive.from_files(data[:int(size)], data[int(size):], record, float(began))
 
 
 TRY = """\

@@ -31,7 +31,7 @@ def room(module: str) -> str:
 
 
 # From the ground up. Each room knows only those before it, and a few know themselves.
-ROOMS = ("transport", "pod", "screen", "state", "runs", "recipes", "closure", "bundle", "profiles", "start", "wheels", "configs", "jobs", "backends",
+ROOMS = ("transport", "pod", "screen", "state", "runs", "recipes", "closure", "bundle", "profiles", "start", "wheels", "configs", "archive", "jobs", "backends",
          "common", "executors", "prepare", "commands", "launch")
 OF_SEVERAL = ("pod", "common")  # whose modules import each other
 

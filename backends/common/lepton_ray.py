@@ -21,6 +21,7 @@ import json
 import shlex
 import signal
 import time
+import urllib.parse
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -261,6 +262,12 @@ def read_cluster(client: Any, name: str) -> dict[str, Any]:
     found = read("read Ray cluster " + name, client, "/rayclusters/" + name)
     require_about("Ray cluster", name, (found.get("metadata") or {}).get("id"))
     return found
+
+
+def found(client: Any, settings: dict[str, Any], name: str) -> tuple[dict[str, Any], Record]:
+    """A cluster that was made for a run, for `adopt`, and the record of that run. Raises Refusal."""
+    record = Record(cluster=name, made=True, url=client.url, ca_bundle=settings.get("ca_bundle"), submitted=True)
+    return read_cluster(client, urllib.parse.quote(name, "")), record
 
 
 def _state(cluster: dict[str, Any]) -> tuple[str, str]:
