@@ -194,8 +194,11 @@ def test_it_works_where_there_is_no_network(real: Path, tmp_path: Path) -> None:
 
 @slow
 def test_three_lines_by_hand(real: Path, tmp_path: Path) -> None:
-    """Those of INSTALL, as they stand."""
-    place = unpacked(real, tmp_path / "place")
+    """Those of INSTALL, as they stand, of a bundle of the same wheels without torch."""
+    wheels = unpacked(real, tmp_path / "whole") / "wheels"
+    shutil.rmtree(wheels / "torch")
+    place = unpacked(made(wheels, tmp_path / "light"), tmp_path / "place")
+    assert (place / "wheels/recipes").is_dir()
     lines = re.search(r"or by hand:\n\n((?:    .*\n)+)", (place / "INSTALL").read_text()).group(1)
     home = tmp_path / "home"
     home.mkdir()

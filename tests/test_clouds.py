@@ -86,7 +86,7 @@ def test_the_payload_up_to_the_edge(here, nodes, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("here", "nodes"), [("lepton", 4), ("dgxcloud", 2)], indirect=["here"])
+@pytest.mark.parametrize(("here", "nodes"), [("dgxcloud", 2)], indirect=["here"])  # Lepton's is in test_plan.py
 def test_the_real_recipe_trains(here, nodes):
     """nano3/sft of src/starter under torchrun, and a second launch that goes on where the first ended."""
     here.profile(gpus_per_node=0)

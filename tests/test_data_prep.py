@@ -788,7 +788,7 @@ def test_a_kill_at_any_point_and_a_rerun_give_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_storm_of_kills(tmp_path: Path) -> None:
-    storm(tmp_path, kills=60, megabytes=40)
+    storm(tmp_path, kills=30, megabytes=40)
 
 
 def test_the_workers_end_with_the_recipe(tmp_path: Path) -> None:
