@@ -27,6 +27,7 @@ import state
 import transport
 from pod import payload
 from pod.failures import Failure
+from profiles import UNREAD_KEYS
 from transport import Packed, Refusal, Tree
 
 TREES, BYTES = 200, 1 << 30  # bounds, where the variables do not say others (our choice)
@@ -169,6 +170,12 @@ def clean(value: Any) -> Any:
         return screen.hide(item) if isinstance(item, str) else item
 
     return hidden(screen.masked(value))
+
+
+def clean_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's settings without what may hold secrets under any name."""
+    hidden = {key: "***" for key in UNREAD_KEYS if settings.get(key)}
+    return dict(clean({**settings, **hidden, "env_vars": dict.fromkeys(settings.get("env_vars", {}), "***")}))
 
 
 def clean_words(words: list[str]) -> list[str]:

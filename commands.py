@@ -323,7 +323,7 @@ def _side_here(run: runs.Run, root: Path | None) -> Side:
         launch = Launch(words, stage, again, True)
     contents = {entry.path: entry.data for entry in launch.tree.entries}
     return Side("here", launch.plan.digest, runs.fingerprints(launch.tree), contents,
-                screen.hide(launch.config.shown), archive.clean(launch.job.settings))
+                screen.hide(launch.config.shown), archive.clean_settings(launch.job.settings))
 
 
 def diff(options: Namespace) -> int:

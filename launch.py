@@ -232,7 +232,7 @@ COMMANDS = {
     "adopt": Command(commands.adopt, "PROFILE [NAME]", (),
                      "make the run of a job that is on its platform; without NAME, list them"),
     "diff": Command(commands.diff, "RUN [RUN]", ("repo_root", "stat", "json"),
-                    "compare a run's files, config and settings with those here, or with another run's"),
+                    "compare a run with what lies here, or with another"),
 }
 LAUNCH_HELP = """\
 STAGE is the rest of the recipe's name, like sft or data/prep/rl; stages with commas between them, like

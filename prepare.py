@@ -109,8 +109,8 @@ class Launch:
         named = () if kept else self._named()
         for also in (named, tuple(path for path in named if path != transport.LOCK)):
             self.tree, self.packed = ahead.take(self.recipe, settings, self.config, also, self.wheels.files)
-            if not dry:
-                self.job.description["made"] = self._made(words, options)
+            self.git = kept.made.get("git") if kept else archive.git_state(self.root, self.tree)
+            self.job.description["made"] = self._made(words, options)
             self.plan = transport.plan_for(
                 self.profile.executor, self.tree, dict(self.job.description), ready=self.packed, env=sent,
                 compression=settings.get("compression", ""), chunk_bytes=settings.get("chunk_bytes", 0),
@@ -170,12 +170,11 @@ class Launch:
     def _made(self, words: Words, options: Namespace) -> archive.Made:
         """How the run comes about, without secrets."""
         typed = [words.family, self.job.name.partition("/")[2], words.profile, *self.overrides]
-        git = self.kept.made.get("git") if self.kept else archive.git_state(self.root, self.tree)
         return archive.Made(
             words=archive.clean_words(typed), config=list(options.config or []), nodes=options.nodes, name=options.name,
             args=archive.clean_words(options.args), run=archive.clean(self.config.yaml),
             overrides=archive.clean_words([word for word in self.overrides if word.lstrip("+~").startswith("run.")]),
-            settings=archive.clean(self.job.settings), git=git, version=bundle.VERSION,
+            settings=archive.clean_settings(self.job.settings), git=self.git, version=bundle.VERSION,
             again=self.kept.run.id if self.kept else None)
 
     def _origin(self) -> runs.Origin:

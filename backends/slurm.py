@@ -227,7 +227,7 @@ def adopt(settings: dict[str, Any], name: str) -> archive.Found:
     if found is None:
         raise Refusal("%s has no job %s in %s" % (host, name, settings["remote_job_dir"]),
                       "python launch.py adopt PROFILE lists those that are there", 4)
-    done = host.run(READ % folders[found], COPY_S)
+    done = host.run(READ % shlex.quote(folders[found]), COPY_S)
     if done.returncode:
         raise Refusal("%s: cannot read %s: %s" % (host, folders[found], last_lines(done.stderr)), "look at it there", 4)
     began, size, data = done.stdout.split(b"\n", 2)

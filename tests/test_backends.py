@@ -15,17 +15,17 @@ from tests import support
 from tests.layout import REPO
 from transport import LIMITS, Refusal
 
-SEVEN = ("check", "submit", "follow", "logs", "status", "cancel", "probe")
+FUNCTIONS = ("check", "submit", "follow", "logs", "status", "cancel", "probe", "jobs", "adopt")
 EXECUTORS = sorted(backends.BACKENDS)
 
 
-def test_the_protocol_has_the_seven_functions_and_can() -> None:
+def test_the_protocol_has_these_functions_and_can() -> None:
     declared = {name for name, value in vars(backends.Backend).items() if inspect.isfunction(value) and name[0] != "_"}
-    assert declared == set(SEVEN)
+    assert declared == set(FUNCTIONS)
     assert typing.get_type_hints(backends.Backend) == {"CAN": set[str]}
 
 
-@pytest.mark.parametrize("function", SEVEN)
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_every_executor_keeps_the_contract(executor: str, function: str) -> None:
     """The same names in the same order, of the same types, and the same result."""

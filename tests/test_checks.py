@@ -11,7 +11,7 @@ from test_local import Place
 
 import jobs
 from backends import docker, local, slurm
-from backends.common import checks
+from backends.common import checks, http
 from tests import layout, support
 from transport import Refusal
 
@@ -83,6 +83,7 @@ def test_bad_credentials_are_a_failure_and_not_shown(here):
 def test_a_platform_that_is_not_there(here):
     name = "LEPTON_WORKSPACE_URL" if here.kind == "lepton" else "RUNAI_BASE_URL"
     here.monkeypatch.setenv(name, "http://127.0.0.1:9/api/v1")
+    here.monkeypatch.setattr(http, "BACKOFF_S", 0.01)
     code, found = checked(here)
     assert code == 5 and "cannot be reached" in found["credentials"]["said"]
 

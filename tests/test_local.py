@@ -496,7 +496,8 @@ def test_diff_names_what_is_not_as_it_was_sent(place):
     old.unlink()
     (place.folder / "src/nemotron/recipes/nano3/sft" / "new.py").write_text("new = 1\n")
     place.recipe("print('two')", nodes=1)
-    said = place.run("diff", run).stdout.splitlines()
+    assert "\n-print('one')\n+print('two')\n" in place.run("diff", run).stdout
+    said = place.run("diff", run, "--stat").stdout.splitlines()
     assert re.fullmatch(r"run %s carries \d+ files, sha256 \w{12}; here are \d+, sha256 \w{12}" % run, said[0])
     assert [line.rpartition("/")[0::2] for line in said[1:]] == [
         ("changed          src/nemotron/recipes/nano3/sft", "train.py"),

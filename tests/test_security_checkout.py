@@ -619,6 +619,7 @@ def test_hiding_takes_little_time(monkeypatch):
 UNQUOTED = {
     ("backends.common.ssh", "run"): "passes on the script that it is given",
     ("backends.common.nemo", "run"): "nemo-run's own commands",
+    ("backends.slurm", "_folders"): "remote_job_dir: require_plain",
     ("backends.slurm", "submit"): "remote_job_dir: require_plain",
     ("backends.slurm", "probe"): "remote_job_dir: require_plain",
     ("backends.slurm", "accepted"): "words that are quoted",

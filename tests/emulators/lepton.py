@@ -136,7 +136,7 @@ class LeptonEmulator(RayClusters, Plane):
     def check_metadata(self, metadata: dict[str, Any]) -> None:
         name = metadata.get("id") or ""
         if not JOB_NAME.fullmatch(name) or name.endswith("by-lepton"):
-            raise Refusal(400, f'invalid name "{name}": at most 36 of [a-z0-9-], a letter first, no "-" at the end')
+            raise Refusal(400, f'invalid job name "{name}": at most 36 of [a-z0-9-], a letter first, no "-" at the end')
         for label in metadata.get("labels") or {}:
             if not LABEL.fullmatch(label):
                 raise Refusal(400, f'invalid label key "{label}"')
