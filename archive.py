@@ -50,6 +50,7 @@ class Made(TypedDict, total=False):
     settings: dict[str, Any]  # of the profile, with all that won over it
     git: dict[str, Any] | None  # commit, branch, and whether what travels differs from the commit
     version: str  # Airlift's
+    plain: bool  # whether its config has no secret
     again: str | None  # the run whose tree and config it launched again
 
 
@@ -351,7 +352,7 @@ def read_made(sent: Mapping[str, Any]) -> Made:
         name=typed("name", str, None), args=typed("args", list, []), run=typed("run", dict, {}),
         overrides=typed("overrides", list, []), settings=typed("settings", dict, {}), again=typed("again", str, None),
         git=git if git and {"commit", "branch", "dirty"} <= git.keys() else None,
-        version=typed("version", str, "of another version"))
+        version=typed("version", str, "of another version"), plain=False)
 
 
 # ---------------------------------------------------------------- again

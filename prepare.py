@@ -175,6 +175,7 @@ class Launch:
             args=archive.clean_words(options.args), run=archive.clean(self.config.yaml),
             overrides=archive.clean_words([word for word in self.overrides if word.lstrip("+~").startswith("run.")]),
             settings=archive.clean_settings(self.job.settings), git=self.git, version=bundle.VERSION,
+            plain=screen.hide(self.config.shown) == self.config.text,
             again=self.kept.run.id if self.kept else None)
 
     def _origin(self) -> runs.Origin:

@@ -8,6 +8,7 @@ of one).
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import select
 import shutil
@@ -17,7 +18,7 @@ import time
 from typing import Any
 
 from pod.failures import CLONE, FAILURES, INTERNAL, PYTHON, SETUP, TOOL, Failure, complain, say
-from pod.payload import nodes_sent, read_file, read_manifest, read_payload, read_tree
+from pod.payload import content, nodes_sent, read_file, read_manifest, read_payload, read_tree
 from pod.places import Places, own_place, take_secrets
 from pod.process import Child, recipe_env, script_for
 from pod.rank import find_rank
@@ -111,6 +112,8 @@ def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: in
         del os.environ[name]
     log = os.path.join(places.logs, "rank-%d.log" % rank) if places.logs else None
     keep_code(log, None)
+    if places.logs and not rank:
+        leave_record(places, job)
     if job.get("cluster") == "pods":
         from pod import ray_nodes
         job = dict(job, command=ray_nodes.command_for(job, places, rank, env))
@@ -142,6 +145,24 @@ def start(child: Child, env: dict[str, str], job: dict, places: Places, rank: in
     if not ran and not child.signal:
         raise Failure(code, "see the lines above")
     return code
+
+
+def leave_record(places: Places, job: dict) -> None:
+    """Leave beside rank 0's log how the run came about, and its config if that has no secret."""
+    made = job.get("made") or {}
+    record = {"run": job["run"], "recipe": job.get("recipe"), "nodes": job.get("nodes"), "tree": job["tree"],
+              "setup": job.get("setup"), "command": job["command"], "made": made}
+    files = [("run.json", json.dumps(record, indent=1).encode())]
+    if made.get("plain"):
+        files.append(("config.yaml", content(places.config)))
+    flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW
+    try:
+        for name, data in files:
+            path = os.path.join(places.logs, name)
+            with open(path, "wb", opener=lambda name, _: os.open(name, flags, 0o600)) as file:
+                file.write(data)
+    except OSError as error:
+        say("the record of the run cannot be kept in %s: %s" % (places.logs, error.strerror))
 
 
 def keep_code(log: str | None, code: int | None) -> None:

@@ -100,7 +100,7 @@ def checked(job: dict) -> dict:
         "install": texts(job.get("install", [])), "links": texts(job.get("links", [])),
         "clones": isinstance(job.get("clones", []), list) and all(
             table(clone) and sorted(clone) == ["ref", "target", "url"] for clone in job.get("clones", [])),
-        "secrets": texts(job.get("secrets", [])),
+        "secrets": texts(job.get("secrets", [])), "made": isinstance(job.get("made", {}), dict),
         "shared": not shared or texts([job.get("shared")]), "keep": not shared or whole(job.get("keep")),
         "patience": not (shared or cluster) or whole(job.get("patience")),
         "cluster": cluster in ("", "platform") or (cluster == "pods" and whole(job.get("nodes"), 2)),

@@ -247,6 +247,21 @@ def test_again_launches_exactly_that_whatever_lies_here_now(here):
 
 
 @EMULATED
+def test_the_pods_leave_the_record_beside_their_logs(here):
+    here.recipe(SHOWS, yaml="train: {steps: 3}\n")
+    first = here.launch("train.steps=4")
+    folder = here.volume / "airlift/nano3/runs" / first.run
+    record = json.loads((folder / "run.json").read_text())
+    assert record["made"]["words"] == ["nano3", "sft", here.kind, "train.steps=4"]
+    assert record["tree"]["sha256"] == printed(here.job)[0] and record["command"]
+    assert "steps: 4" in (folder / "config.yaml").read_text()
+    assert {(folder / name).stat().st_mode & 0o777 for name in ("run.json", "config.yaml")} == {0o600}
+    here.recipe(SHOWS, yaml="api_key: %s\n" % CANARY)
+    folder = folder.parent / here.launch().run
+    assert (folder / "run.json").exists() and not (folder / "config.yaml").exists()
+
+
+@EMULATED
 def test_again_on_another_platform_gives_the_same_digest(tmp_path, monkeypatch, capsys):
     halves = [cloud(kind, tmp_path / kind, monkeypatch, capsys) for kind in PLATFORMS]
     for kind in PLATFORMS:

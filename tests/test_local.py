@@ -532,6 +532,24 @@ def test_a_detached_job_ends_by_itself_or_with_its_supervisor(place):
     assert place.run("cancel", run).stdout.endswith(": it had already ended (failed); nothing was done\n")
 
 
+def test_pods_that_run_are_adopted_by_another_home(place):
+    """And not those of another run, nor those that have ended: nothing has what was sent to them."""
+    place.recipe(SLEEP)
+    run = run_id(place.run(*WORDS, "--detach").stdout)
+    place.probes()
+    other = {"AIRLIFT_HOME": str(place.tmp / "other")}
+    assert run in place.run("adopt", "local", env=other).stdout
+    done = place.run("adopt", "local", run, env=other)
+    assert done.returncode == 0 and "run %s of nano3/sft" % run in done.stdout, done.stderr
+    assert " running " in place.run("status", run, env=other).stdout
+    fetched = place.run("fetch", run, str(place.tmp / "there"), env=other)
+    assert place.run_file(run)["sha256"] in fetched.stdout, fetched.stderr
+    assert place.run("cancel", run).returncode == 0
+    until(lambda: not place.left(), 20)
+    refused = place.run("adopt", "local", run, env={"AIRLIFT_HOME": str(place.tmp / "third")})
+    assert refused.returncode == 4 and "no pods of run %s run on this machine" % run in refused.stderr
+
+
 def test_a_payload_beyond_the_kernel_is_refused_before_anything_starts(place):
     place.recipe(PROBE)
     (place.folder / "src/nemotron/noise.txt").write_bytes(os.urandom(1_600_000))

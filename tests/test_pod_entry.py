@@ -61,7 +61,7 @@ def test_the_log_equals_the_output(tmp_path: Path) -> None:
         both += rest[:-len(tail)]
         assert (logs / "rank-0.log").read_bytes() == both, "a restart goes on in the same log"
         assert (logs / "rank-0.exit").read_text() == "5\n"
-        assert sorted(os.listdir(logs)) == ["rank-0.exit", "rank-0.log"]
+        assert sorted(os.listdir(logs)) == ["rank-0.exit", "rank-0.log", "run.json"]
 
 
 def test_the_code_of_an_earlier_start_is_gone_while_it_runs_again(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -251,6 +252,35 @@ def laptop(people: dict[str, Person]) -> Person:
 @pytest.fixture
 def login(people: dict[str, Person]) -> Person:
     return people["local"]
+
+
+@slow
+def test_forty_jobs_are_adopted_by_another_home(laptop: Person) -> None:
+    """Each with the digest that its pods printed; then what was changed in a folder is refused, and one launched again."""
+    pick, digests = random.Random(3), {}
+    for number in range(40):
+        layout.write(laptop.recipes / "src/nemotron/recipes/fam/look/data.txt", "%d\n" % number + "x" * pick.randint(0, 9000))
+        laptop.recipe("look", "print('looked', %d)" % number)
+        run = laptop.started("look")
+        digests[run] = json.loads(laptop.run("status", run, "--json").stdout)[0]["sha256"]
+    for run in digests:
+        laptop.until(run, "done")
+        assert "sha256 " + digests[run] in laptop.log_of(run)
+    other = {"AIRLIFT_HOME": str(laptop.home / "another-home")}
+    listed = laptop.run("adopt", "here", env=other).stdout
+    for run in digests:
+        assert run in listed
+        done = laptop.run("adopt", "here", run, env=other)
+        assert done.returncode == 0 and digests[run] in done.stdout, done.stderr
+        assert laptop.run("fetch", run, str(laptop.home / "fetched" / run), env=other).returncode == 0
+    assert " done " in laptop.run("status", run, env=other).stdout
+    assert "looked 39" in laptop.run("logs", run, env=other).stdout
+    again = laptop.run("again", run, env=other)
+    assert again.returncode == 0 and digests[run] in again.stdout, again.stdout + again.stderr
+    tree = laptop.folder_of(run) / "tree.tar.gz"
+    tree.write_bytes(tree.read_bytes()[:-1])
+    refused = laptop.run("adopt", "here", run, env={"AIRLIFT_HOME": str(laptop.home / "third")})
+    assert refused.returncode == 2 and "are not as they were sent" in refused.stderr
 
 
 @slow
