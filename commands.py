@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -196,6 +197,8 @@ def follow(run: runs.Run, took: tuple[float, float] | None = None) -> int:
         print("\nthe job goes on; to follow it again: python launch.py logs -f %s" % run.id, file=sys.stderr)
         return 0
     backends.keep_end(run, status)
+    if run.notify and took:
+        notify(run, status)
     now, after = time.time(), ""
     if took:
         after = " in " + screen.span(now - run.started + took[0])
@@ -217,13 +220,50 @@ def follow(run: runs.Run, took: tuple[float, float] | None = None) -> int:
     return 1
 
 
+NOTIFY_S = 60  # seconds for the command of `notify`
+
+
+def notify(run: runs.Run, status: backends.Status) -> None:
+    """Run the profile's command for the end of a run. That it fails is said, and nothing else."""
+    told = {"AIRLIFT_RUN": run.id, "AIRLIFT_STATE": status.state, "AIRLIFT_OUTPUTS": run.outputs or "",
+            "AIRLIFT_EXIT_CODE": "" if status.exit_code is None else str(status.exit_code)}
+    sys.stdout.flush()
+    try:
+        done = subprocess.run(["bash", "-c", str(run.notify)], env=os.environ | told, stdin=subprocess.DEVNULL,
+                              timeout=NOTIFY_S)
+        why = "it ended with exit code %d" % done.returncode if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = "%d seconds were not enough" % NOTIFY_S if isinstance(error, subprocess.TimeoutExpired) else str(error)
+    if why:
+        screen.note("the command of notify failed: " + why)
+
+
 def logs(options: Namespace) -> int:
     run = find_run(options)
     run.ranks = chosen(options, run.nodes)
+    if options.download:
+        return download(run, options.download, run.ranks if options.rank is not None else list(range(run.nodes)))
     if options.follow:
         return follow(run)
     backends.backend(run.executor).logs(run)
     return 0
+
+
+def download(run: runs.Run, folder: Path, ranks: list[int]) -> int:
+    """Write the log of each rank, so far, to <folder>/rank-N.log. The exit code is that of the last that has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backend, code = backends.backend(run.executor), 0
+    for run.ranks in ([rank] for rank in ranks):
+        path = folder / ("rank-%d.log" % run.ranks[0])
+        try:
+            with open(path, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+                backend.logs(run)
+        except Refusal as refusal:
+            path.unlink()
+            code = refusal.code
+            screen.complain("rank %d: %s" % (run.ranks[0], one_line(refusal.what)), one_line(refusal.fix))
+    print(screen.plain("%d logs in %s" % (len(list(folder.glob("rank-*.log"))), folder)))
+    return code
 
 
 def cancel(options: Namespace) -> int:
@@ -249,6 +289,8 @@ def fetch(options: Namespace) -> int:
     if len(options.words) != 2:
         raise Refusal("fetch takes RUN and DIR", "like: python launch.py fetch abc123 there")
     run, folder = runs.load_run(options.words[0]), Path(options.words[1]).expanduser().absolute()
+    if options.outputs:
+        return bring(run, options.outputs, folder)
     if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise Refusal("%s is there, and is no empty folder" % folder, "name a new one")
     tree, (made, config) = archive.tree_of(run), run.made()
@@ -280,6 +322,22 @@ def adopt(options: Namespace) -> int:
     run = archive.adopted(backend.adopt(profile.settings, options.words[1]), profile.name, profile.executor)
     print(screen.plain("run %s of %s, %d files, sha256 %s: status, logs, cancel, fetch and again now know it" % (
         run.id, run.recipe, len(run.files()), run.sha256)))
+    return 0
+
+
+def bring(run: runs.Run, pattern: str, folder: Path) -> int:
+    """Copy outputs of a run that fit a pattern."""
+    way = getattr(backends.backend(run.executor), "bring", None)
+    if not run.outputs:
+        raise Refusal("run %s keeps no outputs: it has no workspace" % run.id, "set workspace in the profile")
+    if way is None:
+        raise Refusal("%s has no way to read what lies on its storage" % run.executor,
+                      "the outputs are in %s there; a job, or a machine that mounts it, can copy them" % run.outputs)
+    found = way(run, pattern, folder)
+    for path in found:
+        print(screen.plain(str(folder / path)))
+    if not found:
+        raise Refusal("no file in %s fits %s" % (run.outputs, pattern), "a * also stands for a /")
     return 0
 
 

@@ -171,7 +171,10 @@ def submit(launch, options, after=None):
     run = runs.Run(job.run_id, job.name, launch.profile.name, job.executor, job.nodes, plan.digest, begun,
                    retries=job.description["retries"], outputs=launch.outputs, origin=launch.origin,
                    ranks=list(range(job.nodes)) if every else commands.chosen(options, job.nodes),
-                   carries=runs.fingerprints(launch.tree), after=after, came=launch.came())
+                   carries=runs.fingerprints(launch.tree), after=after, came=launch.came(),
+                   notify=None if options.detach else job.settings.get("notify"))
+    if options.detach and job.settings.get("notify") and job.executor != "slurm":
+        screen.note("notify has no effect: with --detach nobody is here when the job ends")
     for problem in filter(None, [archive.keep(launch.packed)]):
         screen.note(problem)
     try:
@@ -202,6 +205,8 @@ OPTIONS = {
     "follow": Option(("-f", "--follow"), "", "follow the log to the end of the job; exit code 1 if it fails", None),
     "rank": Option(("--rank",), "N", "show the log of this rank (0)", int),
     "all_ranks": Option(("--all-ranks",), "", "show the logs of all ranks", None),
+    "download": Option(("--download",), "DIR", "write the log of each rank to a file of its own there", Path),
+    "outputs": Option(("--outputs",), "PATTERN", "copy outputs whose path fits, in place of tree and config", str),
     "args": Option(("--",), "ARGS...", "arguments for the recipe's script", None),
     "stat": Option(("--stat",), "", "name the files, without their lines", None),
     "verbose": Option(("--verbose",), "", "print each request, ssh command and slow import with its time", None),
@@ -223,12 +228,12 @@ COMMANDS = {
                      "check whether a launch can be expected to work"),
     "allow": Command(commands.allow, "[FILE]", (), "say that an env.toml is yours: the next one upwards, or FILE"),
     "status": Command(commands.status, "[RUN]", ("json",), "show the state of your runs"),
-    "logs": Command(commands.logs, "RUN", ("follow", "rank", "all_ranks"), "print the log of a run"),
+    "logs": Command(commands.logs, "RUN", ("follow", "rank", "all_ranks", "download"), "print the log of a run"),
     "cancel": Command(commands.cancel, "RUN", (), "end a run"),
     "again": Command(again, "RUN [PROFILE] [KEY=VALUE ...]", (
         "nodes", "name", "dry_run", "show_config", "json", "detach", "rank", "all_ranks", "args"),
         "launch the tree and config of a run once more"),
-    "fetch": Command(commands.fetch, "RUN DIR", (), "write the tree and config of a run to a new folder"),
+    "fetch": Command(commands.fetch, "RUN DIR", ("outputs",), "write the tree and config of a run to a new folder"),
     "adopt": Command(commands.adopt, "PROFILE [NAME]", (),
                      "make the run of a job that is on its platform; without NAME, list them"),
     "diff": Command(commands.diff, "RUN [RUN]", ("repo_root", "stat", "json"),

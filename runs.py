@@ -44,6 +44,7 @@ class Run:
     ranks: list[int] = field(default_factory=lambda: [0])  # whose logs are shown
     outputs: str | None = None  # the run root, where it outlives the pods
     origin: Origin | None = None
+    notify: str | None = None  # the command for the end of an attached run
     after: str | None = None  # the run of the stage before it, which must succeed first
     record: dict[str, Any] = field(default_factory=dict)  # the backend's own data; its class Record has the keys
     carries: dict[str, str] = field(default_factory=dict, repr=False)  # fingerprints(), saved in a file of its own

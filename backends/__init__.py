@@ -76,6 +76,9 @@ class Backend(Protocol):
     def adopt(self, settings: dict[str, Any], name: str) -> archive.Found:
         """What was sent to a job, read from the platform. Raises Refusal."""
 
+    # And, where the platform has a way to what lies on its storage:
+    # bring(run, pattern, folder) -> list[str]: copy outputs whose path fits the pattern; returns their paths
+
     def probe(self, settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:
         """Check on the platform what a launch needs; without a job, for the profile alone."""
 

@@ -20,6 +20,7 @@ import state
 from backends import ENDED_ALREADY, FINAL, GONE, Finding, Status, exit_status
 from backends.common import checks, import_nemo
 from backends.common.checks import finding
+from backends.common.outputs import copied
 from jobs import Job, repository_of, require_image
 from profiles import FOLDER
 from runs import Run
@@ -34,6 +35,7 @@ class Record(TypedDict):
     """What is kept of a container."""
 
     name: str
+    mounts: list[str]  # what was mounted: HERE:THERE
 
 
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
@@ -43,7 +45,7 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     if ask_docker(lambda: client.images.get(str(job.image)), True) is None:
         ask_docker(lambda: client.images.pull(str(job.image)))
     name = "airlift-%s-%s" % (re.sub(r"[^A-Za-z0-9]+", "-", job.name, flags=re.ASCII).strip("-")[:40], job.run_id)
-    run.keep(Record(name=name))
+    run.keep(Record(name=name, mounts=mounts))
     nemo = import_nemo()
     ask_docker(lambda: nemo.submit_docker(docker_executor(job, mounts), job.run_id, name, plan.argv, plan.env, client))
     run.running_since = run.running_since or time.time()
@@ -119,7 +121,18 @@ def adopt(settings: dict[str, Any], name: str) -> archive.Found:
     if container is None:
         raise Refusal("there is no container " + name, "python launch.py adopt PROFILE lists those that are there", 4)
     env = dict(line.partition("=")[::2] for line in container.attrs["Config"]["Env"] or [])
-    return archive.from_env(env, Record(name=name), profiles.moment(container.attrs["Created"][:19] + "+00:00") or 0)
+    mounts = (container.attrs.get("HostConfig") or {}).get("Binds") or []
+    record = Record(name=name, mounts=list(mounts))
+    return archive.from_env(env, record, profiles.moment(container.attrs["Created"][:19] + "+00:00") or 0)
+
+
+def bring(run: Run, pattern: str, folder: Path) -> list[str]:
+    """From the folder of this machine that was mounted where the outputs are. Raises Refusal."""
+    pairs = [mount.split(":")[:2] for mount in run.record.get("mounts", [])]
+    for here, there in sorted(pairs, key=lambda pair: -len(pair[1])):
+        if ("%s/" % run.outputs).startswith(there.rstrip("/") + "/") and os.path.isdir(here):
+            return copied(Path(here, str(run.outputs)[len(there.rstrip("/")):].lstrip("/")), pattern, folder)
+    raise Refusal("the outputs of run %s are on no folder of this machine" % run.id, "look in its volumes")
 
 
 def probe(settings: dict[str, Any], job: Job | None) -> Iterator[Finding]:

@@ -33,6 +33,7 @@ import state
 import transport
 from backends import ENDED_ALREADY, Finding, Status, exit_status
 from backends.common.ends import Ends
+from backends.common.outputs import copied
 from jobs import Job, setup_commands, workspace
 from pod.failures import Failure, say
 from pod.payload import join
@@ -184,6 +185,10 @@ def adopt(settings: dict[str, Any], name: str) -> archive.Found:
     folder = state.folder("local", name)
     (folder / "log").touch(0o600)
     return archive.from_env(env, Record(folder=str(folder), pid=parent, born=_born(parent)), time.time())
+
+
+def bring(run: Run, pattern: str, folder: Path) -> list[str]:
+    return copied(Path(str(run.outputs)), pattern, folder)
 
 
 def _running() -> dict[str, tuple[int, dict[str, str]]]:

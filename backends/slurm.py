@@ -28,6 +28,7 @@ import transport
 from backends import Finding, Status, stop_and_wait
 from backends.common import import_nemo, nemo_ahead
 from backends.common.checks import finding
+from backends.common.outputs import MOST, require_small, unpacked
 from backends.common.slurm_batch import as_options, flags, given, require_options, setup_lines
 from backends.common.slurm_prepare import resolved_mounts, squashed
 from backends.common.slurm_watch import Record, Watch, job_id
@@ -235,6 +236,27 @@ def adopt(settings: dict[str, Any], name: str) -> archive.Found:
     return archive.from_files(data[:int(size)], data[int(size):], record, float(began))
 
 
+BRING = """\
+cd %(folder)s && list=$(mktemp) || exit 1
+find . -type f -path %(pattern)s -print0 >"$list"
+bytes=$(xargs -0 -r stat -c %%s <"$list" | awk '{sum += $1} END {print sum + 0}')
+echo "$bytes"
+[ "$bytes" -gt %(most)d ] || [ ! -s "$list" ] || tar --null -T "$list" -cf -
+rm -f "$list"
+"""
+
+
+def bring(run: Run, pattern: str, folder: Path) -> list[str]:
+    host, words = Host(**run.record["host"]), {
+        "folder": shlex.quote(str(run.outputs)), "pattern": shlex.quote("./" + pattern), "most": MOST}
+    done = host.run(BRING % words, COPY_S)
+    if done.returncode:
+        raise Refusal("%s: cannot read %s: %s" % (host, run.outputs, last_lines(done.stderr)), "look at it there", 4)
+    size, _, data = done.stdout.partition(b"\n")
+    require_small(int(size), str(run.outputs))
+    return unpacked(data, folder) if data else []
+
+
 TRY = """\
 said=$(clean %s 3>&1 2>&1 >/dev/null)
 code=$?
@@ -320,6 +342,15 @@ def check(job: Job, plan: Plan) -> None:
                           "with absolute paths on the cluster and in the container")
 
 
+def notice(job: Job) -> str:
+    """The command of `notify` for the end of a job that no launcher follows; `$airlift_status` is its exit code."""
+    command = job.settings.get("notify")
+    env = {"AIRLIFT_RUN": job.run_id, "AIRLIFT_OUTPUTS": job.description["run_root"] or ""}
+    told = " ".join("%s=%s" % (name, shlex.quote(value)) for name, value in env.items())
+    return '%s AIRLIFT_STATE="$airlift_state" AIRLIFT_EXIT_CODE="$airlift_status" bash -c %s' % (
+        told, shlex.quote(command)) if command else ""
+
+
 def host_of(settings: dict[str, Any]) -> Host:
     if settings["tunnel"] == "local":
         return Host()
@@ -338,6 +369,7 @@ def slurm_executor(job: Job, host: Host, base: str, image: str | None, mounts: l
         time=settings["time"], additional_parameters=given(flags(settings, job.gpus_per_node)),
         srun_args=as_options(settings.get("srun") or {}), container_image=image,
         container_mounts=mounts if image else [], job_name_prefix="airlift.", launcher=None,
-        setup_lines=setup_lines(settings, folder, secrets), job_details=nemo.LogOfEachRank(),
+        setup_lines=setup_lines(settings, folder, secrets, "" if attached else notice(job)),
+        job_details=nemo.LogOfEachRank(),
         packager=nemo.Packager(), tunnel=nemo.tunnel(host, base + "/experiments"),
         poll_estimated_start_time=False, airlift_run=job.run_id)

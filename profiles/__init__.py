@@ -68,6 +68,8 @@ KEYS: dict[str, Key] = {
     "workdir": Key("str", "the folder in which the recipe is started; work/ in the run root if left out"),
     "sandbox": Key("table", "NeMo-Gym's sandbox: container, and port and command where they differ from its own"),
     "repo_root": Key("str", "the source tree; the one you stand in, or the launcher's own, if left out"),
+    "notify": Key("str", "a command that is run here when a launch that is followed has ended; on Slurm with --detach, "
+                  "by the job; see Every day"),
     "exclude": Key("str list", "patterns of files that are not sent, in addition to .airliftignore"),
     "include": Key("str list", "patterns of files that are sent all the same, whatever would leave them out"),
     "scope": Key("str", "what is sent: the recipe's family, or only what the script imports", default="family"),
@@ -196,10 +198,11 @@ PROFILES_ONLY = ("base_url", "kube_apiserver_url", "client_id", "client_secret",
                  "host", "user", "port", "identity", "remote_job_dir", "setup_lines", "git_mirrors", "secrets",
                  "image_pull_secrets", "existing_ray_cluster", "custom_spec", "runtime", "ipc_mode", "lustre_mount",
                  "pvcs", "sbatch", "srun", "include", "wheels", "labels", "annotations", "tolerations", "host_network",
-                 "security", "visibility", "extended_resources")
+                 "security", "visibility", "extended_resources", "notify")
 UNREAD_KEYS = ("client_secret", "custom_spec", "git_mirrors", "setup_lines")  # may hold secrets; no config reads them
 # Text for a shell or a platform, which may use ${ itself; in any other key a ${ that is left over is a mistake.
-FREE_TEXT = ("startup_commands", "pre_launch_commands", "setup_lines", "run_command", "env_vars", "custom_spec")
+FREE_TEXT = ("startup_commands", "pre_launch_commands", "setup_lines", "run_command", "env_vars", "custom_spec",
+             "notify")
 # A name of a label, an annotation or a resource, as Kubernetes has them.
 NAMED = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 UNREAD = re.compile(r"\$\{(?!auto_mount:)[^}\s]*\}?")

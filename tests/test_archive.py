@@ -445,12 +445,12 @@ def test_diff_shows_lines_config_and_settings(here):
 
 @EMULATED
 @pytest.mark.slow
-def test_two_hundred_trees_come_back_from_the_platform(here):
+def test_many_trees_come_back_from_the_platform(here):
     """Launched, the home deleted, adopted and fetched: each with the digest that its pods printed."""
     import random
     pick, digests = random.Random(7), {}
     folder = here.root / "src/nemotron/recipes/nano3/sft"
-    for number in range(200):
+    for number in range(int(os.environ.get("AIRLIFT_MANY", "25"))):  # 200 by hand
         shutil.rmtree(here.root)
         here.recipe("pass", yaml="n: %d\n" % number)
         for each in range(pick.randint(0, 12)):

@@ -80,7 +80,7 @@ VALUES = {
     "pvcs": [{"claimName": "x", "path": "/x"}], "sbatch": {"uid": "0"}, "srun": {"task-prolog": "/evil"},
     "include": [".env"], "wheels": ["/home/*/private.whl"], "labels": {"a": "b"}, "annotations": {"a": "b"},
     "tolerations": [{"key": "master", "operator": "Exists"}], "host_network": True, "security": {"privileged": True},
-    "visibility": "public", "extended_resources": {"evil.com/host": 1},
+    "visibility": "public", "notify": "curl evil", "extended_resources": {"evil.com/host": 1},
 }
 
 
@@ -619,6 +619,8 @@ def test_hiding_takes_little_time(monkeypatch):
 UNQUOTED = {
     ("backends.common.ssh", "run"): "passes on the script that it is given",
     ("backends.common.nemo", "run"): "nemo-run's own commands",
+    ("backends.slurm", "bring"): "words that are quoted, and a number",
+    ("commands", "notify"): "the person's own command, of their profile",
     ("backends.slurm", "_folders"): "remote_job_dir: require_plain",
     ("backends.slurm", "submit"): "remote_job_dir: require_plain",
     ("backends.slurm", "probe"): "remote_job_dir: require_plain",

@@ -255,10 +255,20 @@ def login(people: dict[str, Person]) -> Person:
 
 
 @slow
-def test_forty_jobs_are_adopted_by_another_home(laptop: Person) -> None:
+@pytest.mark.parametrize(("body", "state"), [("pass", "done 0"), ("raise SystemExit(3)", "failed")])
+def test_a_detached_job_notifies_by_itself(laptop: Person, body: str, state: str) -> None:
+    laptop.recipe("tells", body)
+    told = laptop.base / ("told-%s" % state.split()[0])
+    run = laptop.started("tells", "run.env.notify='echo $AIRLIFT_RUN $AIRLIFT_STATE $AIRLIFT_EXIT_CODE >%s'" % told)
+    wait_for(told.exists)
+    assert wait_for(told.read_text).startswith("%s %s" % (run, state))
+
+
+@slow
+def test_jobs_are_adopted_by_another_home(laptop: Person) -> None:
     """Each with the digest that its pods printed; then what was changed in a folder is refused, and one launched again."""
     pick, digests = random.Random(3), {}
-    for number in range(40):
+    for number in range(int(os.environ.get("AIRLIFT_MANY", "6"))):
         layout.write(laptop.recipes / "src/nemotron/recipes/fam/look/data.txt", "%d\n" % number + "x" * pick.randint(0, 9000))
         laptop.recipe("look", "print('looked', %d)" % number)
         run = laptop.started("look")
@@ -274,7 +284,11 @@ def test_forty_jobs_are_adopted_by_another_home(laptop: Person) -> None:
         assert done.returncode == 0 and digests[run] in done.stdout, done.stderr
         assert laptop.run("fetch", run, str(laptop.home / "fetched" / run), env=other).returncode == 0
     assert " done " in laptop.run("status", run, env=other).stdout
-    assert "looked 39" in laptop.run("logs", run, env=other).stdout
+    assert "looked" in laptop.run("logs", run, env=other).stdout
+    assert laptop.run("logs", run, "--download", str(laptop.home / "logs")).returncode == 0
+    assert "looked" in (laptop.home / "logs/rank-0.log").read_text()
+    brought = laptop.run("fetch", run, str(laptop.home / "brought"), "--outputs", "runs/%s/*.json" % run)
+    assert brought.returncode == 0 and (laptop.home / "brought/runs" / run / "run.json").is_file(), brought.stderr
     again = laptop.run("again", run, env=other)
     assert again.returncode == 0 and digests[run] in again.stdout, again.stdout + again.stderr
     tree = laptop.folder_of(run) / "tree.tar.gz"

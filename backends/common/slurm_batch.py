@@ -56,10 +56,12 @@ def as_options(table: dict[str, Any]) -> list[str]:
     return ["--" + name if value is True else "--%s=%s" % (name, value) for name, value in given(table).items()]
 
 
-def setup_lines(settings: dict[str, Any], folder: str, secrets: bool) -> str:
-    """The first lines of the batch script. They end nemo-run's tracing before the user's own lines."""
+def setup_lines(settings: dict[str, Any], folder: str, secrets: bool, notice: str = "") -> str:
+    """The first lines of the batch script. They end nemo-run's tracing before the user's own lines. `notice` is run
+    when the job has ended for good."""
     values = {"folder": folder, "retries": settings["retries"], "most": settings["continuations"],
-              "late": max(1, settings["grace"] - 15), "forget": forget(folder) if secrets else ":"}
+              "late": max(1, settings["grace"] - 15), "forget": forget(folder) if secrets else ":",
+              "notice": notice or ":"}
     return "\n".join(["{ set +vx; } 2>/dev/null", STARTS % values, *([CONTINUE % values] * bool(values["most"])),
                       settings.get("setup_lines", "")])
 
@@ -72,9 +74,13 @@ airlift_parts=$(cat %(folder)s/parts 2>/dev/null || echo 0)
 [ $((${SLURM_RESTART_COUNT:-0} - airlift_parts)) -lt %(retries)d ] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0
 airlift_over=
 airlift_end() {
+  airlift_status=$?
   [ -z "$airlift_over" ] || { kill $airlift_over; airlift_again && return; }
   restarts=$(scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep -o ' Restarts=[0-9]*')
-  [ "${restarts#*=}" != "${SLURM_RESTART_COUNT:-0}" ] || %(forget)s
+  [ "${restarts#*=}" = "${SLURM_RESTART_COUNT:-0}" ] || return
+  %(forget)s
+  [ $airlift_status -eq 0 ] && airlift_state=done || airlift_state=failed
+  %(notice)s
 }
 trap airlift_end EXIT"""
 
