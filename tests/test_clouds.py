@@ -55,8 +55,8 @@ def test_every_rank_meets_rank_0_and_nothing_else(here, nodes):
         assert (mark % rank) + "airlift: rank %d ended with exit code 0" % rank in result.out.splitlines()
     assert (mark % 0) + "met %s" % ["rank %d" % rank for rank in range(1, nodes)] in result.out
     kept = here.volume / "airlift/nano3/runs" / result.run
-    assert sorted(path.name for path in kept.iterdir()) == sorted(
-        "rank-%d.%s" % (rank, end) for rank in range(nodes) for end in ("exit", "log"))
+    assert sorted(path.name for path in kept.iterdir()) == sorted(["config.yaml", "run.json", *(
+        "rank-%d.%s" % (rank, end) for rank in range(nodes) for end in ("exit", "log"))])
     assert len(here.posts) == len(here.jobs) == 1
 
 

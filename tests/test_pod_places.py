@@ -138,7 +138,7 @@ def test_a_workspace_that_is_itself_called_nemo_run(tmp_path: Path, mount: str) 
     assert 'a: "/%s/fam/x"\n' % mount in out.text and "models in /nemo_run/hf\n" in out.text
     assert "in %s/code\n" % base(Path("/" + mount, "tmp"), whole.digest) in out.text
     logs = tmp_path / "volume/fam/runs/t23456"
-    assert sorted(path.name for path in logs.iterdir()) == ["rank-0.exit", "rank-0.log"]
+    assert sorted(path.name for path in logs.iterdir()) == ["rank-0.exit", "rank-0.log", "run.json"]
     assert sorted(path.name for path in (tmp_path / "volume").iterdir()) == ["fam", "tmp"]
     assert sorted(path.name for path in (tmp_path / "volume/fam").iterdir()) == ["runs", "work"]
 

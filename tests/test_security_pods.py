@@ -330,7 +330,7 @@ def test_modes_do_not_depend_on_the_umask(open_path: Path, mask: int) -> None:
     assert any(name.endswith("/start.sh") and mode == 0o600 for name, mode in found.items())
     logs = root / "fam/runs/t23456"
     assert {path.name: stat.S_IMODE(path.lstat().st_mode) for path in [logs, *logs.iterdir()]} == {
-        "t23456": 0o700, "rank-0.log": 0o600, "rank-0.exit": 0o600}
+        "t23456": 0o700, "rank-0.log": 0o600, "rank-0.exit": 0o600, "run.json": 0o600}
     assert stat.S_IMODE((root / "fam/out").stat().st_mode) == 0o666 & ~mask
     assert stat.S_IMODE((root / "fam").stat().st_mode) == stat.S_IMODE((root / "cache").stat().st_mode) == 0o777 & ~mask
 
