@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make run` and `make test`.
 .DELETE_ON_ERROR:
-.PHONY: help setup run test slow lint bundle install clean
+.PHONY: help setup run test slow lint bench bundle install clean
 
 VENV := .venv
 # The first Python that is new enough.
@@ -15,6 +15,7 @@ help:
 	@echo 'make test    set up, then the tests (a few minutes)'
 	@echo 'make slow    the slow proofs too: scale, chaos, real clusters'
 	@echo 'make lint    ruff and mypy'
+	@echo 'make bench   the benchmarks; CHECKOUT=... measures NVIDIA beside them'
 	@echo 'make bundle  dist/airlift-<version>.tar.gz for an air gap; BUNDLE="--torch --python 3.12" says more'
 	@echo 'make install in an unpacked bundle: verify it and set up $(VENV), without a network'
 	@echo 'make setup   only the virtual environment in $(VENV)'
@@ -52,6 +53,16 @@ slow: setup $(VENV)/dev
 lint: setup $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# ROUNDS and NODES make it short; with CHECKOUT, a set-up checkout of Nemotron, NVIDIA's launcher is measured beside ours.
+ROUNDS := 5
+NODES := 100 1000 10000
+bench: setup $(VENV)/dev
+	$(VENV)/bin/python benchmarks/submit.py --rounds $(ROUNDS)
+	$(VENV)/bin/python benchmarks/dry_run.py $(CHECKOUT)
+	$(VENV)/bin/python benchmarks/ray_join.py $(NODES)
+	$(if $(CHECKOUT),$(VENV)/bin/python benchmarks/payload.py $(CHECKOUT))
+	$(if $(CHECKOUT),NEMOTRON_ROOT=$(CHECKOUT) $(VENV)/bin/python benchmarks/data_prep.py --rounds $(ROUNDS))
 
 bundle: | $(VENV)/bin/python
 	$(VENV)/bin/python bundle.py make $(BUNDLE)

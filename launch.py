@@ -102,7 +102,8 @@ def again(options):
         options.config, options.repo_root = [str(kept.config)], kept.root
         for option in ("nodes", "name", "args"):
             setattr(options, option, getattr(options, option) or kept.made[option])
-        words = Words(family, [stage], profile, kept.made["overrides"] + new)
+        # of a job that was adopted, what its words set is the word of a YAML, not of this person
+        words = Words(family, [stage], profile, (kept.made["overrides"] if run.origin else []) + new)
         one = Launch(words, stage, options, options.dry_run or options.json, kept=kept)
     if not run.origin and not (options.dry_run or options.json):  # adopted: it may be another person's
         screen.show(one, "", False)

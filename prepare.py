@@ -80,6 +80,8 @@ class Launch:
         screen.masked(self.profile.settings | dict.fromkeys(("secrets", "image_pull_secrets")))  # those are only names
         if not dry:
             self.profile.require_set()
+            if self.profile.executor in backends.WARM:
+                backends.warm(self.profile.executor)
         own = self.profile.keys.get("repo_root")
         if own and not options.repo_root:
             profiles.BESIDE[:] = [Path(own, "env.toml")]

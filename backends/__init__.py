@@ -5,7 +5,9 @@ each other; what several of them need is in common/. A new executor is one file 
 transport.LIMITS.
 """
 
+import contextlib
 import importlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -89,6 +91,20 @@ def backend(executor: str) -> Backend:
         raise Refusal("executor %s can only make dry runs in this version" % executor,
                       "use one of " + ", ".join(BACKENDS))
     return cast(Backend, importlib.import_module(BACKENDS[executor]))
+
+
+# What an executor's submission imports, which is done while the tree is packed.
+WARM = {"lepton": ("leptonai.api.v2.client", "leptonai.api.v1.types.job"), "dgxcloud": ("requests",)}
+
+
+def warm(executor: str) -> None:
+    """Begin these imports; who needs them waits for the rest."""
+    def imports() -> None:
+        with contextlib.suppress(Exception):  # the submission runs into it again, and reports it
+            for name in WARM.get(executor, ()):
+                importlib.import_module(name)
+
+    threading.Thread(target=imports, daemon=True).start()
 
 
 def require(job: Job, attached: bool, several: bool = False) -> None:

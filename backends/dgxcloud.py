@@ -21,7 +21,7 @@ import archive
 import profiles
 import screen
 from backends import GONE, Finding, Status, require_about, stop_and_wait
-from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
+from backends.common import checks, job_name, record, require_object, require_records, sent_by_value, with_custom
 from backends.common.placing import labels, per_segment
 from jobs import BY_VALUE, Job, is_mounted, require_image, workspace
 from runs import Run
@@ -57,19 +57,19 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Create the workload, after everything that can be checked has been checked."""
     from backends.common.runai_client import Client
     settings = job.settings
+    require_records()
     client = Client(settings)
     project = client.project(settings["project_name"])
     name = job_name(job.name, job.run_id, NAME_LIMIT)
     body = request(job, plan, name, project.id, project.cluster)
     size = len(json.dumps(body)) * (2 if job.nodes > 1 else 1)  # the operator's object holds master and workers
     require_object("workload", size, "dgxcloud", ", or make custom_spec smaller")
-    nemo = import_nemo()
     root = job.description["run_root"]
     log = os.path.join(root.replace("%", "%%"), "runs", job.run_id, "rank-%d.log") if root else ""
     run.keep(Record(kind="distributed" if job.nodes > 1 else "trainings", project=settings["project_name"], name=name,
                     cluster=project.cluster, namespace=project.namespace, log=log))
-    secrets = sent_by_value(job, plan)
-    nemo.submit(name, nemo.dgxcloud_executor(job), job.run_id, lambda: (create(client, run, body, secrets), "Creating"))
+    made = create(client, run, body, sent_by_value(job, plan))
+    record(name, lambda nemo, job: nemo.dgxcloud_executor(job), job, (made, "Creating"))
 
 
 def create(client: "Client", run: Run, body: dict[str, Any], secrets: tuple[str, ...]) -> str:

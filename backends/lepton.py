@@ -17,7 +17,7 @@ import archive
 import profiles
 import screen
 from backends import FINAL, GONE, Finding, Status, require_about, stop_and_wait
-from backends.common import checks, import_nemo, job_name, require_object, sent_by_value, with_custom
+from backends.common import checks, job_name, record, require_object, require_records, sent_by_value, with_custom
 from backends.common.checks import finding
 from backends.common.lepton_client import ask_lepton, connect, node_group, read, reconnect, require_known, valid
 from backends.common.placing import labels, per_segment
@@ -53,6 +53,7 @@ class Record(TypedDict):
 def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     """Create the job, after everything that can be checked has been checked."""
     settings = job.settings
+    require_records()
     client = connect(settings.get("ca_bundle"))
     if wants_cluster(job):
         return lepton_ray().submit(run, job, plan, client, lambda name: request(
@@ -62,11 +63,10 @@ def submit(run: Run, job: Job, plan: Plan, attached: bool) -> None:
     body = request(job, plan, name, group)
     size = len(body.model_dump_json(exclude_none=True, by_alias=True))
     require_object("job", size, "lepton", ", or make custom_spec smaller")
-    nemo = import_nemo()
     run.keep(Record(job=name, url=client.url, ca_bundle=settings.get("ca_bundle"), group=group,
                     reservation=settings.get("node_reservation")))
-    secrets = sent_by_value(job, plan)
-    nemo.submit(name, nemo.lepton_executor(job), job.run_id, lambda: (create(client, body, name, secrets), "Starting"))
+    made = create(client, body, name, sent_by_value(job, plan))
+    record(name, lambda nemo, job: nemo.lepton_executor(job), job, (made, "Starting"))
 
 
 def wants_cluster(job: Job) -> bool:

@@ -2,14 +2,15 @@
 
     python benchmarks/submit.py [lepton | dgxcloud] [--rounds 5]        (as root: the emulator's pods are real)
 
-Both ship the recipe nano3/sft and the modules beside it (all of src/starter is more than nemo-run can carry on Lepton),
-for one node, each from a fresh process, as a person would start it. The clock runs from the start of that process until
+Both ship the recipe nano3/sft and what it imports (all of src/starter is more than nemo-run can carry on Lepton), for
+one node, each from a fresh process, as a person would start it. The clock runs from the start of that process until
 the platform has accepted the job that trains; "process" is until it has ended. nemo-run's own path is an Experiment
 with its LeptonExecutor or DGXCloudExecutor and its GitArchivePackager, run once: it copies the source with helper jobs
 (image busybox:1.37.0), and sleeps between two looks at them.
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -79,13 +80,12 @@ pvcs = [{ claimName = "workspace", path = "/shared", existingPvc = true }]
 
 
 def checkout(place: Path) -> Path:
-    """A git repository with the tree that both ship."""
-    for name in ("src/starter/recipes/nano3/sft", *(path.relative_to(REPO) for path in REPO.glob("src/starter/*.py"))):
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        if (REPO / name).is_dir():
-            shutil.copytree(REPO / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(REPO / name, place / name)
+    """A git repository with the tree that both ship: what the launcher itself finds with scope = "imports"."""
+    words = ["files", "nano3", "sft", "local", "run.env.scope=imports", "--repo-root", str(REPO), "--json"]
+    said = subprocess.run([sys.executable, REPO / "launch.py", *words], check=True, capture_output=True, text=True)
+    for file in json.loads(said.stdout)["files"]:
+        (place / file["path"]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / file["path"], place / file["path"])
     for words in (["init", "-q"], ["add", "."], ["-c", "user.name=b", "-c", "user.email=b@b", "commit", "-qm", "tree"]):
         subprocess.run(["git", *words], cwd=place, check=True)
     return place

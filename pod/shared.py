@@ -197,7 +197,7 @@ class SharedTree:
         try:
             for name in self.trees()[:-keep or None]:  # all, if none is to be kept
                 self.retire(name)
-            for name in self.listed("private")[:-left or None]:
+            for name in sorted(self.listed("private"), key=lambda name: (len(name), name))[:-left or None]:
                 self.discard("private", name)
             for name in self.listed("failed")[:-self.LEFT]:
                 self.remove("failed", name)
@@ -234,7 +234,9 @@ class SharedTree:
         return sorted(names, key=lambda name: int(name.partition("-")[0]))
 
     def next_number(self) -> int:
-        return 1 + max([int(name.partition("-")[0]) for name in self.trees()] + [0])
+        """Beyond those of private folders, too: what killed pods left behind would have a new one swept."""
+        numbers = [re.match("([0-9]{6,18})-", name) for name in self.trees() + self.listed("private")]
+        return 1 + max([int(number[1]) for number in numbers if number] + [0])
 
     def ours(self) -> list[str]:
         """Trees with our digest, newest first."""

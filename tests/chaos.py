@@ -44,6 +44,7 @@ from pod.shared import SharedTree
 from transport import Entry, Tree
 
 NAME = re.compile(r"[0-9]{6,18}-([0-9a-f]{64})\.[0-9a-f]{8}")
+PROGRESS = 5_000  # kills between two lines of progress
 REAL_OPEN, REAL_RENAME, REAL_LISTDIR = open, os.rename, os.listdir
 
 
@@ -219,11 +220,11 @@ class Ground:
 
     def entries(self) -> list[dict[str, Any]]:
         """What has been written since it was last asked."""
-        with contextlib.suppress(FileNotFoundError), REAL_OPEN(self.book) as file:
+        with contextlib.suppress(FileNotFoundError), REAL_OPEN(self.book, "rb") as file:
             file.seek(self.read)
-            text = file.read()
-            self.read += len(text.encode())
-            return [json.loads(line) for line in text.splitlines()]
+            lines, end, _ = file.read().rpartition(b"\n")  # the last one may be half there
+            self.read += len(lines + end)
+            return [json.loads(line) for line in lines.splitlines()]
         return []
 
     def published(self) -> list[str]:
@@ -304,9 +305,12 @@ def whole(code: str, wanted: Source) -> str:
     for path, data in wanted.files.items():
         try:
             descriptor = os.open(os.path.join(code, path), os.O_RDONLY | os.O_NONBLOCK)  # it may be a FIFO by now
-            with os.fdopen(descriptor, "rb") as file:
-                if file.read() != data:
-                    return path + " differs"
+            try:
+                with os.fdopen(descriptor, "rb", closefd=False) as file:  # or a folder, which this refuses
+                    if file.read() != data:
+                        return path + " differs"
+            finally:
+                os.close(descriptor)
         except OSError as error:
             return "%s: %s" % (path, error.strerror)
     return ""
@@ -417,7 +421,7 @@ class Storm:
         """Until so many have been killed; then all that still live come to their end."""
         observer = self.observe()
         self.launches = [self.launch() for _ in range(6)]
-        began = look = time.monotonic()
+        began, told = (look := time.monotonic()), 0
         try:
             while self.figures["kills"] < self.kills:
                 while len(self.alive) < self.pods:
@@ -428,6 +432,10 @@ class Storm:
                 if time.monotonic() > look:
                     look = time.monotonic() + 0.5
                     self.check()
+                    if self.figures["kills"] // PROGRESS > told:
+                        told = self.figures["kills"] // PROGRESS
+                        print("%d of %d kills after %d s" % (self.figures["kills"], self.kills, look - began),
+                              file=sys.stderr, flush=True)
                     if self.violations:
                         break
             while self.alive:

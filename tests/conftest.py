@@ -23,6 +23,29 @@ settings.register_profile("ci", settings.get_profile("default"), derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+# Tests that wait for a busy machine, and why each may need a second go (.ci/run). No storm, fuzzer or attack is one.
+BUSY = {
+    "test_a_signal_to_all_its_processes_ends_in_a_checkpoint": "Ray starts, and three steps of a training",
+    "test_a_node_that_dies_ends_the_run_and_the_next_goes_on": "Ray notices a dead node after its own time",
+    "test_the_reward_rises_on_two_nodes_by_the_launcher_alone": "30 steps within ten minutes",
+    "test_a_killed_rank_ends_the_job": "a pod is killed in a moment that it must be caught in",
+    "test_a_preempted_job_is_followed_into_its_next_start_and_keeps_its_secrets": "Slurm's own pauses",
+    "test_a_long_job_goes_on_in_parts_until_it_ends_by_itself": "time limits of Slurm, in whole minutes",
+    "test_cancel_from_another_process": "a process starts while pods do",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--again", action="store_true", help="refuse tests that BUSY does not name")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    others = [item.nodeid for item in items if item.originalname not in BUSY]
+    if config.getoption("again") and others:
+        raise pytest.UsageError("no second go for " + ", ".join(others))
+
+
 def _no_skip(report):
     """In CI a test that skips itself has failed: whatever it lacks, .ci/run was to install. But for a checkout of
     Nemotron, which is not ours to keep."""

@@ -322,6 +322,26 @@ def test_adopted_by_another_home(here):
 
 
 @EMULATED
+@pytest.mark.parametrize("word", ["run.env.secrets.MY_TOKEN=env", "run.env.visibility=public", "run.env.labels.a=b",
+                                  "run.env.notify=evil"])
+def test_what_the_words_of_another_person_set_is_not_believed(here, word):
+    """As in a YAML: whom we talk to, what is sent and what runs here is this person's alone."""
+    here.monkeypatch.setenv("MY_TOKEN", "theirs")
+    (here.place / "home").mkdir(exist_ok=True)
+    here.recipe(SHOWS)
+    done = here.launch(word, "--detach")
+    if "visibility" in word and here.kind == "dgxcloud":
+        return
+    assert done.code == 0, done.err
+    here.monkeypatch.setenv("AIRLIFT_HOME", str(here.place / "another"))
+    here.monkeypatch.setenv("MY_TOKEN", CANARY)
+    assert here.main("adopt", here.kind, here.job.name).code == 0
+    before = len(here.jobs)
+    again = here.main("again", done.run)
+    assert again.code == 2 and "run.env" in again.err and len(here.jobs) == before, again.err
+
+
+@EMULATED
 def test_a_job_that_goes_on_is_adopted_and_cancelled(here):
     run = here.up()
     name = here.job.name

@@ -127,8 +127,12 @@ cd "$PLACE"
 tar -xzf "$BUNDLE"
 cd airlift-*
 ! timeout 5 python3 -c 'import socket; socket.create_connection(("192.0.2.1", 80), 3)' 2>/dev/null
+sed -n '/^or by hand/,/^Then/s/^    //p' INSTALL | grep -v requirements-torch >../by-hand
+[ "$(wc -l <../by-hand)" -eq 3 ]
+PATH=$(dirname $PYTHON):$PATH sh -e ../by-hand
+python3 launch.py list | grep nano3
+rm -r .venv
 make install PYTHON=$PYTHON
-python3 launch.py list
 for profile in $(python3 launch.py profiles | cut -d" " -f1); do
   python3 launch.py nano3 sft $profile --dry-run
 done
@@ -175,6 +179,7 @@ def test_one_for_another_python(tmp_path: Path) -> None:
 
 @slow
 def test_it_works_where_there_is_no_network(real: Path, tmp_path: Path) -> None:
+    """By INSTALL's three lines, all but torch; then by make install."""
     support.need(os.geteuid() == 0 and shutil.which("ip"), "a network namespace needs root and iproute2")
     support.need(not no_pods_because(), str(no_pods_because()))
     env = {"PATH": "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME": str(tmp_path / "home"), "BUNDLE": str(real),
@@ -190,23 +195,6 @@ def test_it_works_where_there_is_no_network(real: Path, tmp_path: Path) -> None:
     assert len(re.findall(r"^\[\d\] airlift: rank \d of 2, sha256", done.stdout, re.MULTILINE)) == 2
     assert "ok       credentials" in done.stdout
     shutil.rmtree(tmp_path / "place")
-
-
-@slow
-def test_three_lines_by_hand(real: Path, tmp_path: Path) -> None:
-    """Those of INSTALL, as they stand, of a bundle of the same wheels without torch."""
-    wheels = unpacked(real, tmp_path / "whole") / "wheels"
-    shutil.rmtree(wheels / "torch")
-    place = unpacked(made(wheels, tmp_path / "light"), tmp_path / "place")
-    assert (place / "wheels/recipes").is_dir()
-    lines = re.search(r"or by hand:\n\n((?:    .*\n)+)", (place / "INSTALL").read_text()).group(1)
-    home = tmp_path / "home"
-    home.mkdir()
-    env = {"PATH": "%s/bin:/usr/bin:/bin:/usr/sbin:/sbin" % sys.base_prefix, "HOME": str(home)}
-    done = subprocess.run(["unshare", "-n", "sh", "-ec", lines + "python3 launch.py list"], cwd=place, env=env,
-                          capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "nano3" in done.stdout, done.stderr[-2000:]
-    shutil.rmtree(place)
 
 
 # ---------------------------------------------------------------- the lightest form

@@ -190,7 +190,7 @@ def test_four_launches_at_once(here):
     wait_for(lambda: len(here.jobs) == 4 and all(job.pods and "up" in job.pods[0].output for job in here.jobs), "", 120)
     rows = json.loads(here.main("status", "--json").out)
     assert len({row["run"] for row in rows}) == 4 and {row["state"] for row in rows} == {"running"}
-    assert {row["run"] for row in rows} <= {name.rpartition("-")[2] for name in here.records}
+    wait_for(lambda: {row["run"] for row in rows} <= {name.rpartition("-")[2] for name in here.records})
     stopped = {row["run"] for row in rows[:2]}
     for run in stopped:
         assert here.main("cancel", run).out.endswith("was cancelled\n")

@@ -382,6 +382,39 @@ def test_states_for_nemo_run(here):
     assert status.name == "PENDING"
 
 
+LAUNCH = """
+import pathlib, sys
+import launch, profiles
+profiles.FOLDER = pathlib.Path(sys.argv[1])
+sys.exit(launch.main([*sys.argv[2:], "--detach"]))
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 0.3, 1.0, 2.0])
+def test_a_launcher_that_is_killed_behind_the_request_loses_and_doubles_nothing(here, seconds):
+    """The job comes first, nemo-run's import and its list after it."""
+    words = [here.folder, "nano3", "sft", here.kind, "--repo-root", here.root]
+    with subprocess.Popen([sys.executable, "-c", LAUNCH, *map(str, words)], cwd=layout.REPO, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:
+        wait_for(lambda: here.posts, seconds=30)
+        time.sleep(seconds)
+        process.kill()
+    (run,) = runs.all_runs()[0]
+    wait_for(lambda: here.jobs and here.job.state == "Completed")
+    assert len(here.jobs) == 1 and " done " in here.main("status", run.id).out
+
+
+def test_a_job_that_nemo_runs_list_cannot_take_goes_on(here):
+    from backends.common import nemo
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    here.monkeypatch.setattr(nemo, "_experiment", full)
+    done = here.launch()
+    assert done.code == 0 and "note: the job is accepted, but not on nemo-run's list: " in done.out
+
+
 def test_a_refused_job_leaves_no_record(here):
     import nemo_run as run
 

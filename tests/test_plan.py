@@ -28,7 +28,7 @@ def test_every_line_of_the_plan_names_tests_that_run() -> None:
     assert {name.partition("[")[0] for name in names} <= set(found)
     ci = (layout.REPO / ".ci/run").read_text()
     for words in ("make run", "make test", "proofs one $ONE", "proofs two $TWO",
-                  "proofs others $(printf -- '--ignore=%s ' $ONE $TWO)"):
+                  "proofs slurm $SLURM", "proofs others $(printf -- '--ignore=%s ' $ONE $TWO $SLURM)"):
         assert words in ci, words
 
 

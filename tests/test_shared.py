@@ -357,7 +357,7 @@ def test_a_disk_that_is_full_of_what_killed_pods_left(tmp_path):
         begun = [0]
         while begun[-1] == len(begun) - 1:  # until one of them found no space, and made some
             assert len(begun) < 200
-            assert ground.run(Pod("a", ONE, plan={"kill": (55, "before")})) == 137
+            assert ground.run(Pod("a", ONE, plan={"kill": (57, "before")})) == 137
             begun.append(len(os.listdir(ground.path("private"))))
         assert looked(ground) == [] and len(ground.published()) < 3
         assert run(ground, Pod("b", ONE, keep=99), Pod("b", ONE, rank=1, keep=99))[0]["code"] == 0

@@ -2,13 +2,17 @@
 executor."""
 
 import contextlib
+import importlib.util
+import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import screen
+import state
 from jobs import BY_VALUE, Job
 from transport import LIMITS, Plan, Refusal, human
 
@@ -29,6 +33,33 @@ def nemo_ahead() -> threading.Thread:
     thread = threading.Thread(target=ahead, daemon=True)
     thread.start()
     return thread
+
+
+def records_home() -> Path:
+    """nemo-run's folder, as its get_nemorun_home() has it."""
+    return Path(os.path.expanduser(os.environ.get("NEMORUN_HOME", "~/.nemo_run")))
+
+
+def require_records() -> None:
+    """What can be known of nemo-run's records before its import: that it is there, and that its folder is ours alone.
+    Raises ImportError, Refusal."""
+    if importlib.util.find_spec("nemo_run") is None:
+        raise ImportError("No module named 'nemo_run'")
+    home = records_home()
+    for path in (home, *(home.iterdir() if home.is_dir() else ())):
+        if path.exists():
+            state.require_own(path, path.stat(), lambda mode: True)
+
+
+def record(name: str, executor: Callable[[ModuleType, Job], Any], job: Job, made: tuple[str, str]) -> None:
+    """Put a job that the platform has accepted on nemo-run's list; its import takes seconds, so the job comes first.
+    That it fails is said, and nothing else: the run's own file has the job."""
+    try:
+        nemo = import_nemo()
+        nemo.submit(name, executor(nemo, job), job.run_id, lambda: made)
+    except Exception as error:
+        screen.note("the job is accepted, but not on nemo-run's list: %s" % (
+            error.what if isinstance(error, Refusal) else error))
 
 
 # ---------------------------------------------------------------- requests

@@ -29,7 +29,7 @@ from typing import Any, TypedDict
 
 import screen
 from backends import FINAL, GONE, Status, require_about
-from backends.common import import_nemo, job_name, require_object, sent_by_value, with_custom
+from backends.common import job_name, record, require_object, sent_by_value, with_custom
 from backends.common.follow import IMAGE_TROUBLE, POLL_S, Follower
 from backends.common.lepton_client import ask_lepton, checked, read, require_known, valid
 from jobs import Job
@@ -83,9 +83,8 @@ def submit(run: Run, job: Job, plan: Plan, client: Any, plain: Callable[[str], A
             argv = ["python3", STAGED % job.run_id + "/pod.py", "driver", STAGED % job.run_id + "/chunks.json"]
         submit_job(client, run, run.id, shlex.join(argv), {})
         run.keep({"submitted": True})
-        nemo = import_nemo()
         title = job_name(job.name, job.run_id, NAME_LIMIT)
-        nemo.submit(title, nemo.lepton_executor(job), job.run_id, lambda: (run.id, "Running"))
+        record(title, lambda nemo, job: nemo.lepton_executor(job), job, (run.id, "Running"))
     except BaseException:
         end(client, run)
         raise
