@@ -149,9 +149,9 @@ KEYS: dict[str, Key] = {
     # DGX Cloud run:AI
     "base_url": Key("str", "URL of the control plane, ending in /api/v1", _RUNAI),
     "kube_apiserver_url": Key("str", "URL of the Kubernetes API, for logs", _RUNAI),
-    "client_id": Key("str", "id of the application that signs in", _RUNAI),
+    "client_id": Key("str", "id of the service account that signs in (before run:AI 3.0: of the application)", _RUNAI),
     "app_id": Key("str", executors=_RUNAI, alias="client_id"),
-    "client_secret": Key("str", "secret of the application; better written as ${env:NAME}", _RUNAI),
+    "client_secret": Key("str", "its secret; better written as ${env:NAME}", _RUNAI),
     "app_secret": Key("str", executors=_RUNAI, alias="client_secret"),
     "project_name": Key("str", "name of the project", _RUNAI),
     "pvc_nemo_run_dir": Key("str", "the workspace, a folder on one of the pvcs", _RUNAI),

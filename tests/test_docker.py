@@ -142,19 +142,23 @@ def test_the_exit_code_is_the_recipes_and_nothing_is_left(person: Person) -> Non
 
 @slow
 def test_a_container_is_adopted_by_another_home(person: Person) -> None:
-    person.recipe("nap", "import time\nprint('up', flush=True)\ntime.sleep(60)\n")
-    run = re.search(r"logs -f (\w+)", person.launch("nap", "--detach").stdout).group(1)
-    name, other = "airlift-fam-nap-" + run, {"AIRLIFT_HOME": str(person.home / "other")}
+    for number in range(int(os.environ.get("AIRLIFT_MANY", "1"))):  # 200 by hand
+        person.recipe("nap", "import time\nprint('up', %d, flush=True)\ntime.sleep(60)\n" % number)
+        adopted(person, re.search(r"logs -f (\w+)", person.launch("nap", "--detach").stdout).group(1))
+
+
+def adopted(person: Person, run: str) -> None:
+    name, other = "airlift-fam-nap-" + run, {"AIRLIFT_HOME": str(person.home / ("other-" + run))}
     assert name in person.run("adopt", "here", **other).stdout
     done = person.run("adopt", "here", name, **other)
     digest = re.search("sha256 ([0-9a-f]{64})", done.stdout)
     assert done.returncode == 0 and digest, done.stderr
     assert " running " in person.run("status", run, **other).stdout
-    fetched = person.run("fetch", run, str(person.home / "there"), **other)
-    assert digest.group(1) in fetched.stdout and (person.home / "there/tree/src").is_dir()
+    fetched = person.run("fetch", run, str(person.home / ("there-" + run)), **other)
+    assert digest.group(1) in fetched.stdout and (person.home / ("there-%s/tree/src" % run)).is_dir()
     assert digest.group(1) in person.run("status", run).stdout
     assert "was stopped and removed" in person.run("cancel", run, **other).stdout
-    assert person.run("adopt", "here", name, AIRLIFT_HOME=str(person.home / "third")).returncode == 4
+    assert person.run("adopt", "here", name, AIRLIFT_HOME=str(person.home / ("third-" + run))).returncode == 4
 
 
 @slow

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import random
 import re
 import resource
 import select
@@ -534,19 +535,27 @@ def test_a_detached_job_ends_by_itself_or_with_its_supervisor(place):
 
 def test_pods_that_run_are_adopted_by_another_home(place):
     """And not those of another run, nor those that have ended: nothing has what was sent to them."""
-    place.recipe(SLEEP)
-    run = run_id(place.run(*WORDS, "--detach").stdout)
-    place.probes()
-    other = {"AIRLIFT_HOME": str(place.tmp / "other")}
+    pick = random.Random(5)
+    for number in range(int(os.environ.get("AIRLIFT_MANY", "2"))):  # 200 by hand
+        place.recipe(SLEEP, nodes=1 + number % 2)
+        (place.folder / "src/nemotron/recipes/nano3/sft/data.txt").write_text("x" * pick.randint(0, 20_000))
+        for probe in place.output.glob("probe-*.json") if place.output.exists() else ():
+            probe.unlink()
+        adopted(place, run_id(place.run(*WORDS, "--detach").stdout), 1 + number % 2, "other-%d" % number)
+
+
+def adopted(place, run, ranks, home):
+    place.probes(ranks)
+    other = {"AIRLIFT_HOME": str(place.tmp / home)}
     assert run in place.run("adopt", "local", env=other).stdout
     done = place.run("adopt", "local", run, env=other)
     assert done.returncode == 0 and "run %s of nano3/sft" % run in done.stdout, done.stderr
     assert " running " in place.run("status", run, env=other).stdout
-    fetched = place.run("fetch", run, str(place.tmp / "there"), env=other)
+    fetched = place.run("fetch", run, str(place.tmp / "there" / run), env=other)
     assert place.run_file(run)["sha256"] in fetched.stdout, fetched.stderr
     assert place.run("cancel", run).returncode == 0
     until(lambda: not place.left(), 20)
-    refused = place.run("adopt", "local", run, env={"AIRLIFT_HOME": str(place.tmp / "third")})
+    refused = place.run("adopt", "local", run, env={"AIRLIFT_HOME": str(place.tmp / "third" / run)})
     assert refused.returncode == 4 and "no pods of run %s run on this machine" % run in refused.stderr
 
 
