@@ -446,6 +446,12 @@ def test_a_detached_launch_leaves_its_cluster_until_it_is_asked_about(lepton):
     assert result.code == 0, result.err
     cluster, = lepton.server.clusters.values()
     assert len(cluster.replicas) == 3 and cluster.spec["head_group_spec"]["resource_shape"] == "cpu.small"
+    own = lepton.place / "airlift"
+    lepton.monkeypatch.setenv("AIRLIFT_HOME", str(lepton.place / "another"))
+    adopted = lepton.main("adopt", "lepton", cluster.name)  # from the cluster that was made for it
+    assert adopted.code == 0 and "run %s of" % result.run in adopted.out, adopted.err
+    assert lepton.main("fetch", result.run, lepton.place / "there").code == 0
+    lepton.monkeypatch.setenv("AIRLIFT_HOME", str(own))
     lepton.server.fault("status", status=404, path="/dashboard/api/jobs/")  # its head has started again, say
     said = lepton.main("status", result.run).out
     assert "failed" in said and "no longer knows the job" in said and cluster.phase not in ("deleting", "deleted")
