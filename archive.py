@@ -173,17 +173,29 @@ def clean(value: Any) -> Any:
     return hidden(screen.masked(value))
 
 
+REFERENCES = ("secrets", "image_pull_secrets")  # keys whose values are names and references, never secrets
+
+
 def clean_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A job's settings without what may hold secrets under any name."""
-    hidden = {key: "***" for key in UNREAD_KEYS if settings.get(key)}
-    return dict(clean({**settings, **hidden, "env_vars": dict.fromkeys(settings.get("env_vars", {}), "***")}))
+    hidden: dict[str, Any] = {key: "***" for key in UNREAD_KEYS if settings.get(key)}
+    hidden["env_vars"] = dict.fromkeys(settings.get("env_vars", {}), "***")
+    return clean({**settings, **hidden}) | {key: settings[key] for key in REFERENCES if key in settings}
+
+
+def clean_run(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's run section."""
+    env = section.get("env")
+    kept = {key: env[key] for key in REFERENCES if key in env} if isinstance(env, dict) else {}
+    return clean(section) | ({"env": clean(env) | kept} if kept else {})
 
 
 def clean_words(words: list[str]) -> list[str]:
     """The words with *** for the value of each KEY=VALUE whose key is named like a secret."""
     split = [word.partition("=") for word in words]
-    return [key + "=***" if sep and screen.secret_name(key.rpartition(".")[2]) else screen.hide(key + sep + value)
-            for key, sep, value in split]
+    references = ("run.env.secrets", "run.env.image_pull_secrets")
+    return [key + "=***" if sep and screen.secret_name(key.rpartition(".")[2]) and not key.lstrip("+~").startswith(
+        references) else screen.hide(key + sep + value) for key, sep, value in split]
 
 
 def git_state(root: Path, tree: Tree) -> dict[str, Any] | None:
@@ -377,7 +389,7 @@ def laid_out(run: runs.Run) -> Iterator[Kept]:
         what = ", ".join(hidden) or "a value of its config"
         raise Refusal("run %s was launched with a secret that is not kept: %s" % (run.id, what),
                       "launch it from its tree, which this gives: python launch.py fetch %s DIR" % run.id)
-    with tempfile.TemporaryDirectory(dir=state.folder(), prefix="again-") as folder:
+    with tempfile.TemporaryDirectory(prefix="airlift-again-") as folder:
         root = Path(folder, "tree")
         root.mkdir()
         write_out(tree, root)

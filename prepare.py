@@ -174,7 +174,7 @@ class Launch:
         typed = [words.family, self.job.name.partition("/")[2], words.profile, *self.overrides]
         return archive.Made(
             words=archive.clean_words(typed), config=list(options.config or []), nodes=options.nodes, name=options.name,
-            args=archive.clean_words(options.args), run=archive.clean(self.config.yaml),
+            args=archive.clean_words(options.args), run=archive.clean_run(self.config.yaml),
             overrides=archive.clean_words([word for word in self.overrides if word.lstrip("+~").startswith("run.")]),
             settings=archive.clean_settings(self.job.settings), git=self.git, version=bundle.VERSION,
             plain=screen.hide(self.config.shown) == self.config.text,

@@ -121,6 +121,9 @@ def jobs(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for job in ask_lepton("list the jobs", client, client.job.list_all):
         if (job.metadata.labels or {}).get("airlift-run"):
             yield str(job.metadata.id_), job.status.state.value if job.status and job.status.state else ""
+    for cluster in ask_lepton("list the Ray clusters", client, client.raycluster.list_all):
+        if (cluster.metadata.labels or {}).get("airlift-run"):
+            yield str(cluster.metadata.id_), cluster.status.state.value if cluster.status else ""
 
 
 def adopt(settings: dict[str, Any], name: str) -> archive.Found:

@@ -247,6 +247,22 @@ def test_again_launches_exactly_that_whatever_lies_here_now(here):
 
 
 @EMULATED
+def test_secrets_by_value_are_taken_from_the_environment_again(here):
+    """Those of the profile, and those that the command line named."""
+    here.profile('[secrets]\nMY_TOKEN = "env"\n')
+    here.recipe("import os\nprint('read', len(os.environ['MY_TOKEN']), len(os.environ['OTHER_TOKEN']))\n")
+    for name in ("MY_TOKEN", "OTHER_TOKEN"):
+        here.monkeypatch.setenv(name, "first-value")
+    first = here.launch("run.env.secrets.OTHER_TOKEN=env")
+    assert printed(here.job)[1] == "read 11 11", first.err
+    here.monkeypatch.setenv("OTHER_TOKEN", "another-value")
+    again = here.main("again", first.run)
+    assert again.code == 0 and printed(here.job)[1] == "read 11 13", again.err
+    here.monkeypatch.delenv("OTHER_TOKEN")
+    assert "OTHER_TOKEN is not set" in here.main("again", first.run).err
+
+
+@EMULATED
 def test_the_pods_leave_the_record_beside_their_logs(here):
     here.recipe(SHOWS, yaml="train: {steps: 3}\n")
     first = here.launch("train.steps=4")

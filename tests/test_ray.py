@@ -448,6 +448,7 @@ def test_a_detached_launch_leaves_its_cluster_until_it_is_asked_about(lepton):
     assert len(cluster.replicas) == 3 and cluster.spec["head_group_spec"]["resource_shape"] == "cpu.small"
     own = lepton.place / "airlift"
     lepton.monkeypatch.setenv("AIRLIFT_HOME", str(lepton.place / "another"))
+    assert cluster.name in lepton.main("adopt", "lepton").out
     adopted = lepton.main("adopt", "lepton", cluster.name)  # from the cluster that was made for it
     assert adopted.code == 0 and "run %s of" % result.run in adopted.out, adopted.err
     assert lepton.main("fetch", result.run, lepton.place / "there").code == 0

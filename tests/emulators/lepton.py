@@ -127,6 +127,7 @@ class LeptonEmulator(RayClusters, Plane):
         """Clusters, and the proxy to each one's own dashboard."""
         return [
             Route("POST", "/rayclusters", self.create_cluster),
+            Route("GET", "/rayclusters", self.list_clusters),
             Route("GET", "/rayclusters/{name}", self.get_cluster),
             Route("PATCH", "/rayclusters/{name}", self.patch_cluster),
             Route("DELETE", "/rayclusters/{name}", self.delete_cluster),

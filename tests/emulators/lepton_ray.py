@@ -157,6 +157,10 @@ class RayClusters:
             raise Refusal(404, f'ray cluster "{request.params["name"]}" not found')
         return cluster
 
+    def list_clusters(self: Any, request: Request) -> Reply:
+        with self.lock:
+            return Reply(body=[cluster.document() for cluster in self.clusters.values() if cluster.phase != "deleted"])
+
     def get_cluster(self: Any, request: Request) -> Reply:
         return Reply(body=self.find_cluster(request).document())
 
