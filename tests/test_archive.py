@@ -252,10 +252,10 @@ def test_secrets_by_value_are_taken_from_the_environment_again(here):
     here.profile('[secrets]\nMY_TOKEN = "env"\n')
     here.recipe("import os\nprint('read', len(os.environ['MY_TOKEN']), len(os.environ['OTHER_TOKEN']))\n")
     for name in ("MY_TOKEN", "OTHER_TOKEN"):
-        here.monkeypatch.setenv(name, "first-value")
+        here.monkeypatch.setenv(name, "0815-first-")
     first = here.launch("run.env.secrets.OTHER_TOKEN=env")
     assert printed(here.job)[1] == "read 11 11", first.err
-    here.monkeypatch.setenv("OTHER_TOKEN", "another-value")
+    here.monkeypatch.setenv("OTHER_TOKEN", "0815-another--")
     again = here.main("again", first.run)
     assert again.code == 0 and printed(here.job)[1] == "read 11 13", again.err
     here.monkeypatch.delenv("OTHER_TOKEN")
@@ -342,7 +342,7 @@ def test_adopted_by_another_home(here):
                                   "run.env.notify=evil"])
 def test_what_the_words_of_another_person_set_is_not_believed(here, word):
     """As in a YAML: whom we talk to, what is sent and what runs here is this person's alone."""
-    here.monkeypatch.setenv("MY_TOKEN", "theirs")
+    here.monkeypatch.setenv("MY_TOKEN", "a-token-of-theirs-0815")
     (here.place / "home").mkdir(exist_ok=True)
     here.recipe(SHOWS)
     done = here.launch(word, "--detach")
