@@ -255,7 +255,7 @@ def test_secrets_by_value_are_taken_from_the_environment_again(here):
         here.monkeypatch.setenv(name, "0815-first-")
     first = here.launch("run.env.secrets.OTHER_TOKEN=env")
     assert printed(here.job)[1] == "read 11 11", first.err
-    here.monkeypatch.setenv("OTHER_TOKEN", "0815-another--")
+    here.monkeypatch.setenv("OTHER_TOKEN", "0815-another-")
     again = here.main("again", first.run)
     assert again.code == 0 and printed(here.job)[1] == "read 11 13", again.err
     here.monkeypatch.delenv("OTHER_TOKEN")
